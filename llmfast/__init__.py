@@ -1,0 +1,30 @@
+"""Fast inference of Hugging Face language models. Importing it touches no device and no Triton."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model.load import Loaded, load
+    from .model.patch import patch, patched, unpatch
+    from .model.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["Loaded", "Report", "load", "patch", "patched", "unpatch"]
+
+_HOMES = {
+    "Loaded": ".model.load",
+    "Report": ".model.report",
+    "load": ".model.load",
+    "patch": ".model.patch",
+    "patched": ".model.patch",
+    "unpatch": ".model.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and transformers take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmfast' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,1 @@
+"""Hugging Face modules: load, match, prove, swap, restore."""

@@ -1,0 +1,31 @@
+"""Run the Triton kernels on the GPU if there is one, else in Triton's interpreter on the CPU."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when @triton.jit runs, so set before any import
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh float memory with NaN, so an element that a kernel leaves unwritten is seen."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make_nan(*args: object, **kwargs: object) -> torch.Tensor:
+        out = make(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    return make_nan
