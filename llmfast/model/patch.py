@@ -1,0 +1,367 @@
+"""``patch`` and ``unpatch``: swap a model's modules for llmfast operations, and put them back."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import UserError
+from . import attention
+from .modules import Candidate, attributes, choose, foreign_layer, mlp_candidates, norm_candidates
+from .proof import Proof
+from .report import Entry, Report
+from .swap import Operations, Swap
+
+logger = logging.getLogger("llmfast")
+
+FAMILIES = ("norm", "activation", "attention")
+MIN_CAPABILITY = (8, 0)
+_STATE = "_llmfast_patch"  # the attribute under which a model carries its Patch
+_MATCHERS = {"norm": norm_candidates, "activation": mlp_candidates}
+
+
+@dataclass
+class Patch:
+    """What a patched model carries: enough to undo the patch, also in a copy of the model."""
+
+    report: Report
+    swap: Swap
+    overridden: list[nn.Module] = field(default_factory=list)  # have a forward of ours
+    watched: list[nn.Module] = field(default_factory=list)  # have an AttentionState
+    configs: list[tuple[nn.Module, PreTrainedConfig]] = field(default_factory=list)  # the old ones
+
+    def undo(self) -> None:
+        for module in self.overridden:
+            del module.forward
+        self.undo_attention()
+
+    def undo_attention(self) -> None:
+        for module in self.watched:
+            delattr(module, attention.STATE)
+        for module, config in self.configs:
+            module.config = config
+        self.watched, self.configs = [], []
+
+
+def patch(
+    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
+) -> Report:
+    """Make ``model`` run llmfast's operations, in place and reversibly.
+
+    Norms, gated MLPs and the attention function are recognised by what they hold and compute. Each
+    replacement is compared with the original on random input before it stays: its relative RMS
+    error against the same computation one precision up is at most twice the original's, or four
+    machine epsilons. What cannot be recognised or does not pass is left as it was. Only instances
+    are changed; neither their classes nor another model of the same class or config.
+
+    Args:
+        model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
+            On CPU tensors nothing is swapped unless ``ops`` says so, since the reference
+            operations are not faster than what the model has.
+        ops: families of operations to swap: any of ``norm``, ``activation``, ``attention``, or
+            ``"all"``. None: all on a GPU, none on the CPU.
+        strict: raise if a module of a kind that llmfast has an operation for was kept.
+
+    Returns:
+        A :class:`Report` with a line for every module; it goes on counting calls that fell back.
+
+    Raises:
+        UserError: the model is patched already, compiled, an encoder-decoder, not one of
+            transformers, or on a device that the kernels do not run on; ``ops`` names an unknown
+            family; with ``strict``, what was kept. The model is then as it was.
+    """
+    return swap_in(model, Operations(), ops=ops, strict=strict)
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Put everything back that :func:`patch` changed.
+
+    Raises:
+        UserError: the model is not patched.
+    """
+    state: Patch | None = vars(model).get(_STATE)
+    if state is None:
+        raise UserError("unpatch: this model is not patched")
+    state.undo()
+    delattr(model, _STATE)
+
+
+@contextmanager
+def patched(
+    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
+) -> Iterator[Report]:
+    """:func:`patch` for the length of a ``with`` block."""
+    report = patch(model, ops=ops, strict=strict)
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+def swap_in(
+    model: PreTrainedModel,
+    operations: Operations,
+    *,
+    ops: str | Iterable[str] | None = None,
+    strict: bool = False,
+) -> Report:
+    """:func:`patch` with the operations to put in: the kernels' own launchers, for one."""
+    _refuse(model)
+    families = _families(ops, model.device)
+    started = time.perf_counter()
+    swap = Swap(operations)
+    state = Patch(Report(fallbacks=swap.fallbacks), swap)
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        _swap_modules(model, state, families)
+        _swap_attention(model, state, families)
+        _list_the_rest(model, state)
+        kept = sorted({f"{e.class_name}: {e.reason}" for e in state.report.entries if _missed(e)})
+        if strict and kept:
+            raise UserError(f"patch(strict=True): kept {'; '.join(kept)}")
+    except BaseException:
+        state.undo()
+        raise
+    finally:
+        for module in training:
+            module.training = True
+    setattr(model, _STATE, state)
+    if not families:
+        state.report.notes.append(
+            "On the CPU nothing is swapped: the reference operations are not faster than the "
+            "model's own. ops='all' swaps them all the same."
+        )
+    state.report.notes.append(
+        "torch.compile: works on a patched model; patch refuses a compiled one."
+    )
+    state.report.seconds = time.perf_counter() - started
+    return state.report
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in _modules(model)):
+        raise UserError("patch: this model is compiled; patch it first, then call torch.compile")
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"patch: wants a model of transformers, got {type(model).__name__}")
+    if _STATE in vars(model):
+        raise UserError("patch: this model is patched already; call llmfast.unpatch(model) first")
+    if model.config.is_encoder_decoder:
+        raise UserError(
+            f"patch: {type(model).__name__} is an encoder-decoder model; "
+            "llmfast takes decoder-only ones"
+        )
+    device = model.device
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(
+            f"patch: the model is on {device}; move it to a GPU first, model.to('cuda')"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        raise UserError(
+            f"patch: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; the kernels want 8.0"
+        )
+
+
+def _modules(model: object) -> Iterator[nn.Module]:
+    return model.modules() if isinstance(model, nn.Module) else iter(())
+
+
+def _families(ops: str | Iterable[str] | None, device: torch.device) -> tuple[str, ...]:
+    if ops is None:
+        return () if device.type == "cpu" else FAMILIES
+    if ops == "all":
+        return FAMILIES
+    wanted = (ops,) if isinstance(ops, str) else tuple(ops)
+    unknown = [op for op in wanted if op not in FAMILIES]
+    if unknown:
+        raise UserError(f"patch: ops are {', '.join(FAMILIES)} or 'all', got {', '.join(unknown)}")
+    return wanted
+
+
+def _missed(entry: Entry) -> bool:
+    return entry.expected and not entry.swapped
+
+
+# ------------------------------------------------------------------------- norms and gated MLPs
+
+
+def _swap_modules(model: nn.Module, state: Patch, families: tuple[str, ...]) -> None:
+    proven: dict[tuple[Any, ...], Callable[[str, nn.Module], Entry]] = {}
+    for name, module in model.named_modules():
+        family, candidates = _recognise(module)
+        if not candidates:
+            continue
+        reason = _why_keep(module, family, families, model)
+        if reason is not None:
+            state.report.entries.append(
+                Entry(name, type(module).__name__, None, reason, expected=family in families)
+            )
+            continue
+        key = attributes(module)
+        if key not in proven:
+            proven[key] = _prove_module(module, candidates, state)
+        state.report.entries.append(proven[key](name, module))
+
+
+def _recognise(module: nn.Module) -> tuple[str, list[Candidate]]:
+    for family, matcher in _MATCHERS.items():
+        candidates = matcher(module)
+        if candidates:
+            return family, candidates
+    return "", []
+
+
+def _why_keep(
+    module: nn.Module, family: str, families: tuple[str, ...], model: nn.Module
+) -> str | None:
+    if family not in families:
+        return "not asked for"
+    if any("forward" in vars(m) for m in module.modules()):
+        return "its forward is overridden already (offloaded, or another library's)"
+    foreign = foreign_layer(module)
+    if foreign is not None:
+        return foreign
+    devices = {p.device for p in module.parameters()}
+    if devices != {model.device}:
+        return f"on {', '.join(map(str, devices))}, the model is on {model.device}"
+    return None
+
+
+def _prove_module(
+    module: nn.Module, candidates: list[Candidate], state: Patch
+) -> Callable[[str, nn.Module], Entry]:
+    """Prove one module; return what to do with it and with each of its twins."""
+    try:
+        best, proof = choose(module, candidates, state.swap.operations)
+    except Exception as error:  # whatever it raises, a module that cannot be proved is kept
+        return _keep(f"not proved: {_one_line(error)}")
+    if not proof.holds:
+        return _keep(f"not what {best.operation} computes", proof)
+
+    def swap(name: str, module: nn.Module) -> Entry:
+        module.forward = best.bind(module, state.swap)
+        state.overridden.append(module)
+        return Entry(
+            name, type(module).__name__, best.operation, best.what, proof.error, proof.own_error
+        )
+
+    return swap
+
+
+def _keep(reason: str, proof: Proof | None = None) -> Callable[[str, nn.Module], Entry]:
+    def keep(name: str, module: nn.Module) -> Entry:
+        errors = (proof.error, proof.own_error) if proof else (None, None)
+        return Entry(name, type(module).__name__, None, reason, *errors)
+
+    return keep
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+def _swap_attention(model: PreTrainedModel, state: Patch, families: tuple[str, ...]) -> None:
+    if "attention" not in families:
+        return
+    original = model.config._attn_implementation
+    if not model._can_set_attn_implementation():
+        return  # its attention modules are listed with the rest
+    if original not in attention.NAMES:
+        state.report.notes.append(f"attention kept: it runs {original!r}, not sdpa or eager")
+        return
+    calls = _watch(model, original, state)
+    entries: dict[nn.Module, Entry] = {}
+    proven: dict[tuple[Any, ...], tuple[str | None, Proof | None]] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for call in calls:
+        if call.key not in proven:
+            proven[call.key] = _prove_call(call, original, state.swap)
+        reason, proof = proven[call.key]
+        error, own_error = (proof.error, proof.own_error) if proof else (None, None)
+        entries[call.module] = Entry(
+            names[call.module],
+            type(call.module).__name__,
+            "flash_attention" if reason is None else None,
+            reason or "causal attention",
+            error,
+            own_error,
+        )
+        getattr(call.module, attention.STATE).kept = reason
+    state.report.entries += entries.values()
+    if not any(entry.swapped for entry in entries.values()):
+        state.undo_attention()
+
+
+def _watch(model: PreTrainedModel, original: str, state: Patch) -> list[attention.Call]:
+    """Point the model's configs at our attention and see, in one small forward, who calls it."""
+    calls: list[attention.Call] = []
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            state.configs.append((module, config))
+            # a copy: models built from one config share it
+            module.config = ours = copy.deepcopy(config, memo)
+            if ours._attn_implementation in attention.NAMES:
+                ours._attn_implementation_internal = attention.NAMES[ours._attn_implementation]
+        setattr(module, attention.STATE, attention.AttentionState(state.swap, calls=calls))
+        state.watched.append(module)
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except Exception as error:
+        state.report.notes.append(
+            f"attention kept: a forward of 4 tokens raised {_one_line(error)}"
+        )
+        calls.clear()
+    callers = {call.module for call in calls}
+    for module in state.watched:
+        if module in callers:
+            getattr(module, attention.STATE).calls = None
+        else:
+            delattr(module, attention.STATE)
+    state.watched = [module for module in state.watched if module in callers]
+    return calls
+
+
+def _prove_call(call: attention.Call, original: str, swap: Swap) -> tuple[str | None, Proof | None]:
+    if call.refused is not None:
+        return call.refused, None
+    try:
+        proof = attention.prove(call, original, swap)
+    except Exception as error:
+        return f"not proved: {_one_line(error)}", None
+    return (None, proof) if proof.holds else ("not what flash_attention computes", proof)
+
+
+# --------------------------------------------------------------------------------- the report
+
+
+def _list_the_rest(model: nn.Module, state: Patch) -> None:
+    """A line for each module that holds tensors, or attends, and that nothing above spoke of."""
+    listed = {entry.name for entry in state.report.entries}
+    for name, module in model.named_modules():
+        class_name = type(module).__name__
+        if name in listed:
+            continue
+        if class_name.endswith("Attention"):
+            reason = "does not call transformers' attention interface, or was not asked for"
+            state.report.entries.append(Entry(name, class_name, None, reason, expected=False))
+        elif not any(module.children()) and (module._parameters or module._buffers):
+            reason = "no operation for it in this version"
+            state.report.entries.append(Entry(name, class_name, None, reason, expected=False))

@@ -1,0 +1,61 @@
+"""Every replacement proves itself: ours against the original, both against a higher precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MIN_VALUES = 4096  # output values that one proof compares at the least
+RELATIVE = 2.0  # ours may err this many times as much as the original
+FLOOR_EPS = 4.0  # or this many machine epsilons of the model's dtype, whichever is larger
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Relative RMS errors against the oracle, and whether ours may stand for the original."""
+
+    error: float  # ours
+    own_error: float  # the original's
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.limit  # false for NaN too
+
+    def __str__(self) -> str:
+        return f"error {self.error:.1e}, original's own {self.own_error:.1e}"
+
+
+def oracle_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a proof's oracle computes in: float64 for float32, else float32."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def relative_rms(actual: torch.Tensor, oracle: torch.Tensor) -> float:
+    """RMS of ``actual - oracle`` over the RMS of ``oracle``, computed in float64."""
+    oracle = oracle.double()
+    scale = oracle.square().mean().sqrt()
+    return float((actual.double() - oracle).square().mean().sqrt() / scale)
+
+
+def compare(ours: torch.Tensor, original: torch.Tensor, oracle: torch.Tensor) -> Proof:
+    """Judge ``ours`` by the relative rule.
+
+    Args:
+        ours, original: the two results, of the model's dtype and of one shape.
+        oracle: the original computation one precision up, of the same shape.
+
+    Raises:
+        ValueError: shapes or dtypes differ, or there are fewer than ``MIN_VALUES`` values.
+    """
+    if ours.shape != original.shape or ours.dtype != original.dtype:
+        raise ValueError(
+            f"proof: ours gave {ours.dtype} {tuple(ours.shape)}, "
+            f"the original {original.dtype} {tuple(original.shape)}"
+        )
+    if ours.numel() < MIN_VALUES:
+        raise ValueError(f"proof: at least {MIN_VALUES} values wanted, got {ours.numel()}")
+    own = relative_rms(original, oracle)
+    limit = max(RELATIVE * own, FLOOR_EPS * torch.finfo(ours.dtype).eps)
+    return Proof(relative_rms(ours, oracle), own, limit)

@@ -1,0 +1,68 @@
+"""What a swapped module shares with its patch: the operations, and how often one could not run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import llmfast_kernels
+
+logger = logging.getLogger("llmfast")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations that a patch puts in. The default ones choose by the tensors' device."""
+
+    rms_norm: Callable[..., torch.Tensor] = llmfast_kernels.rms_norm
+    silu_mul: Callable[..., torch.Tensor] = llmfast_kernels.silu_mul
+    gelu_tanh_mul: Callable[..., torch.Tensor] = llmfast_kernels.gelu_tanh_mul
+    gelu_mul: Callable[..., torch.Tensor] = llmfast_kernels.gelu_mul
+    flash_attention: Callable[..., Any] = llmfast_kernels.flash_attention
+
+
+@dataclass
+class Swap:
+    """Shared by all swapped modules of one model; deep-copied and pickled with it."""
+
+    operations: Operations
+    fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def fell_back(self, module: nn.Module, reason: str) -> None:
+        """Count a call that the original computes, and log the first of its kind."""
+        if torch.compiler.is_compiling():
+            return  # a counter is a side effect that a traced graph should not carry
+        key = (type(module).__name__, reason)
+        self.fallbacks[key] += 1
+        if self.fallbacks[key] == 1:
+            logger.warning("llmfast: %s runs its original forward: %s", *key)
+
+
+def why_not(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why a call on ``x`` must go to the original module; None if ours can take it.
+
+    What may change after the proof is looked at in every call: the mode, autograd, and where and
+    of what dtype the model is now.
+    """
+    if module.training:
+        return "the module is in training mode"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "outside torch.no_grad()"
+    if x.dtype is not weight.dtype or x.dtype not in FLOATS:
+        return f"input is {x.dtype}, weight is {weight.dtype}"
+    if x.device != weight.device:
+        return f"input is on {x.device}, weight on {weight.device}"
+    return None
+
+
+def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward that the module's class defines."""
+    return type(module).forward(module, *args, **kwargs)
