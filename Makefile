@@ -29,7 +29,9 @@ check: setup
 	$(BIN)/mypy
 
 gpu-test: setup
-	$(BIN)/python -m pytest -m 'not cpu_only'
+	$(BIN)/python -m pytest
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python tests/gpu/sanitize.py
 
 bench: setup
 	$(BIN)/python -m pytest bench

@@ -29,3 +29,13 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     return make_nan
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``@pytest.mark.gpu``: wants a GPU."""
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="wants a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

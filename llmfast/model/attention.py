@@ -293,7 +293,6 @@ def _ours(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        causal=True,
         scale=kwargs.get("scaling"),
         window=mask.window,
         softcap=kwargs.get("softcap"),

@@ -242,7 +242,7 @@ def _prove_module(
 ) -> Callable[[str, nn.Module], Entry]:
     """Prove one module; return what to do with it and with each of its twins."""
     try:
-        best, proof = choose(module, candidates, state.swap.operations)
+        best, proof = choose(module, candidates, state.swap.given)
     except Exception as error:  # whatever it raises, a module that cannot be proved is kept
         return _keep(f"not proved: {_one_line(error)}")
     if not proof.holds:

@@ -13,6 +13,8 @@ from torch import nn
 
 import llmfast_kernels
 
+from . import compiled
+
 logger = logging.getLogger("llmfast")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,12 +31,26 @@ class Operations:
     flash_attention: Callable[..., Any] = llmfast_kernels.flash_attention
 
 
+_COMPILED = Operations(
+    rms_norm=compiled.rms_norm,
+    silu_mul=compiled.silu_mul,
+    gelu_tanh_mul=compiled.gelu_tanh_mul,
+    gelu_mul=compiled.gelu_mul,
+    flash_attention=compiled.flash_attention,
+)
+
+
 @dataclass
 class Swap:
     """Shared by all swapped modules of one model; deep-copied and pickled with it."""
 
-    operations: Operations
+    given: Operations
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def operations(self) -> Operations:
+        """What to call now."""
+        return _COMPILED if torch.compiler.is_compiling() else self.given
 
     def fell_back(self, module: nn.Module, reason: str) -> None:
         """Count a call that the original computes, and log the first of its kind."""

@@ -1,0 +1,90 @@
+"""flash_attention against cuDNN and FlashAttention-2, the two that PyTorch brings along.
+
+Prefill: 16,384 tokens in all, causal; a step counts 4 * D operations for each query and key below
+the diagonal. Decode: one query over a contiguous cache; the bytes are K and V, each read once.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llmfast_kernels import flash_attention
+
+HEADS, KV_HEADS = 32, 8
+TOKENS = 16384  # of a prefill, all sequences together
+DECODE = [  # batch, context
+    (1, 1024),
+    (1, 8192),
+    (1, 32768),
+    (1, 131072),
+    (8, 4096),
+    (32, 2048),
+    (64, 4096),
+    (128, 1024),
+    (256, 2048),
+]
+
+
+def make(batch: int, heads: int, seq: int, dim: int) -> torch.Tensor:
+    """[B, H, L, D] in memory, as transformers and PyTorch hold it."""
+    return torch.randn(batch, heads, seq, dim, device="cuda", dtype=torch.bfloat16)
+
+
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+def sdpa(backend: SDPBackend, causal: bool) -> Callable[..., torch.Tensor]:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    return run
+
+
+def impls(causal: bool) -> dict[str, Callable[..., torch.Tensor]]:
+    return {
+        "llmfast": ours,
+        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, causal),
+        "flash2": sdpa(SDPBackend.FLASH_ATTENTION, causal),
+    }
+
+
+@pytest.mark.parametrize("seq", [512, 1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("dim", [64, 128])
+def bench_prefill(bench_op, dim, seq):
+    batch = TOKENS // seq
+
+    def make_inputs():
+        k, v = make(batch, KV_HEADS, seq, dim), make(batch, KV_HEADS, seq, dim)
+        return make(batch, HEADS, seq, dim), k, v
+
+    bench_op(
+        "prefill",
+        f"heads={HEADS} kv_heads={KV_HEADS} dim={dim} seq={seq} batch={batch} tier=portable",
+        impls(causal=True),
+        make_inputs,
+        flops=4 * batch * HEADS * seq * seq * dim / 2,
+    )
+
+
+@pytest.mark.parametrize(("batch", "context"), DECODE, ids=lambda n: str(n))
+def bench_decode(bench_op, batch, context):
+    dim = 128
+
+    def make_inputs():
+        k, v = make(batch, KV_HEADS, context, dim), make(batch, KV_HEADS, context, dim)
+        return make(batch, HEADS, 1, dim), k, v
+
+    bench_op(
+        "attention_decode",
+        f"heads={HEADS} kv_heads={KV_HEADS} dim={dim} kv=bf16 layout=contiguous "
+        f"batch={batch} context={context}",
+        # one query sees every key: a causal mask from the top left would leave it the first
+        impls(causal=False),
+        make_inputs,
+        bytes_moved=2 * batch * KV_HEADS * context * dim * torch.bfloat16.itemsize,
+    )

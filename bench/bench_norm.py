@@ -1,0 +1,69 @@
+"""The norms against eager PyTorch and torch.compile, at the sizes of Llama-3.1-8B.
+
+pytest bench/bench_norm.py
+"""
+
+import pytest
+import torch
+
+from llmfast_kernels.norm import add_rms_norm, rms_norm
+from llmfast_kernels.norm.reference import add_rms_norm_reference, rms_norm_reference
+
+EPS = 1e-6
+WIDTH, HEADS, HEAD_DIM = 4096, 32, 128
+DTYPE = torch.bfloat16
+
+each_size = pytest.mark.parametrize("tokens", [1, 64, 4096, 16384], ids=lambda n: f"{n}tokens")
+
+
+def impls(ours, reference, weight):
+    """The three under one signature; compiled for the one shape, as its best case."""
+    compiled = torch.compile(reference, dynamic=False)
+    by_name = {"llmfast": ours, "eager": reference, "torch.compile": compiled}
+    return {
+        name: lambda *inputs, f=function: f(*inputs, weight, eps=EPS)
+        for name, function in by_name.items()
+    }
+
+
+def random(*shape):
+    return torch.randn(shape, device="cuda", dtype=DTYPE)
+
+
+@each_size
+def bench_rms_norm(bench_op, tokens):
+    weight = random(WIDTH)
+    bench_op(
+        "norm",
+        f"tokens={tokens} width={WIDTH} dtype=bf16 op=rms_norm",
+        impls(rms_norm, rms_norm_reference, weight),
+        lambda: (random(tokens, WIDTH),),
+        # reads x, writes y
+        2 * tokens * WIDTH * DTYPE.itemsize + weight.nbytes,
+    )
+
+
+@each_size
+def bench_add_rms_norm(bench_op, tokens):
+    weight = random(WIDTH)
+    bench_op(
+        "norm",
+        f"tokens={tokens} width={WIDTH} dtype=bf16 op=add_rms_norm",
+        impls(add_rms_norm, add_rms_norm_reference, weight),
+        lambda: (random(tokens, WIDTH), random(tokens, WIDTH)),
+        # reads x and residual, writes y and the sum
+        4 * tokens * WIDTH * DTYPE.itemsize + weight.nbytes,
+    )
+
+
+@each_size
+def bench_head_norm(bench_op, tokens):
+    weight = random(HEAD_DIM)
+    bench_op(
+        "norm",
+        f"tokens={tokens} heads={HEADS} width={HEAD_DIM} dtype=bf16 op=head_norm",
+        impls(rms_norm, rms_norm_reference, weight),
+        lambda: (random(tokens, HEADS, HEAD_DIM),),
+        # reads x, writes y
+        2 * tokens * HEADS * HEAD_DIM * DTYPE.itemsize + weight.nbytes,
+    )

@@ -1,0 +1,121 @@
+"""Gated activations in Triton. Arguments are checked by op.py; here they are taken as good."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..relaunch import Relaunch, aligned
+
+MAX_TILE = 1024  # elements of one program
+_FEW_ROWS = 64  # up to here a GPU is not filled, and one program's latency is what counts
+_MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one row is cut into programs."""
+
+    block_n: int  # elements of a row that one program takes
+    num_warps: int
+
+
+@cache
+def choose_launch(n_cols: int, few_rows: bool = False) -> Launch:
+    """Pick the launch for rows of ``n_cols`` products. Pure: it asks no device.
+
+    ``few_rows`` says that the rows do not fill a GPU, as in decoding: then smaller programs, since
+    what counts is how long one of them takes.
+    """
+    block_n = min(triton.next_power_of_2(n_cols), MAX_TILE // 2 if few_rows else MAX_TILE)
+    # 8 elements a lane are one load of 16 bytes in half precision; 4 are done sooner
+    return Launch(block_n, num_warps=max(block_n // (128 if few_rows else 256), 1))
+
+
+@triton.jit
+def _act_mul_kernel(
+    gate_ptr,  # [n_rows, n_cols]; with up in [n_rows, n_cols:2 * n_cols] if MERGED
+    up_ptr,  # [n_rows, n_cols], read only if not MERGED
+    y_ptr,  # [n_rows, n_cols] contiguous, written
+    n_cols,
+    stride_gate_row,
+    stride_up_row,
+    ACT: tl.constexpr,  # "silu", "gelu_tanh" or "gelu"
+    MERGED: tl.constexpr,
+    MANY_ROWS: tl.constexpr,  # more than the grid's second axis takes: rows go on the first
+    BLOCK_N: tl.constexpr,
+):
+    # int64: n_rows * n_cols passes 2**31 for a long prefill
+    row = tl.program_id(0 if MANY_ROWS else 1).to(tl.int64)
+    cols = tl.program_id(1 if MANY_ROWS else 0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < n_cols
+    dtype = y_ptr.dtype.element_ty
+
+    gate_row = gate_ptr + row * stride_gate_row
+    if MERGED:
+        up_row = gate_row + n_cols
+    else:
+        up_row = up_ptr + row * stride_up_row
+    gate = tl.load(gate_row + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_row + cols, mask=mask, other=0.0).to(tl.float32)
+
+    # where exp overflows to inf the quotient is 0, as it should be; nothing becomes NaN
+    if ACT == "silu":
+        act = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x**3)
+        act = gate / (1.0 + tl.exp(-gate * (1.5957691216057308 + 0.07135481627269 * gate * gate)))
+    else:
+        tl.static_assert(ACT == "gelu")
+        act = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))  # sqrt(1 / 2)
+    y = act.to(dtype).to(tl.float32) * up
+    tl.store(y_ptr + row * n_cols + cols, y.to(dtype), mask=mask)
+
+
+_act_mul = Relaunch(_act_mul_kernel)
+
+
+def launch_silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    return _launch("silu", gate, up)
+
+
+def launch_gelu_tanh_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    return _launch("gelu_tanh", gate, up)
+
+
+def launch_gelu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    return _launch("gelu", gate, up)
+
+
+def _launch(act: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    if gate.is_cuda and gate.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(gate.device):  # Triton launches on the current device
+            return _launch(act, gate, up)
+    *leading, width = gate.shape
+    n_cols = width // 2 if up is None else width
+    y = torch.empty((*leading, n_cols), dtype=gate.dtype, device=gate.device)
+    n_rows = gate.numel() // width
+    launch = choose_launch(n_cols, n_rows <= _FEW_ROWS)
+    tiles = -(-n_cols // launch.block_n)
+    many_rows = n_rows > _MAX_GRID_Y
+    strides = (_row_stride(gate), 0 if up is None else _row_stride(up))
+    key = None
+    if aligned(gate, gate if up is None else up):
+        key = (gate.get_device(), gate.dtype, act, n_cols, strides, launch, up is None, many_rows)
+    _act_mul(
+        (n_rows, tiles) if many_rows else (tiles, n_rows),
+        key,
+        (gate, up, y, n_cols, *strides, act, up is None, many_rows, launch.block_n),
+        num_warps=launch.num_warps,
+    )
+    return y
+
+
+def _row_stride(tensor: torch.Tensor) -> int:
+    """Elements from one row to the next; op.py has checked that all rows are as far apart."""
+    width = tensor.shape[-1]
+    return width if tensor.is_contiguous() else tensor.view(-1, width).stride(0)

@@ -1,0 +1,243 @@
+"""The launch of attention. Arguments are checked by op.py; here they are taken as good."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..relaunch import ALIGNMENT, Relaunch, aligned
+from .decode import DecodeLaunch, _decode_kernel, _merge_kernel, choose_decode_launch, max_rows
+from .loop import LOG2_E, pad_head_dim
+from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
+
+Launch = PrefillLaunch | DecodeLaunch
+_prefill, _decode, _merge = map(Relaunch, (_prefill_kernel, _decode_kernel, _merge_kernel))
+
+
+class _Device(NamedTuple):
+    sm_count: int
+    shared_memory: int  # of one program at most, bytes
+
+
+@functools.cache
+def _device(index: int | None) -> _Device:
+    if index is None:  # Triton's interpreter on a CPU: as an H100
+        return _Device(132, 227 * 1024)
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return _Device(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def launch_flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_start: torch.Tensor | None = None,
+    key_end: torch.Tensor | None = None,
+    query_offset: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+    _launch: Launch | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    batch, n_queries, n_heads, head_dim = q.shape
+    n_keys = k.shape[1]
+    offset_tensor: torch.Tensor | None = None
+    stride_offset = 0
+    if isinstance(query_offset, torch.Tensor):
+        offset_tensor, query_offset = query_offset, 0
+        stride_offset = 1 if offset_tensor.numel() > 1 else 0
+    elif query_offset is None:
+        query_offset = n_keys - n_queries
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty((batch, n_heads, n_queries), dtype=torch.float32, device=q.device)
+    _run(
+        q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, None, None,
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        (n_queries * n_heads * head_dim, n_heads * n_queries, n_queries),
+        stride_offset, batch, n_queries, n_keys, query_offset, causal, scale, window, softcap,
+        _launch,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def launch_flash_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    _launch: Launch | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    _run(
+        q, k, v, out, lse, sinks, None, None, None, cu_seqlens_q, cu_seqlens_k,
+        (0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2]),
+        (0, 0, q.shape[0]),
+        0, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, 0, causal, scale, window,
+        softcap, _launch,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    key_end: torch.Tensor | None,
+    offset_tensor: torch.Tensor | None,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    strides_in: tuple[int, ...],  # of q, k, v: batch, row, head
+    strides_out: tuple[int, int, int],  # out's batch, lse's batch and head
+    stride_offset: int,
+    batch: int,
+    n_queries: int,
+    n_keys: int,
+    query_offset: int,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    launch: Launch | None,
+) -> None:
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):  # Triton launches on the current device
+            return _run(
+                q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, cu_q, cu_k,
+                strides_in, strides_out, stride_offset, batch, n_queries, n_keys, query_offset,
+                causal, scale, window, softcap, launch,
+            )  # fmt: skip
+    n_heads, head_dim = q.shape[-2:]
+    n_kv_heads = k.shape[-2]
+    group = n_heads // n_kv_heads
+    if scale is None:
+        scale = head_dim**-0.5
+    if softcap is None:
+        scale *= LOG2_E
+    else:
+        scale, softcap = scale / softcap, softcap * LOG2_E
+    if launch is None:
+        launch = _choose(q, batch, n_queries, n_keys, n_kv_heads, group, window)
+    optional = (sinks, key_start, key_end, offset_tensor, cu_q, cu_k)
+    key = _key(q, k, v, lse, optional, (*strides_in, strides_out[0]), window, softcap)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    tensors = (lse, *optional, *strides_in, *strides_out, stride_offset)
+    block_d = pad_head_dim(head_dim)
+    sizes: tuple[float | None, ...]
+    constexprs: tuple[int, ...]
+    shape = (group, head_dim, launch.block_m, launch.block_n, block_d)
+    if isinstance(launch, PrefillLaunch):
+        grid = -(-n_queries // launch.block_m) * n_heads * batch
+        sizes = (n_heads, n_queries, n_keys, query_offset, scale, window, softcap)
+        constexprs = (causal, launch.heads_first, *shape)
+        _prefill(
+            (grid,),
+            key and (*key, *constexprs, launch.num_warps, launch.num_stages),
+            (q, k, v, out, *tensors, *sizes, *constexprs),
+            **options,
+        )
+        return
+
+    splits = launch.num_splits
+    n_partials = batch * splits * n_queries * n_heads
+    target = out
+    if splits > 1:
+        size = n_partials * (head_dim + 1)
+        target = torch.empty(size, dtype=torch.float32, device=q.device)
+    sizes = (n_kv_heads, n_queries, n_keys, query_offset, splits, scale, window, softcap)
+    constexprs = (causal, splits > 1, n_queries == 1, *shape)
+    _decode(
+        (batch * splits * n_kv_heads,),
+        key and (*key, *constexprs, launch.num_warps, launch.num_stages),
+        (q, k, v, target, *tensors, *sizes, *constexprs),
+        **options,
+    )
+    if splits > 1:
+        if n_partials >= 2**31:  # another variant: the number no longer fits int32
+            key = None
+        # two sizes only, so that a growing context compiles nothing new
+        sizes = (n_kv_heads, n_queries, splits, n_partials)
+        constexprs = (group, head_dim, 16 if splits <= 16 else 64, block_d)
+        _merge(
+            (batch * n_queries * n_heads,),
+            key and (*key, *constexprs),
+            (target, out, lse, cu_q, *strides_out, *sizes, *constexprs),
+            num_warps=4,
+        )
+
+
+def _key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor | None,
+    optional: tuple[torch.Tensor | None, ...],
+    strides: tuple[int, ...],
+    window: int | None,
+    softcap: float | None,
+) -> tuple[object, ...] | None:
+    """What the compiled variants depend on, if everything is aligned as it mostly is; else None."""
+    bits = 0
+    for stride in strides:
+        bits |= stride
+    present = [tensor for tensor in optional if tensor is not None]
+    if bits % ALIGNMENT or not aligned(q, k, v, *present):
+        return None
+    dtypes = [None if tensor is None else tensor.dtype for tensor in optional]
+    return (q.get_device(), q.dtype, lse is None, *dtypes, window is None, softcap is None)
+
+
+def _choose(
+    q: torch.Tensor,
+    batch: int,
+    n_queries: int,
+    n_keys: int,
+    n_kv_heads: int,
+    group: int,
+    window: int | None,
+) -> Launch:
+    device = _device(q.device.index if q.is_cuda else None)
+    head_dim, element_size = q.shape[-1], q.element_size()
+    if n_queries * group > max_rows(element_size):
+        return choose_prefill_launch(
+            n_queries=n_queries,
+            head_dim=head_dim,
+            element_size=element_size,
+            shared_memory=device.shared_memory,
+        )
+    if window is not None:
+        n_keys = min(n_keys, window + n_queries - 1)
+    return choose_decode_launch(
+        sequences=batch * n_kv_heads,
+        rows=n_queries * group,
+        key_blocks=-(-n_keys // 64),
+        head_dim=head_dim,
+        element_size=element_size,
+        sm_count=device.sm_count,
+        shared_memory=device.shared_memory,
+    )

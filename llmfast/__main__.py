@@ -1,0 +1,5 @@
+"""``python -m llmfast`` is the program ``llmfast``."""
+
+from .cli.main import main
+
+main()

@@ -1,0 +1,42 @@
+"""``llmfast demo``: a real model answers, and the kernels prove themselves on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import util
+
+import typer
+
+from . import ui
+from .generate import Request, answer
+
+QUESTION = "What is the capital of France?"
+
+
+def demo_command() -> None:
+    """See a real model answer and the kernels prove themselves.
+
+    On a GPU the kernels answer. Without one PyTorch answers,
+    and the model's first block then runs through the kernels in Triton's
+    interpreter: real weights, the same prompt.
+    """
+    print(f"The embedded model is asked: {QUESTION}\n", flush=True)
+    answer(Request(QUESTION, stats=True))
+    import torch
+
+    if torch.cuda.is_available():
+        return  # the report under the statistics is the proof
+    if util.find_spec("triton") is None:
+        ui.note("Triton is not installed here (it comes for Linux only): the kernels do not run")
+        return
+    print("\nThe model's first block, through the Triton kernels in Triton's interpreter:\n")
+    sys.stdout.flush()
+    # a child process, since Triton reads its own switch when it is imported
+    child = subprocess.run(
+        [sys.executable, "-m", "llmfast.cli.interpreted", QUESTION],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    if child.returncode != 0:
+        raise typer.Exit(child.returncode if child.returncode > 0 else 1)

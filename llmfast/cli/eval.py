@@ -1,0 +1,285 @@
+"""``llmfast eval``: what a model is worth, beside a reference."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from . import ui
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..measure.quality import Progress, Quality
+    from ..measure.results import Run
+    from ..model.report import Report
+
+EMBEDDED_NAME = "smollm2-135m"
+WEIGHTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call of ``llmfast eval`` asks for. None: not given."""
+
+    model: str | None = None
+    reference: str | None = None
+    text: str = "persuasion"
+    tokens: int = 4096
+    window: int = 512
+    stride: int | None = None
+    ops: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 0
+    json_path: str | None = None
+
+    def check(self) -> None:
+        """Refuse what no model could be measured on, before one is loaded.
+
+        Raises:
+            UserError: an option outside its range.
+        """
+        if self.window < 2:
+            raise UserError(f"--window must be at least 2 tokens, got {self.window}")
+        if self.tokens <= self.window + 1:
+            raise UserError(
+                f"--tokens must be more than one window of {self.window} and a token, so that an "
+                f"interval can be given; got {self.tokens}"
+            )
+        if self.stride is not None and not 1 <= self.stride <= self.window:
+            raise UserError(
+                f"--stride must be from 1 to the window of {self.window}, got {self.stride}"
+            )
+        if self.json_path not in (None, "-") and not Path(str(self.json_path)).parent.is_dir():
+            raise UserError(f"--json: there is no folder {Path(str(self.json_path)).parent}")
+
+
+def eval_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR-OR-HUB-ID",
+            help="A folder, a GGUF file or a model of the Hugging Face Hub.",
+            show_default="the embedded model",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR-OR-HUB-ID",
+            help="What to compare with, as transformers runs it.",
+            show_default="the same model, not patched",
+        ),
+    ] = None,
+    text: Annotated[
+        str, typer.Option(metavar="persuasion|pride-and-prejudice|FILE", help="What to read.")
+    ] = "persuasion",
+    tokens: Annotated[
+        int, typer.Option(help="How many tokens of the text, from its start.")
+    ] = 4096,
+    window: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens from one window to the next.", show_default="the window"),
+    ] = None,
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="norm,activation,attention|all",
+            help="What to swap in the model.",
+            show_default="all on a GPU, nothing on a CPU",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="For example cuda:1 or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="For example bfloat16.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap that gives the intervals.")] = 0,
+    json_path: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE|-", help="Merge the figures into a results file."),
+    ] = None,
+) -> None:
+    """Measure perplexity, KL divergence to a reference and top-1 agreement, with 95% intervals.
+
+    Compares the model as llmfast runs it with the reference, on the same windows of a text.
+    """
+    evaluate(
+        Request(model, reference, text, tokens, window, stride, ops, device, dtype, seed, json_path)
+    )
+
+
+def evaluate(request: Request) -> Quality:
+    """Measure what is asked for and print it; progress and notes go to stderr.
+
+    Raises:
+        UserError: a request that cannot be met.
+    """
+    from ..measure.texts import read_text
+
+    request.check()
+    text = read_text(request.text)
+    with ui.progress(f"Loading {request.model or 'the embedded model'}"):
+        import torch
+
+        import llmfast
+
+        from ..measure.quality import compare
+
+        model, tokenizer = llmfast.load(request.model, device=request.device, dtype=request.dtype)
+        ids = _encode(tokenizer, text.text, request)
+    if request.reference is None:
+        reference: Any = _twin(model)
+    else:
+        with ui.progress(f"Loading {request.reference}"):
+            reference = llmfast.load(
+                request.reference, device=request.device, dtype=request.dtype
+            ).model
+    with ui.progress("Compiling the kernels and proving each"):
+        report = llmfast.patch(model, ops=_ops(request.ops))
+    with _windows_bar() as advance:
+        quality = compare(
+            reference,
+            model,
+            torch.tensor(ids),
+            window=request.window,
+            stride=request.stride,
+            seed=request.seed,
+            progress=advance,
+        )
+
+    from rich.console import Console
+
+    to_stdout = request.json_path == "-"
+    console = Console(stderr=to_stdout)
+    console.print(_table(quality, request, text.name))
+    print(_swapped(report), file=sys.stderr if to_stdout else sys.stdout)
+    if request.json_path is not None:
+        run = _run(quality, request, text.name, _weights(model), _weights(reference))
+        _write_json(run, request.json_path)
+    return quality
+
+
+def _encode(tokenizer: Any, text: str, request: Request) -> list[int]:
+    # verbose=False: the text is longer than the context by intent
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < request.tokens:
+        raise UserError(
+            f"--tokens: {request.text} has {len(ids)} tokens for this model, got {request.tokens}"
+        )
+    return ids[: request.tokens]
+
+
+def _twin(model: Any) -> Any:
+    """A copy of the modules that shares the weights, so that a reference takes no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _ops(ops: str | None) -> str | list[str] | None:
+    if ops is None or ops == "all":
+        return ops
+    return [op.strip() for op in ops.split(",")]
+
+
+@contextmanager
+def _windows_bar() -> Generator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("Windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _table(quality: Quality, request: Request, text: str) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{text}, {quality.tokens} tokens scored in {quality.windows} windows of "
+        f"{request.window}",
+        title_justify="left",
+    )
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("95% interval", justify="right")
+    other = request.reference or "unpatched"
+    for name, estimate, form in (
+        ("perplexity", quality.perplexity, ".4f"),
+        (f"perplexity, {other}", quality.reference_perplexity, ".4f"),
+        ("ratio of the two", quality.perplexity_ratio, ".6f"),
+        (f"KL from {other} (nats a token)", quality.kl, ".3g"),
+        (f"top-1 agreement with {other}", quality.top1_agreement, ".2%"),
+    ):
+        interval = f"{estimate.low:{form}} to {estimate.high:{form}}"
+        table.add_row(name, f"{estimate.value:{form}}", interval)
+    return table
+
+
+def _swapped(report: Report) -> str:
+    lines = [f"{report.swapped} modules swapped, {report.kept} kept"]
+    operations = sorted({entry.operation for entry in report.entries if entry.operation})
+    lines += [f"  {operation}" for operation in operations]
+    lines += [
+        f"  fell back: {name}, {count} calls: {reason}"
+        for (name, reason), count in sorted(report.fallbacks.items())
+    ]
+    return "\n".join([*lines, *report.notes])
+
+
+def _run(quality: Quality, request: Request, text: str, weights: str, reference: str) -> Run:
+    from ..measure.environment import capture_env, run_id
+    from ..measure.record import make_row
+    from ..measure.results import Run, format_case
+
+    sizes = {"text": _slug(text), "tokens": request.tokens, "window": request.window}
+    if request.stride is not None:
+        sizes["stride"] = request.stride
+    case = format_case({"model": _slug(request.model), "weights": weights, **sizes})
+    other = format_case(
+        {"model": _slug(request.reference or request.model), "weights": reference, **sizes}
+    )
+    # a figure over n windows is one estimate; its interval holds what they vary
+    rows = (
+        make_row(case, "llmfast", "perplexity", quality.perplexity, 1),
+        make_row(other, "transformers", "perplexity", quality.reference_perplexity, 1),
+        make_row(case, "llmfast", "perplexity_ratio", quality.perplexity_ratio, 1),
+        make_row(case, "llmfast", "kl_to_dense", quality.kl, 1),
+        make_row(case, "llmfast", "top1_agreement", quality.top1_agreement, 1),
+    )
+    env = capture_env()
+    return Run(run_id(env), env, rows)
+
+
+def _slug(name: str | None) -> str:
+    """A model or text as a case's value: its last part, in lower case, without spaces and "="."""
+    if name in (None, "embedded"):
+        return EMBEDDED_NAME
+    return "-".join(Path(str(name)).name.lower().replace("=", "-").split())
+
+
+def _weights(model: Any) -> str:
+    name = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return WEIGHTS.get(name, name)
+
+
+def _write_json(run: Run, path: str) -> None:
+    from ..measure.results import merge, to_data, validate
+
+    if path == "-":
+        data = to_data((run,))
+        validate(data, suite="quality")
+        print(json.dumps(data, indent=1))
+    else:
+        merge(Path(path), run, suite="quality")

@@ -1,0 +1,39 @@
+"""The demo's second part, in a process of its own: kernels on a machine without a GPU.
+
+``TRITON_INTERPRET=1 python -m llmfast.cli.interpreted PROMPT``. Triton reads that switch, which is
+its own, when it is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ..errors import UserError
+from . import ui
+
+
+def main(prompt: str) -> int:
+    """Prove the embedded model's first block on ``prompt``; returns the exit code."""
+    try:
+        model, tokenizer = ui.load(None, device="cpu", dtype="float32")
+        with ui.progress("Interpreting the first block's kernels"):
+            import torch
+
+            from ..model.demo import prove_first_block
+            from .generate import encode
+
+            report = prove_first_block(model, torch.tensor([encode(tokenizer, prompt)]))
+        print(report)
+    except UserError as mistake:
+        ui.error(str(mistake))
+        return 2
+    except KeyboardInterrupt:
+        return ui.INTERRUPTED
+    if report.kept or not report.swapped:
+        ui.error("a kernel of the first block did not prove itself: the table says which")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

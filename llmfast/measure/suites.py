@@ -1,0 +1,84 @@
+"""The suites and metrics that a results file may hold, and the unit of each metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNITS = {
+    "us": "us",
+    "us_per_block": "us",
+    "ms": "ms",
+    "ms_per_step": "ms",
+    "ttft_ms": "ms",
+    "ttft_p50_ms": "ms",
+    "ttft_p99_ms": "ms",
+    "itl_p50_ms": "ms",
+    "itl_p99_ms": "ms",
+    "s": "s",
+    "start_to_first_token_s": "s",
+    "gb_per_s": "GB/s",
+    "tflops": "TFLOP/s",
+    "tok_per_s": "tok/s",
+    "out_tok_per_s": "tok/s",
+    "req_per_s": "req/s",
+    "peak_over_weights_cache_gib": "GiB",
+    "roofline_share": "1",
+    "gpu_busy_share": "1",
+    "time_ratio": "1",  # our time over the peer's, round by round: below 1 is faster
+    "perplexity": "1",
+    "perplexity_ratio": "1",
+    "kl_to_dense": "nat",
+    "top1_agreement": "1",
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite measures, in which metrics, and the command that makes its file."""
+
+    about: str
+    metrics: tuple[str, ...]
+    command: str | None = None  # None: nothing in this repository makes it yet
+
+
+_OPS = ("us", "gb_per_s")
+_SERVE = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "req_per_s")
+_DECODE = (
+    "tok_per_s",
+    "ms_per_step",
+    "roofline_share",
+    "peak_over_weights_cache_gib",
+    "ttft_ms",
+    "start_to_first_token_s",
+)
+
+SUITES: dict[str, Suite] = {
+    "ceilings": Suite("what the GPU can do at best", ("gb_per_s", "tflops"), "pytest bench"),
+    "norm": Suite("normalisation", _OPS, "pytest bench/bench_norm.py"),
+    "activation": Suite("gated activations", _OPS, "pytest bench/bench_activation.py"),
+    "rope": Suite("rotary position embedding", _OPS),
+    "kv_cache": Suite("writes to the cache", _OPS),
+    "linear": Suite("the four linear layers of a block", ("us_per_block",)),
+    "attention_decode": Suite(
+        "attention of one new token over a long context", _OPS, "pytest bench/bench_attention.py"
+    ),
+    "prefill": Suite(
+        "attention of a whole prompt, causal", ("tflops",), "pytest bench/bench_attention.py"
+    ),
+    "sampling": Suite("the choice of the next token", ("us",)),
+    "generate": Suite(
+        "model.generate, patched and not",
+        ("tok_per_s", "time_ratio"),
+        "pytest bench/bench_model.py",
+    ),
+    "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_model.py"),
+    "decode": Suite("token by token generation", _DECODE),
+    "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
+    "throughput": Suite("many requests at once", ("out_tok_per_s", "gpu_busy_share")),
+    "serve": Suite("requests that arrive over time", _SERVE),
+    "quality": Suite(
+        "what a model lost",
+        ("perplexity", "perplexity_ratio", "kl_to_dense", "top1_agreement"),
+        "llmfast eval",
+    ),
+}

@@ -1,0 +1,136 @@
+"""A Llama-architecture GGUF file as a transformers model and tokenizer.
+
+The model is built without memory (on PyTorch's meta device), then each tensor is read,
+dequantised and put in place, so nothing is initialised only to be overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import torch
+from gguf.quants import dequantize
+
+from ..errors import UserError
+from .gguf_config import llama_config
+from .gguf_file import GgufFile
+from .gguf_tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+READABLE = ("Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32")
+
+
+def load_gguf(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Read ``path`` whole: the model on ``device`` in ``dtype``, in eval mode, and its tokenizer.
+
+    ``on_progress("loading weights", done, total)`` is called after each tensor.
+
+    Raises:
+        UserError: what is wrong with the file, found before any tensor is read.
+    """
+    file = GgufFile(path)
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path}: architecture {architecture!r} cannot be read; 'llama' can")
+    if file.metadata.get("split.count", 0) not in (0, 1):
+        raise UserError(f"{path}: one part of a split GGUF; join the parts with gguf-split --merge")
+    _check_types(file)
+    config = llama_config(file, dtype)
+    tokenizer = load_tokenizer(file, config.max_position_embeddings)
+    model = _empty_model(config)
+    names = _match(file, model)
+
+    def read(name: str) -> torch.Tensor:
+        return _read(file, name, config).to(dtype).to(device)
+
+    weights = {}
+    # threads, since numpy gives up the interpreter's lock while it works on a tensor
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for done, (name, weight) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
+            weights[names[name]] = weight
+            if on_progress is not None:
+                on_progress("loading weights", done, len(names))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    # the only buffers are computed, not stored: make them anew where there is memory
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    return model.eval(), tokenizer
+
+
+def _check_types(file: GgufFile) -> None:
+    for info in file.tensors.values():
+        if info.type_name not in READABLE:
+            raise UserError(
+                f"{file.path}: tensor {info.name!r} has type {info.type_name}, which cannot be"
+                f" read; {', '.join(READABLE)} can"
+            )
+
+
+def _empty_model(config: LlamaConfig) -> LlamaForCausalLM:
+    from transformers import GenerationConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    end, pad = config.eos_token_id, config.pad_token_id
+    if pad is None:  # any id can fill up a batch: it is masked
+        pad = end[0] if isinstance(end, list) else end
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=end, pad_token_id=pad
+    )
+    return model
+
+
+def _match(file: GgufFile, model: LlamaForCausalLM) -> dict[str, str]:
+    """The file's tensor names, each with the name of its parameter; every one has a partner."""
+    blocks = model.config.num_hidden_layers
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
+    names = {}
+    for parameter, value in model.named_parameters():  # a tied output is listed once, as input
+        name = known.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        info = file.tensors.get(name)
+        if info is None:
+            raise UserError(f"{file.path}: tensor {name!r} is missing")
+        if info.shape != tuple(value.shape):
+            raise UserError(
+                f"{file.path}: tensor {name!r} must have shape {tuple(value.shape)} by the"
+                f" metadata; got {info.shape}"
+            )
+        names[name] = parameter
+    # held by the config: see gguf_config
+    unknown = file.tensors.keys() - names.keys() - {"rope_freqs.weight"}
+    if unknown:
+        raise UserError(f"{file.path}: tensor {min(unknown)!r} is not part of a Llama model")
+    return names
+
+
+def _read(file: GgufFile, name: str, config: LlamaConfig) -> torch.Tensor:
+    values = dequantize(file.raw(name), file.tensors[name].type)
+    if not values.flags.writeable:  # float32 is a view of the file
+        values = values.copy()
+    tensor = torch.from_numpy(values)
+    if ".attn_q." in name:
+        return _half_split(tensor, config.num_attention_heads)
+    if ".attn_k." in name:
+        return _half_split(tensor, config.num_key_value_heads)
+    return tensor
+
+
+def _half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo GGUF's order of a head's rows: pairs that rotate together stand side by side there,
+    half a head apart in transformers."""
+    rest: tuple[Any, ...] = tuple(tensor.shape[1:])
+    return tensor.view(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,167 @@
+"""What the compile gate compiles of attention: features, dtypes, head sizes and targets pairwise.
+
+Hopper and Blackwell are given their own shared memory; the launches for sm_80 are those of the
+smallest GPU from there on, so they must fit everywhere.
+"""
+
+from __future__ import annotations
+
+from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
+
+from llmfast_kernels.attention.decode import choose_decode_launch
+from llmfast_kernels.attention.loop import pad_head_dim
+from llmfast_kernels.attention.prefill import choose_prefill_launch
+
+GROUP = 4
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+NUMBERS = ("stride_offset", "n_queries", "n_keys", "query_offset")
+OPTIONAL = {  # absent unless a feature asks for it
+    "lse": {"lse_ptr": "*fp32:16"},
+    "sinks": {"sinks_ptr": "*bf16:16"},
+    "keys": {"key_start_ptr": "*i64:16", "key_end_ptr": "*i64:16"},
+    "offset": {"offset_ptr": "*i64:16"},
+    "varlen": {"cu_q_ptr": "*i32:16", "cu_k_ptr": "*i32:16"},
+    "window": {"window": "i32"},
+    "softcap": {"softcap": "fp32"},
+}
+
+
+def _shared(target: str) -> int:
+    return SHARED_LIMIT_EVERYWHERE if target == "sm_80" else SHARED_LIMIT[target]
+
+
+def _attention(
+    kernel: str, target: str, dtype: str, dim: int, features: str, launch_options: dict[str, object]
+) -> Variant:
+    asked = features.split()
+    pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
+    strides = [f"stride_{name}" for name in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "vn", "vh")]
+    strides += ["stride_out_b", "stride_lse_b", "stride_lse_h"]
+    signature = (
+        dict.fromkeys(pointers, f"*{dtype}:16")
+        | dict.fromkeys(strides, "i64:16")
+        | dict.fromkeys(NUMBERS, "i32")
+        | {"scale": "fp32"}
+    )
+    constexprs: dict[str, object] = {
+        "CAUSAL": "full" not in asked,
+        "GROUP": GROUP,
+        "HEAD_DIM": dim,
+        "BLOCK_D": pad_head_dim(dim),
+    }
+    for feature, types in OPTIONAL.items():
+        if feature in asked:
+            signature |= types
+        else:
+            constexprs |= dict.fromkeys(types)
+    num_warps, num_stages = launch_options.pop("num_warps"), launch_options.pop("num_stages")
+    if kernel == "prefill":
+        signature["n_heads"] = "i32"
+    else:
+        signature |= {"n_kv_heads": "i32", "num_splits": "i32"}
+        if launch_options["SPLIT"]:
+            signature["out_ptr"] = "*fp32:16"
+    return Variant(
+        name=f"attention/{kernel} {dtype} {dim} {features}".rstrip(),
+        kernel=f"llmfast_kernels.attention.{kernel}:_{kernel}_kernel",
+        signature=signature,
+        constexprs=constexprs | launch_options,
+        num_warps=int(str(num_warps)),
+        num_stages=int(str(num_stages)),
+        targets=(target,),
+        everywhere=target == "sm_80",
+    )
+
+
+def _prefill(target: str, dtype: str, dim: int, features: str = "") -> Variant:
+    launch = choose_prefill_launch(
+        n_queries=4096,
+        head_dim=dim,
+        element_size=SIZES[dtype],
+        shared_memory=_shared(target),
+    )
+    options: dict[str, object] = {
+        "HEADS_FIRST": launch.heads_first,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    return _attention("prefill", target, dtype, dim, features, options)
+
+
+def _decode(target: str, dtype: str, dim: int, n_queries: int, features: str = "") -> Variant:
+    launch = choose_decode_launch(
+        sequences=8,
+        rows=n_queries * GROUP,
+        key_blocks=64,
+        head_dim=dim,
+        element_size=SIZES[dtype],
+        sm_count=132,
+        shared_memory=_shared(target),
+    )
+    options: dict[str, object] = {
+        "SPLIT": "split" in features,
+        "ONE_QUERY": n_queries == 1,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    features = f"queries={n_queries} {features}"
+    return _attention("decode", target, dtype, dim, features, options)
+
+
+def _merge(target: str, dtype: str, dim: int, splits: int, features: str = "") -> Variant:
+    signature = {"partial_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16"}
+    signature |= dict.fromkeys(("stride_out_b", "stride_lse_b", "stride_lse_h"), "i64:16")
+    signature |= dict.fromkeys(("n_kv_heads", "n_queries", "num_splits", "n_partials"), "i32")
+    constexprs: dict[str, object] = {
+        "GROUP": GROUP,
+        "HEAD_DIM": dim,
+        "BLOCK_S": splits,
+        "BLOCK_D": pad_head_dim(dim),
+    }
+    for name, feature, kind in (("lse_ptr", "lse", "*fp32:16"), ("cu_q_ptr", "varlen", "*i32:16")):
+        if feature in features:
+            signature[name] = kind
+        else:
+            constexprs[name] = None
+    return Variant(
+        name=f"attention/merge {dtype} {dim} splits={splits} {features}".rstrip(),
+        kernel="llmfast_kernels.attention.decode:_merge_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=4,
+        targets=(target,),
+    )
+
+
+VARIANTS = [
+    _prefill("sm_90", "bf16", 128),
+    _prefill("sm_90", "bf16", 64, "lse"),
+    _prefill("sm_90", "fp16", 256, "window softcap"),
+    _prefill("sm_90", "bf16", 80, "full lse"),
+    _prefill("sm_90", "fp32", 64, "window keys"),
+    _prefill("sm_80", "bf16", 128, "window sinks"),
+    _prefill("sm_80", "fp16", 64, "full softcap varlen"),
+    _prefill("sm_80", "fp32", 128, "softcap offset keys"),
+    _prefill("sm_80", "bf16", 256, "varlen sinks lse"),
+    _prefill("sm_100", "bf16", 128, "window softcap varlen"),
+    _prefill("sm_100", "fp16", 96, "keys sinks lse"),
+    _prefill("sm_100", "fp32", 256, "full offset sinks"),
+    _decode("sm_90", "bf16", 128, 1, "split"),
+    _decode("sm_90", "bf16", 128, 1, "sinks lse keys"),
+    _decode("sm_90", "fp16", 64, 3, "split window varlen"),
+    _decode("sm_90", "bf16", 256, 16, "split softcap keys"),
+    _decode("sm_90", "fp32", 128, 2, "split offset"),
+    _decode("sm_80", "bf16", 128, 16, "split offset keys"),
+    _decode("sm_80", "fp16", 112, 1, "split window sinks"),
+    _decode("sm_80", "fp32", 256, 1, "full lse softcap"),
+    _decode("sm_100", "bf16", 128, 1, "split offset keys"),
+    _decode("sm_100", "bf16", 64, 3, "full varlen lse"),
+    _decode("sm_100", "fp32", 64, 8, "split softcap window"),
+    _merge("sm_90", "bf16", 128, 64, "lse"),
+    _merge("sm_80", "fp32", 256, 4, "varlen"),
+    _merge("sm_100", "fp16", 80, 16, "varlen lse"),
+]

@@ -1,0 +1,157 @@
+"""Compile every variant for its targets, without a GPU, and print what each takes, as JSON.
+
+    python tests/compile/measure.py             # {"triton": version, "taken": {...}, ...}
+    python tests/compile/measure.py --update    # and write resources.json for this Triton
+
+A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
+from variants import MAX_COMPILATIONS, all_variants
+
+RECORD = Path(__file__).with_name("resources.json")
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help="rewrite the record")
+    update = parser.parse_args().update
+
+    taken: dict[str, dict[str, int]] = {}
+    limits: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    for variant in all_variants():
+        for target in variant.targets:
+            key = f"{variant.name} {target}"
+            if key in limits:
+                raise ValueError(f"two variants are named {key!r}")
+            limits[key] = SHARED_LIMIT[target]
+            if variant.everywhere and target.startswith("sm_"):
+                limits[key] = SHARED_LIMIT_EVERYWHERE
+            try:
+                taken[key] = measure(variant, target)
+            except Exception as error:  # reported by the gate, with the variants that do compile
+                errors[key] = f"{type(error).__name__}: {error}"
+
+    version = triton.__version__
+    print(
+        json.dumps(
+            {
+                "triton": version,
+                "taken": taken,
+                "limits": limits,
+                "errors": errors,
+                "max_compilations": MAX_COMPILATIONS,
+            }
+        )
+    )
+    if update:
+        if errors:
+            sys.exit(f"not recorded: {len(errors)} variants do not compile: {errors}")
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        record[version] = taken
+        RECORD.write_text(_lines(record))
+
+
+def _lines(record: dict[str, dict[str, dict[str, int]]]) -> str:
+    """JSON with a line for each variant, so that a difference shows what grew."""
+    versions = []
+    for version, taken in sorted(record.items()):
+        lines = (
+            f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}"
+            for key, value in sorted(taken.items())
+        )
+        versions.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(versions) + "\n}\n"
+
+
+def measure(variant: Variant, target: str) -> dict[str, int]:
+    """Bytes of stack and of shared memory; on AMD the count of spilled registers too."""
+    module, name = variant.kernel.split(":")
+    function = getattr(importlib.import_module(module), name)
+    compiled = triton.compile(
+        ASTSource(
+            function,
+            dict(_types(variant, function.arg_names)),
+            constexprs=variant.constexprs,
+            attrs={
+                (position,): [["tt.divisibility", 16]]
+                for position, argument in enumerate(function.arg_names)
+                if variant.signature.get(argument, "").endswith(":16")
+            },
+        ),
+        target=_gpu_target(target),
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            **variant.options,
+        },
+    )
+    taken = {"shared": int(compiled.metadata.shared)}
+    if target.startswith("sm_"):
+        return taken | {"stack": _stack(compiled.asm["cubin"])}
+    amdgcn = compiled.asm["amdgcn"]
+    return taken | {
+        "stack": _number(r"\.private_segment_fixed_size:\s*(\d+)", amdgcn),
+        "spilled_registers": _number(r"\.vgpr_spill_count:\s*(\d+)", amdgcn),
+    }
+
+
+def _types(variant: Variant, arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """The signature in the kernel's order, as ASTSource takes it; a name too many is a mistake."""
+    unknown = (variant.signature.keys() | variant.constexprs.keys()) - set(arguments)
+    missing = set(arguments) - (variant.signature.keys() | variant.constexprs.keys())
+    if unknown or missing:
+        raise ValueError(f"{variant.kernel} has no argument {unknown} and lacks {missing}")
+    for argument in arguments:
+        if argument in variant.constexprs:
+            yield argument, "constexpr"
+        else:
+            yield argument, variant.signature[argument].removesuffix(":16")
+
+
+def _gpu_target(target: str) -> GPUTarget:
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("hip", target, 64)
+
+
+def _stack(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    return _number(r"STACK:(\d+)", shown)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    if not found:
+        raise ValueError(f"no {pattern!r} in the compiler's output, which begins {text[:200]!r}")
+    return max(map(int, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Every kernel once or twice on odd shapes, for compute-sanitizer: ``make gpu-test`` runs it.
+
+A script, not a test: the sanitizer slows kernels a hundredfold, so the cases are few and small.
+With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that reading past
+one is seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import llmfast_kernels as ops
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def norms(dtype: torch.dtype) -> None:
+    for rows, cols, unit_offset in itertools.product((1, 5), (1, 67, 128, 4097), (False, True)):
+        x, weight = randn(rows, cols, dtype=dtype), randn(cols, dtype=dtype)
+        ops.rms_norm(x, weight, eps=1e-6, unit_offset=unit_offset)
+        ops.add_rms_norm(x, randn(rows, cols, dtype=dtype), weight, eps=1e-6)
+
+
+def activations(dtype: torch.dtype) -> None:
+    for rows, cols in itertools.product((1, 5), (1, 67, 1536, 4097)):
+        for op in (ops.silu_mul, ops.gelu_tanh_mul, ops.gelu_mul):
+            op(randn(rows, cols, dtype=dtype), randn(rows, cols, dtype=dtype))
+            op(randn(rows, 2 * cols, dtype=dtype))
+
+
+def attentions(dtype: torch.dtype) -> None:
+    lengths = ((1, 1), (1, 333), (3, 67), (67, 67), (131, 259), (5, 3))
+    for (queries, keys), head_dim in itertools.product(lengths, (64, 80, 128)):
+        q = randn(2, queries, 6, head_dim, dtype=dtype)
+        k, v = (randn(2, keys, 2, head_dim, dtype=dtype) for _ in range(2))
+        ops.flash_attention(q, k, v)
+        ops.flash_attention(
+            q,
+            k,
+            v,
+            window=9,
+            softcap=20.0,
+            sinks=randn(6, dtype=dtype),
+            key_start=torch.tensor([0, 2], device="cuda", dtype=torch.int32),
+            key_end=torch.tensor([keys, keys - 1], device="cuda", dtype=torch.int32),
+            query_offset=torch.tensor([keys - queries], device="cuda"),
+            return_lse=True,
+        )
+    ends = torch.tensor([0, 3, 3, 70], device="cuda", dtype=torch.int32)
+    q = randn(70, 6, 64, dtype=dtype)
+    k, v = (randn(70, 2, 64, dtype=dtype) for _ in range(2))
+    ops.flash_attention_varlen(
+        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=67, max_seqlen_k=67
+    )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        norms(dtype)
+        activations(dtype)
+        attentions(dtype)
+        torch.cuda.synchronize()
+        print(f"{dtype}: every kernel ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The embedded model through the swap: its answer, its perplexity, and the kernels' own code."""
+
+import copy
+
+import pytest
+import torch
+
+import llmfast
+from llmfast.measure.quality import perplexity
+from llmfast.measure.texts import read_text
+from llmfast.model.demo import launchers, prove_first_block
+from llmfast.model.patch import swap_in
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture
+def model(embedded, device):
+    """The trained model, unpatched whatever a test did."""
+    model = copy.deepcopy(embedded.model) if device.type == "cuda" else embedded.model
+    yield model.to(device)
+    if "_llmfast_patch" in vars(model):
+        llmfast.unpatch(model)
+
+
+@pytest.fixture
+def question(embedded, device):
+    messages = [{"role": "user", "content": QUESTION}]
+    return embedded.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(device)
+
+
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_answers_paris(model, embedded, question, dtype):
+    report = llmfast.patch(model.to(dtype), ops="all", strict=True)
+    assert report.swapped == 61 + 30 + 30
+    out = model.generate(**question, do_sample=False, max_new_tokens=20)
+    answer = embedded.tokenizer.decode(
+        out[0, question["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert answer == "The capital of France is Paris."
+    assert not report.fallbacks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_perplexity_of_persuasion_is_that_of_transformers(model, embedded, dtype):
+    """Its first 4,096 tokens, swapped, within 0.1%."""
+    model.to(dtype)
+    ids = embedded.tokenizer(read_text("persuasion").text[:40000], add_special_tokens=False)
+    ids = torch.tensor(ids["input_ids"][:4096])
+    assert len(ids) == 4096
+    original = perplexity(model, ids, window=1024)
+    report = llmfast.patch(model, ops="all", strict=True)
+    swapped = perplexity(model, ids, window=1024)
+    assert original.tokens == swapped.tokens > 4000
+    assert 5 < original.perplexity.value < 100  # a trained model reading English
+    assert abs(swapped.perplexity.value / original.perplexity.value - 1) < 1e-3
+    assert not report.fallbacks
+
+
+def test_a_whole_forward_through_the_kernels(model, question):
+    """All 30 blocks in Triton's interpreter on the CPU, compiled on a GPU."""
+    ids = question["input_ids"][:, -7:]
+    with torch.no_grad():
+        expected = model(ids).logits
+        report = swap_in(model, launchers(), ops="all", strict=True)
+        got = model(ids).logits
+    assert report.swapped == 121 and not report.fallbacks
+    # float32 sums in another order, through 30 blocks
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_the_first_block_s_proof(model, question):
+    report = prove_first_block(model, question["input_ids"])
+    swapped = {e.operation for e in report.entries if e.swapped}
+    assert swapped == {"rms_norm", "silu_mul", "flash_attention"}
+    assert "First block on the prompt's" in str(report)
+    assert len(model.model.layers) == 30 and "_llmfast_patch" not in vars(model)
