@@ -11,8 +11,7 @@ import triton.language as tl
 
 from ..relaunch import Relaunch, aligned
 
-MAX_TILE = 1024  # elements of one program
-_FEW_ROWS = 64  # up to here a GPU is not filled, and one program's latency is what counts
+MAX_TILE = 512  # elements of one program
 _MAX_GRID_Y = 65535
 
 
@@ -25,15 +24,11 @@ class Launch:
 
 
 @cache
-def choose_launch(n_cols: int, few_rows: bool = False) -> Launch:
-    """Pick the launch for rows of ``n_cols`` products. Pure: it asks no device.
-
-    ``few_rows`` says that the rows do not fill a GPU, as in decoding: then smaller programs, since
-    what counts is how long one of them takes.
-    """
-    block_n = min(triton.next_power_of_2(n_cols), MAX_TILE // 2 if few_rows else MAX_TILE)
-    # 8 elements a lane are one load of 16 bytes in half precision; 4 are done sooner
-    return Launch(block_n, num_warps=max(block_n // (128 if few_rows else 256), 1))
+def choose_launch(n_cols: int) -> Launch:
+    """Pick the launch for rows of ``n_cols`` products. Pure: it asks no device."""
+    block_n = min(triton.next_power_of_2(n_cols), MAX_TILE)
+    # 4 elements a lane: one row is done sooner than with 8, and many rows are no slower (H100)
+    return Launch(block_n, num_warps=max(block_n // 128, 1))
 
 
 @triton.jit
@@ -99,7 +94,7 @@ def _launch(act: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tens
     n_cols = width // 2 if up is None else width
     y = torch.empty((*leading, n_cols), dtype=gate.dtype, device=gate.device)
     n_rows = gate.numel() // width
-    launch = choose_launch(n_cols, n_rows <= _FEW_ROWS)
+    launch = choose_launch(n_cols)
     tiles = -(-n_cols // launch.block_n)
     many_rows = n_rows > _MAX_GRID_Y
     strides = (_row_stride(gate), 0 if up is None else _row_stride(up))
