@@ -21,6 +21,7 @@ from llmfast.measure.timing import Failure, Impl, Timing, copy_bandwidth, copy_b
 
 ROOT = Path(__file__).parents[1]
 OURS = "llmfast"
+SECONDS = 2.0  # of one case, all implementations together
 
 notes_key = pytest.StashKey[list[str]]()
 
@@ -87,7 +88,7 @@ def bench_op(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[...
             recorder.set_ceiling(copy.per_second(copy_bytes()), copy.rounds)
         torch.compiler.reset()  # a compiled peer is compiled for this case's shapes alone
         with torch.no_grad():
-            timings = time_in_graph(impls, make_inputs, bytes_per_set=bytes_moved)
+            timings = time_in_graph(impls, make_inputs, bytes_per_set=bytes_moved, seconds=SECONDS)
         for impl, timing in timings.items():
             if isinstance(timing, Failure):
                 note = f"{suite}: {case}: {impl} was not timed: {timing.reason}"

@@ -34,8 +34,10 @@ def demo_command() -> None:
     print("\nThe model's first block, through the Triton kernels in Triton's interpreter:\n")
     sys.stdout.flush()
     # a child process, since Triton reads its own switch when it is imported
+    # numpy, which interprets, warns where a GPU computes infinities in silence
+    python = [sys.executable, "-W", "ignore::RuntimeWarning"]
     child = subprocess.run(
-        [sys.executable, "-m", "llmfast.cli.interpreted", QUESTION],
+        [*python, "-m", "llmfast.cli.interpreted", QUESTION],
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     if child.returncode != 0:

@@ -125,7 +125,7 @@ def swap_in(
         model.eval()
         _swap_modules(model, state, families)
         _swap_attention(model, state, families)
-        _list_the_rest(model, state)
+        _list_the_rest(model, state, families)
         kept = sorted({f"{e.class_name}: {e.reason}" for e in state.report.entries if _missed(e)})
         if strict and kept:
             raise UserError(f"patch(strict=True): kept {'; '.join(kept)}")
@@ -195,7 +195,7 @@ def _missed(entry: Entry) -> bool:
 # ------------------------------------------------------------------------- norms and gated MLPs
 
 
-def _swap_modules(model: nn.Module, state: Patch, families: tuple[str, ...]) -> None:
+def _swap_modules(model: PreTrainedModel, state: Patch, families: tuple[str, ...]) -> None:
     proven: dict[tuple[Any, ...], Callable[[str, nn.Module], Entry]] = {}
     for name, module in model.named_modules():
         family, candidates = _recognise(module)
@@ -222,8 +222,10 @@ def _recognise(module: nn.Module) -> tuple[str, list[Candidate]]:
 
 
 def _why_keep(
-    module: nn.Module, family: str, families: tuple[str, ...], model: nn.Module
+    module: nn.Module, family: str, families: tuple[str, ...], model: PreTrainedModel
 ) -> str | None:
+    if not families:
+        return "on the CPU, where nothing is swapped unless ops says so"
     if family not in families:
         return "not asked for"
     if any("forward" in vars(m) for m in module.modules()):
@@ -352,7 +354,7 @@ def _prove_call(call: attention.Call, original: str, swap: Swap) -> tuple[str | 
 # --------------------------------------------------------------------------------- the report
 
 
-def _list_the_rest(model: nn.Module, state: Patch) -> None:
+def _list_the_rest(model: PreTrainedModel, state: Patch, families: tuple[str, ...]) -> None:
     """A line for each module that holds tensors, or attends, and that nothing above spoke of."""
     listed = {entry.name for entry in state.report.entries}
     for name, module in model.named_modules():
@@ -360,7 +362,8 @@ def _list_the_rest(model: nn.Module, state: Patch) -> None:
         if name in listed:
             continue
         if class_name.endswith("Attention"):
-            reason = "does not call transformers' attention interface, or was not asked for"
+            reason = _why_keep(module, "attention", families, model)
+            reason = reason or "does not call transformers' attention interface"
             state.report.entries.append(Entry(name, class_name, None, reason, expected=False))
         elif not any(module.children()) and (module._parameters or module._buffers):
             reason = "no operation for it in this version"

@@ -43,7 +43,8 @@ def test_without_a_gpu_it_answers_then_interprets(calls):
     assert (request.prompt, request.model, request.stats) == (demo.QUESTION, None, True)
     assert request.greedy
     ((command, env),) = calls.children
-    assert command == [sys.executable, "-m", "llmfast.cli.interpreted", demo.QUESTION]
+    assert command[0] == sys.executable
+    assert command[-3:] == ["-m", "llmfast.cli.interpreted", demo.QUESTION]
     assert env == os.environ | {"TRITON_INTERPRET": "1"}
     assert demo.QUESTION in result.stdout
 

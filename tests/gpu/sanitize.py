@@ -2,12 +2,13 @@
 
 A script, not a test: the sanitizer slows kernels a hundredfold, so the cases are few and small.
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that reading past
-one is seen.
+one is seen. Arguments name dtypes; without one, all three run.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 
@@ -21,22 +22,22 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def norms(dtype: torch.dtype) -> None:
-    for rows, cols, unit_offset in itertools.product((1, 5), (1, 67, 128, 4097), (False, True)):
+    for rows, cols, unit_offset in itertools.product((1, 5), (67, 128, 4097), (False, True)):
         x, weight = randn(rows, cols, dtype=dtype), randn(cols, dtype=dtype)
         ops.rms_norm(x, weight, eps=1e-6, unit_offset=unit_offset)
         ops.add_rms_norm(x, randn(rows, cols, dtype=dtype), weight, eps=1e-6)
 
 
 def activations(dtype: torch.dtype) -> None:
-    for rows, cols in itertools.product((1, 5), (1, 67, 1536, 4097)):
+    for rows, cols in itertools.product((1, 5), (67, 1536)):
         for op in (ops.silu_mul, ops.gelu_tanh_mul, ops.gelu_mul):
             op(randn(rows, cols, dtype=dtype), randn(rows, cols, dtype=dtype))
             op(randn(rows, 2 * cols, dtype=dtype))
 
 
 def attentions(dtype: torch.dtype) -> None:
-    lengths = ((1, 1), (1, 333), (3, 67), (67, 67), (131, 259), (5, 3))
-    for (queries, keys), head_dim in itertools.product(lengths, (64, 80, 128)):
+    lengths = ((1, 333), (3, 67), (131, 259), (5, 3))
+    for (queries, keys), head_dim in itertools.product(lengths, (64, 80)):
         q = randn(2, queries, 6, head_dim, dtype=dtype)
         k, v = (randn(2, keys, 2, head_dim, dtype=dtype) for _ in range(2))
         ops.flash_attention(q, k, v)
@@ -60,9 +61,9 @@ def attentions(dtype: torch.dtype) -> None:
     )
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     torch.manual_seed(0)
-    for dtype in DTYPES:
+    for dtype in [getattr(torch, name) for name in names] or DTYPES:
         norms(dtype)
         activations(dtype)
         attentions(dtype)
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -34,7 +34,7 @@ def copy_bandwidth():
     return Timing(Estimate(1000.0, 990.0, 1010.0), 25, 20, 1)
 
 
-def time_in_graph(impls, make_inputs, bytes_per_set):
+def time_in_graph(impls, make_inputs, bytes_per_set, seconds):
     assert not torch.is_grad_enabled()
     found = {}
     for name in impls:

@@ -323,7 +323,8 @@ def test_wide_windows_have_blocks_without_a_mask(device):
 
 
 def test_merge_takes_more_splits_than_it_holds_at_once(device):
-    q, k, v = make(1, 2, 37, 2, 1)
+    q, k, v = make(1, 1, 1110, 2, 1)
+    k[:, -50:] *= 3  # the largest scores come last
     out, lse = launch_flash_attention(
         *to(device, (q, k, v)), return_lse=True, _launch=DecodeLaunch(16, 16, 70, 4, 1)
     )
@@ -392,6 +393,23 @@ def test_keys_after_the_last_query_may_be_unwritten(launch, device):
         got = launch_flash_attention(q, k, v, query_offset=offset, _launch=launch)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         got = flash_attention_reference(q, k, v, query_offset=offset)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_launch
+def test_ranges_beyond_the_keys_are_cut_off(launch, device):
+    q, k, v = to(device, make_for(launch))
+    around = torch.full((2, 2, 57, 2, 24), math.nan, device=device)
+    around[:, :, 10:47] = torch.stack([k, v])
+    beyond = {
+        "key_start": torch.tensor([-7, 0], device=device),
+        "key_end": torch.tensor([37, 45], device=device),
+    }
+    for causal in (True, False):
+        got = launch_flash_attention(
+            q, *around[:, :, 10:47], **beyond, causal=causal, _launch=launch
+        )
+        expected = flash_attention_reference(q, k, v, causal=causal)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
