@@ -727,7 +727,9 @@ def test_queries_past_two_to_the_31_elements():
     expected = flash_attention(
         q[:, -300:].clone(), k[:, -315:].clone(), v[:, -315:].clone(), window=16
     )
-    torch.testing.assert_close(out[:, -300:], expected, rtol=1e-2, atol=1e-3)
+    # other blocks, other roundings of the weights: half a unit of their sum, twice, times a value
+    atol = torch.finfo(torch.bfloat16).eps / 2 * float(v.abs().max())
+    torch.testing.assert_close(out[:, -300:], expected, rtol=2**-7, atol=atol)
 
 
 @gpu_only
