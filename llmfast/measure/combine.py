@@ -19,8 +19,14 @@ from ..errors import UserError
 from .results import Row, Run, merge, read
 
 
-def combine_runs(runs: Sequence[Run], *, name: str = "combine") -> Run:
+def combine_runs(
+    runs: Sequence[Run], *, name: str = "combine", across_commits: bool = False
+) -> Run:
     """Make one run of several processes' runs.
+
+    Args:
+        across_commits: allow commits to differ, for those that change nothing that is measured;
+            the run then names them all.
 
     Raises:
         UserError: no run, environments that differ in more than the date, or a row that a process
@@ -31,7 +37,9 @@ def combine_runs(runs: Sequence[Run], *, name: str = "combine") -> Run:
     first, last = runs[0], max(runs, key=lambda run: run.env.date)
     for run in runs[1:]:
         for field, value in asdict(run.env).items():
-            if field != "date" and value != getattr(first.env, field):
+            if field == "date" or (field == "commit" and across_commits):
+                continue
+            if value != getattr(first.env, field):
                 raise UserError(
                     f"{name}: runs {first.id} and {run.id} differ in {field}: "
                     f"{getattr(first.env, field)!r} and {value!r}; measure them alike"
@@ -43,7 +51,9 @@ def combine_runs(runs: Sequence[Run], *, name: str = "combine") -> Run:
             if key not in known:
                 raise UserError(f"{name}: run {run.id} lacks {' / '.join(key)}; measure it again")
     rows = tuple(_median([known[key] for known in by_key]) for key in every)
-    return Run(f"{last.id}-x{len(runs)}", replace(first.env, date=last.env.date), rows)
+    commits = "+".join(dict.fromkeys(run.env.commit for run in runs))
+    env = replace(first.env, date=last.env.date, commit=commits)
+    return Run(f"{last.id}-x{len(runs)}", env, rows)
 
 
 def _median(rows: list[Row]) -> Row:
@@ -56,7 +66,9 @@ def _median(rows: list[Row]) -> Row:
     )
 
 
-def combine_folders(folders: Sequence[Path], into: Path) -> list[Path]:
+def combine_folders(
+    folders: Sequence[Path], into: Path, *, across_commits: bool = False
+) -> list[Path]:
     """Combine every suite that the folders hold and merge it into ``into``. All or nothing.
 
     Raises:
@@ -72,7 +84,9 @@ def combine_folders(folders: Sequence[Path], into: Path) -> list[Path]:
     combined: list[tuple[Path, Run]] = []
     for suite in suites:
         runs = [_only_run(folder / f"{suite}.json") for folder in folders]
-        combined.append((into / f"{suite}.json", combine_runs(runs, name=suite)))
+        combined.append(
+            (into / f"{suite}.json", combine_runs(runs, name=suite, across_commits=across_commits))
+        )
     for path, run in combined:
         merge(path, run)
     return [path for path, _ in combined]
@@ -95,9 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="one per process")
     parser.add_argument("--into", required=True, type=Path, metavar="DIR", help="results folder")
+    parser.add_argument(
+        "--across-commits",
+        action="store_true",
+        help="for commits that change nothing that is measured; the run names them all",
+    )
     chosen = parser.parse_args(arguments)
     try:
-        paths = combine_folders(chosen.folders, chosen.into)
+        paths = combine_folders(chosen.folders, chosen.into, across_commits=chosen.across_commits)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,14 @@ def test_processes_must_agree(three, make_row, make_run, env):
         combine_runs([])
 
 
+def test_commits_may_differ_where_that_is_said_and_are_all_named(three, env):
+    three[1] = replace(three[1], env=replace(three[1].env, commit="other"))
+    with pytest.raises(UserError, match="differ in commit"):
+        combine_runs(three)
+    run = combine_runs(three, across_commits=True)
+    assert run.env.commit == f"{env.commit}+other"
+
+
 def test_folders_are_combined_into_the_results(three, tmp_path, make_run, make_row, capsys):
     folders = [tmp_path / run.id for run in three]
     for folder, run in zip(folders, three, strict=True):
