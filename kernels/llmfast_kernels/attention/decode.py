@@ -1,5 +1,4 @@
 """Attention of few queries over many keys: the keys are split over programs, then merged."""
-# mypy: allow-untyped-defs, disable-error-code=misc
 
 from __future__ import annotations
 

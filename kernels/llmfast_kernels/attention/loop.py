@@ -1,5 +1,4 @@
 """What both attention kernels share: where a sequence lies, which keys it needs, and the loop."""
-# mypy: allow-untyped-defs, disable-error-code=misc
 
 from __future__ import annotations
 

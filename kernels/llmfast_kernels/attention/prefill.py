@@ -1,5 +1,4 @@
 """Attention of many queries: one program for a block of queries of one head."""
-# mypy: allow-untyped-defs, disable-error-code=misc
 
 from __future__ import annotations
 
