@@ -56,8 +56,8 @@ SUITES: dict[str, Suite] = {
     "ceilings": Suite("what the GPU can do at best", ("gb_per_s", "tflops"), "pytest bench"),
     "norm": Suite("normalisation", _OPS, "pytest bench/bench_norm.py"),
     "activation": Suite("gated activations", _OPS, "pytest bench/bench_activation.py"),
-    "rope": Suite("rotary position embedding", _OPS),
-    "kv_cache": Suite("writes to the cache", _OPS),
+    "rope": Suite("rotary position embedding", _OPS, "pytest bench/bench_rope.py"),
+    "kv_cache": Suite("writes to the cache", _OPS, "pytest bench/bench_kv_cache.py"),
     "linear": Suite("the four linear layers of a block", ("us_per_block",)),
     "attention_decode": Suite(
         "attention of one new token over a long context", _OPS, "pytest bench/bench_attention.py"

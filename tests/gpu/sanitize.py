@@ -61,12 +61,30 @@ def attentions(dtype: torch.dtype) -> None:
     )
 
 
+def ropes(dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, 30, 7, 7, 2], device="cuda")
+    for interleaved, rotary_dim in itertools.product((False, True), (64, 48)):
+        cos, sin = (randn(31, rotary_dim // 2, dtype=dtype) for _ in range(2))
+        qkv = randn(5, 10, 64, dtype=dtype)
+        ops.apply_rope(qkv[:, :6], qkv[:, 6:8], cos, sin, positions, interleaved=interleaved)
+
+
+def cache_writes(dtype: torch.dtype) -> None:
+    for head_dim, block_size in ((64, 16), (80, 32)):
+        caches = [randn(3, 2, block_size, head_dim, dtype=dtype) for _ in range(2)]
+        slots = torch.tensor([0, 3 * block_size - 1, -1, 7, block_size], device="cuda")
+        qkv = randn(5, 10, head_dim, dtype=dtype)
+        ops.write_kv(qkv[:, 6:8], qkv[:, 8:], *caches, slots)
+
+
 def main(names: list[str]) -> None:
     torch.manual_seed(0)
     for dtype in [getattr(torch, name) for name in names] or DTYPES:
         norms(dtype)
         activations(dtype)
         attentions(dtype)
+        ropes(dtype)
+        cache_writes(dtype)
         torch.cuda.synchronize()
         print(f"{dtype}: every kernel ran", flush=True)
 

@@ -1,0 +1,3 @@
+from .op import write_kv
+
+__all__ = ["write_kv"]
