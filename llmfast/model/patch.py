@@ -365,6 +365,6 @@ def _list_the_rest(model: PreTrainedModel, state: Patch, families: tuple[str, ..
             reason = _why_keep(module, "attention", families, model)
             reason = reason or "does not call transformers' attention interface"
             state.report.entries.append(Entry(name, class_name, None, reason, expected=False))
-        elif not any(module.children()) and (module._parameters or module._buffers):
+        elif module._parameters or (module._buffers and not module._modules):
             reason = "no operation for it in this version"
             state.report.entries.append(Entry(name, class_name, None, reason, expected=False))

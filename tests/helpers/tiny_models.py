@@ -53,6 +53,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "num_key_value_heads": 4,
     },
+    "Glm": {"head_dim": 16},
+    "Nemotron": {},
+    "Bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     "Mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16},
 }
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
