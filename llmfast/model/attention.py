@@ -273,7 +273,7 @@ def _why_not(
     if not query.dtype == key.dtype == value.dtype or query.dtype not in FLOATS:
         return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}"
     if key.shape != value.shape:
-        return f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape"
+        return f"heads of {key.shape[3]} for keys and of {value.shape[3]} for values"
     if not MIN_HEAD_DIM <= query.shape[3] <= MAX_HEAD_DIM:
         return f"head dimension {query.shape[3]}"
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
