@@ -65,7 +65,7 @@ SUITES: dict[str, Suite] = {
     "prefill": Suite(
         "attention of a whole prompt, causal", ("tflops",), "pytest bench/bench_attention.py"
     ),
-    "sampling": Suite("the choice of the next token", ("us",)),
+    "sampling": Suite("the choice of the next token", ("us",), "pytest bench/bench_sampling.py"),
     "generate": Suite(
         "model.generate, patched and not",
         ("tok_per_s", "time_ratio"),

@@ -77,6 +77,18 @@ def cache_writes(dtype: torch.dtype) -> None:
         ops.write_kv(qkv[:, 6:8], qkv[:, 8:], *caches, slots)
 
 
+def samplings(dtype: torch.dtype) -> None:
+    for batch, vocab in ((1, 7), (3, 5003)):
+        logits = randn(batch, vocab, dtype=dtype)
+        rows = {
+            name: torch.full((batch,), value, device="cuda")
+            for name, value in (("temperature", 0.7), ("top_p", 0.9), ("min_p", 0.01))
+        }
+        index = torch.arange(batch, device="cuda")
+        ops.sample_tokens(logits, logprobs=3)
+        ops.sample_tokens(logits, **rows, top_k=index + 5, seeds=index, positions=index, logprobs=0)
+
+
 def main(names: list[str]) -> None:
     torch.manual_seed(0)
     for dtype in [getattr(torch, name) for name in names] or DTYPES:
@@ -85,6 +97,7 @@ def main(names: list[str]) -> None:
         attentions(dtype)
         ropes(dtype)
         cache_writes(dtype)
+        samplings(dtype)
         torch.cuda.synchronize()
         print(f"{dtype}: every kernel ran", flush=True)
 

@@ -1,0 +1,4 @@
+from .op import sample_tokens
+from .reference import Sampled
+
+__all__ = ["Sampled", "sample_tokens"]
