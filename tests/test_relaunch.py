@@ -66,6 +66,15 @@ def test_aligned_looks_at_every_pointer():
 
 
 @pytest.mark.gpu
+def test_an_integer_epsilon_is_a_number_like_any_other():
+    """Triton compiles the integer 1 in; the next epsilon must not meet that variant."""
+    x, weight = torch.randn(2, 256, device="cuda"), torch.randn(256, device="cuda")
+    for eps in (1, 1e-6, 3):
+        y = ops.rms_norm(x[:1], weight, eps=eps)
+        torch.testing.assert_close(y, rms_norm_reference(x[:1], weight, eps=eps))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 1)])
 def test_aligned_and_unaligned_tensors_in_turn(order):
     """A variant compiled for aligned pointers reads wrong or faults on others."""

@@ -268,7 +268,7 @@ def _why_not(
         return "outside torch.no_grad()"
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         return "a position bias or a paged cache of transformers"
-    if kwargs.get("is_causal") is False:
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         return "not causal"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in FLOATS:
         return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}"

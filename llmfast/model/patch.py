@@ -183,8 +183,9 @@ def _families(ops: str | Iterable[str] | None, device: torch.device) -> tuple[st
         return FAMILIES
     wanted = (ops,) if isinstance(ops, str) else tuple(ops)
     unknown = [op for op in wanted if op not in FAMILIES]
-    if unknown:
-        raise UserError(f"patch: ops are {', '.join(FAMILIES)} or 'all', got {', '.join(unknown)}")
+    if unknown or not wanted:
+        got = ", ".join(unknown) or "none"
+        raise UserError(f"patch: ops are {', '.join(FAMILIES)} or 'all', got {got}")
     return wanted
 
 

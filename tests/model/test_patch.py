@@ -281,6 +281,20 @@ def test_a_mask_of_four_dimensions_goes_to_the_original(device):
     assert sum(report.fallbacks.values()) == 2
 
 
+def test_an_attention_that_says_it_is_not_causal_goes_to_the_original(device):
+    """transformers' sdpa obeys the module where it needs no mask."""
+    model = make("Llama", device)
+    ids = tokens(2, 9, device)
+    report = swap(model)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    plain = make("Llama", device)
+    for layer in plain.model.layers:
+        layer.self_attn.is_causal = False
+    assert_close(logits(model, ids), logits(plain, ids))
+    assert report.fallbacks == {("LlamaAttention", "not causal"): 2}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_errs_no_more_than_the_original(dtype, device):
     """The relative rule, for the logits of a whole model against the same weights in float64."""
@@ -567,6 +581,8 @@ def test_patching_twice_and_unpatching_what_is_not(device):
 def test_bad_arguments_are_named():
     with pytest.raises(UserError, match="norm, activation, attention or 'all', got rope"):
         llmfast.patch(make("Llama"), ops=["norm", "rope"])
+    with pytest.raises(UserError, match="or 'all', got none"):
+        llmfast.patch(make("Llama"), ops=[])
     with pytest.raises(UserError, match="model of transformers, got Linear"):
         llmfast.patch(nn.Linear(2, 2))
     with pytest.raises(UserError, match="on meta"):
