@@ -1,7 +1,8 @@
-"""flash_attention against cuDNN and FlashAttention-2, the two that PyTorch brings along.
+"""Attention against cuDNN and FlashAttention-2, the two that PyTorch brings along.
 
 Prefill: 16,384 tokens in all, causal; a step counts 4 * D operations for each query and key below
-the diagonal. Decode: one query over a contiguous cache; the bytes are K and V, each read once.
+the diagonal. Decode: one query over the cache; the bytes are K and V, each read once. Over a paged
+cache, blocks in no order, `contiguous` and the peers compute the same of contiguous keys.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llmfast_kernels import flash_attention
+from llmfast_kernels.attention import flash_attention, paged_attention
 
 HEADS, KV_HEADS = 32, 8
 TOKENS = 16384  # of a prefill, all sequences together
+BLOCK_SIZE = 64  # of the paged cache
 DECODE = [  # batch, context
     (1, 1024),
     (1, 8192),
@@ -86,5 +88,70 @@ def bench_decode(bench_op, batch, context):
         # one query sees every key: a causal mask from the top left would leave it the first
         impls(causal=False),
         make_inputs,
+        bytes_moved=2 * batch * KV_HEADS * context * dim * torch.bfloat16.itemsize,
+    )
+
+
+def make_paged(batch: int, queries: int, context: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """Queries as a model has them, contiguous keys, and a cache of as many in shuffled blocks."""
+    q = make(batch, HEADS, queries, dim)
+    k, v = make(batch, KV_HEADS, context, dim), make(batch, KV_HEADS, context, dim)
+    blocks = batch * context // BLOCK_SIZE
+    k_cache, v_cache = (
+        make(blocks, KV_HEADS, BLOCK_SIZE, dim),
+        make(blocks, KV_HEADS, BLOCK_SIZE, dim),
+    )
+    table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
+    starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * queries
+    lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    flat = q.transpose(1, 2).reshape(-1, HEADS, dim)
+    return q, k, v, flat, k_cache, v_cache, starts, lengths, table
+
+
+def paged_impls(causal: bool) -> dict[str, Callable[..., torch.Tensor]]:
+    def paged(q, k, v, flat, k_cache, v_cache, starts, lengths, table):
+        return paged_attention(
+            flat,
+            k_cache,
+            v_cache,
+            query_start=starts,
+            context_len=lengths,
+            block_table=table,
+            max_query_len=q.shape[2],
+        )
+
+    def contiguous(impl):
+        return lambda q, k, v, *_: impl(q, k, v)
+
+    others = impls(causal)
+    return {
+        "llmfast": paged,
+        "contiguous": contiguous(others["llmfast"]),
+        "cudnn": contiguous(others["cudnn"]),
+    }
+
+
+@pytest.mark.parametrize("seq", [2048, 8192])
+def bench_paged_prefill(bench_op, seq):
+    batch, dim = TOKENS // seq, 128
+    bench_op(
+        "prefill",
+        f"heads={HEADS} kv_heads={KV_HEADS} dim={dim} seq={seq} batch={batch} tier=portable "
+        f"layout=paged-{BLOCK_SIZE}",
+        paged_impls(causal=True),
+        lambda: make_paged(batch, seq, seq, dim),
+        flops=4 * batch * HEADS * seq * seq * dim / 2,
+    )
+
+
+@pytest.mark.parametrize(("batch", "context"), DECODE, ids=lambda n: str(n))
+def bench_paged_decode(bench_op, batch, context):
+    dim = 128
+    bench_op(
+        "attention_decode",
+        f"heads={HEADS} kv_heads={KV_HEADS} dim={dim} kv=bf16 layout=paged-{BLOCK_SIZE} "
+        f"batch={batch} context={context}",
+        paged_impls(causal=False),
+        lambda: make_paged(batch, 1, context, dim),
         bytes_moved=2 * batch * KV_HEADS * context * dim * torch.bfloat16.itemsize,
     )

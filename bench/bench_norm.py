@@ -67,3 +67,16 @@ def bench_head_norm(bench_op, tokens):
         # reads x, writes y
         2 * tokens * HEADS * HEAD_DIM * DTYPE.itemsize + weight.nbytes,
     )
+
+
+@each_size
+def bench_norm_of_a_merged_projection(bench_op, tokens):
+    weight = random(WIDTH)
+    bench_op(
+        "norm",
+        f"tokens={tokens} width={WIDTH} dtype=bf16 layout=merged op=rms_norm",
+        impls(rms_norm, rms_norm_reference, weight),
+        # the queries of a merged projection with 8 heads of keys and of values
+        lambda: (random(tokens, WIDTH + 16 * HEAD_DIM)[:, :WIDTH],),
+        2 * tokens * WIDTH * DTYPE.itemsize + weight.nbytes,
+    )

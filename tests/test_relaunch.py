@@ -6,7 +6,7 @@ from triton.compiler import CompiledKernel
 
 import llmfast_kernels as ops
 from llmfast_kernels.norm.reference import rms_norm_reference
-from llmfast_kernels.relaunch import Relaunch, aligned
+from llmfast_kernels.relaunch import Relaunch, aligned, compiled
 
 
 class Compiled(CompiledKernel):
@@ -46,6 +46,21 @@ def test_the_second_launch_with_a_key_goes_past_triton():
         ("again", (5, 2, 1), (3, 4)),
         ("first", (7,), (5,), {"num_warps": 8}),
     ]
+
+
+def test_each_variant_is_noted_once():
+    before = len(compiled)
+    function = Function()
+    function.__name__ = "kernel"
+    relaunch = Relaunch(function)
+    for key in ("key", "key", "other", None):
+        relaunch((1,), key, (0,))
+    assert compiled[before:] == ["kernel"] * 3
+    same = Compiled([])
+    known = Relaunch(Function(returns=lambda: same))
+    for key in ("one", "another", None):
+        known((1,), key, (0,))
+    assert len(compiled) == before + 4
 
 
 def test_without_a_key_and_in_the_interpreter_triton_always_looks():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from triton.compiler import CompiledKernel
 
+compiled: list[str] = []  # a kernel's name for each variant that was compiled, or loaded from disk
+
 ALIGNMENT = 16  # bytes of a pointer, or units of an integer: what Triton specialises on
 
 
@@ -21,7 +23,9 @@ class Relaunch:
 
     def __init__(self, function: Any) -> None:
         self.function = function
+        self.name: str = getattr(function, "__name__", "")
         self._variants: dict[Hashable, CompiledKernel] = {}
+        self._known: set[int] = set()
 
     def __call__(
         self, grid: tuple[int, ...], key: Hashable | None, args: tuple[Any, ...], **options: int
@@ -40,7 +44,12 @@ class Relaunch:
         if variant is None:
             # what the interpreter returns is no compiled kernel, and not kept
             variant = self.function[grid](*args, **options)
-            if key is not None and isinstance(variant, CompiledKernel):
+            if not isinstance(variant, CompiledKernel):
+                return
+            if id(variant) not in self._known:
+                self._known.add(id(variant))
+                compiled.append(self.name)
+            if key is not None:
                 self._variants[key] = variant
             return
         variant[(*grid, 1, 1)[:3]](*args)

@@ -6,6 +6,8 @@ smallest GPU from there on, so they must fit everywhere.
 
 from __future__ import annotations
 
+import re
+
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
 from llmfast_kernels.attention.decode import choose_decode_launch
@@ -14,13 +16,22 @@ from llmfast_kernels.attention.prefill import choose_prefill_launch
 
 GROUP = 4
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-NUMBERS = ("stride_offset", "n_queries", "n_keys", "query_offset")
+NUMBERS = (
+    "stride_offset",
+    "stride_table",
+    "stride_tree",
+    "n_queries",
+    "n_keys",
+    "query_offset",
+)
 OPTIONAL = {  # absent unless a feature asks for it
     "lse": {"lse_ptr": "*fp32:16"},
     "sinks": {"sinks_ptr": "*bf16:16"},
     "keys": {"key_start_ptr": "*i64:16", "key_end_ptr": "*i64:16"},
     "offset": {"offset_ptr": "*i64:16"},
     "varlen": {"cu_q_ptr": "*i32:16", "cu_k_ptr": "*i32:16"},
+    "paged": {"cu_q_ptr": "*i32:16", "block_table_ptr": "*i32:16", "context_len_ptr": "*i32:16"},
+    "tree": {"tree_mask_ptr": "*i1:16"},
     "window": {"window": "i32"},
     "softcap": {"softcap": "fp32"},
 }
@@ -33,7 +44,8 @@ def _shared(target: str) -> int:
 def _attention(
     kernel: str, target: str, dtype: str, dim: int, features: str, launch_options: dict[str, object]
 ) -> Variant:
-    asked = features.split()
+    asked = [feature.split("=")[0] for feature in features.split()]
+    block_size = re.search(r"paged=(\d+)", features)
     pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
     strides = [f"stride_{name}" for name in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "vn", "vh")]
     strides += ["stride_out_b", "stride_lse_b", "stride_lse_h"]
@@ -44,16 +56,16 @@ def _attention(
         | {"scale": "fp32"}
     )
     constexprs: dict[str, object] = {
-        "CAUSAL": "full" not in asked,
+        "CAUSAL": "full" not in asked and "tree" not in asked,
+        "BLOCK_SIZE": int(block_size[1]) if block_size else None,
         "GROUP": GROUP,
         "HEAD_DIM": dim,
         "BLOCK_D": pad_head_dim(dim),
     }
-    for feature, types in OPTIONAL.items():
-        if feature in asked:
-            signature |= types
-        else:
-            constexprs |= dict.fromkeys(types)
+    for feature in asked:
+        signature |= OPTIONAL.get(feature, {})
+    optional = {name for types in OPTIONAL.values() for name in types}
+    constexprs |= dict.fromkeys(optional - signature.keys())
     num_warps, num_stages = launch_options.pop("num_warps"), launch_options.pop("num_stages")
     if kernel == "prefill":
         signature["n_heads"] = "i32"
@@ -139,29 +151,25 @@ def _merge(target: str, dtype: str, dim: int, splits: int, features: str = "") -
 
 VARIANTS = [
     _prefill("sm_90", "bf16", 128),
-    _prefill("sm_90", "bf16", 64, "lse"),
+    _prefill("sm_90", "bf16", 128, "paged=64 lse"),
     _prefill("sm_90", "fp16", 256, "window softcap"),
     _prefill("sm_90", "bf16", 80, "full lse"),
-    _prefill("sm_90", "fp32", 64, "window keys"),
+    _prefill("sm_90", "fp32", 64, "paged=32 tree"),
     _prefill("sm_80", "bf16", 128, "window sinks"),
     _prefill("sm_80", "fp16", 64, "full softcap varlen"),
     _prefill("sm_80", "fp32", 128, "softcap offset keys"),
-    _prefill("sm_80", "bf16", 256, "varlen sinks lse"),
-    _prefill("sm_100", "bf16", 128, "window softcap varlen"),
-    _prefill("sm_100", "fp16", 96, "keys sinks lse"),
+    _prefill("sm_80", "bf16", 256, "paged=16 sinks lse"),
+    _prefill("sm_100", "bf16", 128, "paged=16 window softcap"),
     _prefill("sm_100", "fp32", 256, "full offset sinks"),
     _decode("sm_90", "bf16", 128, 1, "split"),
-    _decode("sm_90", "bf16", 128, 1, "sinks lse keys"),
-    _decode("sm_90", "fp16", 64, 3, "split window varlen"),
+    _decode("sm_90", "bf16", 128, 1, "paged=64 sinks lse"),
+    _decode("sm_90", "fp16", 64, 3, "split paged=64 window"),
     _decode("sm_90", "bf16", 256, 16, "split softcap keys"),
-    _decode("sm_90", "fp32", 128, 2, "split offset"),
-    _decode("sm_80", "bf16", 128, 16, "split offset keys"),
+    _decode("sm_80", "bf16", 128, 16, "split paged=16 tree"),
     _decode("sm_80", "fp16", 112, 1, "split window sinks"),
-    _decode("sm_80", "fp32", 256, 1, "full lse softcap"),
-    _decode("sm_100", "bf16", 128, 1, "split offset keys"),
+    _decode("sm_100", "bf16", 128, 1, "split paged=64"),
     _decode("sm_100", "bf16", 64, 3, "full varlen lse"),
     _decode("sm_100", "fp32", 64, 8, "split softcap window"),
     _merge("sm_90", "bf16", 128, 64, "lse"),
-    _merge("sm_80", "fp32", 256, 4, "varlen"),
     _merge("sm_100", "fp16", 80, 16, "varlen lse"),
 ]

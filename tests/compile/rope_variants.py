@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import triton
 from variant import Variant
 
 from llmfast_kernels.rope.kernel import choose_launch
@@ -47,11 +48,70 @@ def _rope(
     )
 
 
+def _rope_write_kv(
+    target: str,
+    dtype: str,
+    dims: tuple[int, int],
+    tables: str | None,
+    *,
+    norm: bool,
+    few_tokens: bool,
+    interleaved: bool = False,
+    unit_offset: bool = False,
+) -> Variant:
+    head_dim, rotary_dim = dims
+    launch = choose_launch(HEADS, head_dim, rotary_dim, few_tokens, norm)
+    pointers = ("q", "k", "v", "q_out", "k_cache", "v_cache")
+    signature = {f"{name}_ptr": f"*{dtype}:16" for name in pointers}
+    optional = {
+        "cos_ptr": f"*{tables}:16" if tables else None,
+        "sin_ptr": f"*{tables}:16" if tables else None,
+        "positions_ptr": "*i64:16" if tables else None,
+        "q_norm_ptr": f"*{dtype}:16" if norm else None,
+        "k_norm_ptr": f"*{dtype}:16" if norm else None,
+    }
+    signature |= {name: kind for name, kind in optional.items() if kind}
+    strides = [f"{x}_{axis}" for x in "qkv" for axis in ("token", "head")]
+    strides += ["cache_block", "cache_head", "cache_offset"]
+    signature |= {f"stride_{name}": "i32:16" for name in strides}
+    signature |= {"slots_ptr": "*i64:16", "eps": "fp32"}
+    rotation = f"{'interleaved' if interleaved else 'halves'} tables {tables}" if tables else "none"
+    return Variant(
+        name=f"rope/write_kv {dtype} {head_dim}/{rotary_dim} {rotation}"
+        f"{' norm' if norm else ''}{' gemma' if unit_offset else ''}"
+        f"{' few tokens' if few_tokens else ''}",
+        kernel="llmfast_kernels.rope.kernel:_rope_write_kv_kernel",
+        signature=signature,
+        constexprs={
+            **{name: None for name, kind in optional.items() if not kind},
+            "Q_HEADS": HEADS,
+            "KV_HEADS": KV_HEADS,
+            "HEAD_DIM": head_dim,
+            "HALF": rotary_dim // 2,
+            "BLOCK_SIZE": 64,
+            "INTERLEAVED": interleaved,
+            "UNIT_OFFSET": unit_offset,
+            "MANY_TOKENS": False,
+            "BLOCK_H": launch.block_h,
+            "BLOCK_R": launch.block_r,
+            "BLOCK_P": launch.block_p,
+            "BLOCK_D": triton.next_power_of_2(head_dim),
+        },
+        num_warps=launch.num_warps,
+        targets=(target,),
+        options={"enable_fp_fusion": False},
+    )
+
+
 VARIANTS = [
     _rope("sm_90", "bf16", (128, 128), "bf16", interleaved=False, few_tokens=False),
-    _rope("sm_80", "fp16", (80, 32), "fp16", interleaved=False, few_tokens=True),
-    _rope("sm_100", "fp32", (128, 128), "fp32", interleaved=False, few_tokens=True),
-    _rope("sm_90", "bf16", (128, 64), "fp32", interleaved=True, few_tokens=True),
+    _rope("sm_80", "fp32", (80, 32), "fp32", interleaved=False, few_tokens=True),
     _rope("sm_100", "fp16", (256, 256), "fp16", interleaved=True, few_tokens=False),
-    _rope("gfx942", "bf16", (128, 128), "fp32", interleaved=True, few_tokens=False),
+    _rope_write_kv("sm_90", "bf16", (128, 128), "bf16", norm=True, few_tokens=True),
+    _rope_write_kv(
+        *("sm_80", "fp16", (128, 64), "fp32"),
+        **{"norm": True, "few_tokens": False, "interleaved": True, "unit_offset": True},
+    ),
+    _rope_write_kv("sm_100", "fp32", (128, 0), None, norm=True, few_tokens=False),
+    _rope_write_kv("gfx942", "bf16", (128, 128), "bf16", norm=False, few_tokens=False),
 ]

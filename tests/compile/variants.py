@@ -29,12 +29,13 @@ def _norm(
         "weight_ptr": pointer,
         "y_ptr": pointer,
         "n_rows": "i32",
-        "n_cols": "i32" if n_cols % 16 else "i32:16",
+        "stride_x_row": "i32" if n_cols % 16 else "i32:16",
         "eps": "fp32",
     }
     constexprs: dict[str, object] = {
         "HAS_RESIDUAL": add,
         "UNIT_OFFSET": unit_offset,
+        "N_COLS": n_cols,
         "ROWS": launch.rows,
         "BLOCK_N": launch.block_n,
     }
@@ -88,8 +89,6 @@ NORM = [
     _norm("add_rms_norm", "bf16", 4096, "sm_100", few_rows=True, unit_offset=True),
     _norm("rms_norm", "fp16", 4096, "sm_80", few_rows=True, unit_offset=False),
     _norm("rms_norm", "bf16", 128, "sm_90", few_rows=True, unit_offset=True),
-    _norm("rms_norm", "bf16", 128, "sm_80", few_rows=False, unit_offset=True),
-    _norm("add_rms_norm", "fp16", 128, "sm_100", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "fp32", 32768, "sm_80", few_rows=False, unit_offset=False),
     _norm("rms_norm", "fp32", 897, "sm_100", few_rows=True, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "gfx942", few_rows=False, unit_offset=False),
@@ -99,11 +98,9 @@ NORM = [
 ACTIVATION = [
     _activation("silu", "bf16", 14336, "sm_90", merged=True),
     _activation("silu", "fp16", 14336, "sm_80", merged=False),
-    _activation("silu", "fp32", 1023, "sm_100", merged=False),
     _activation("gelu_tanh", "bf16", 14336, "sm_100", merged=False),
     _activation("gelu_tanh", "fp32", 14336, "sm_80", merged=True),
     _activation("gelu", "fp16", 14336, "sm_100", merged=True),
-    _activation("gelu", "fp32", 14336, "sm_90", merged=False),
     _activation("silu", "bf16", 14336, "gfx942", merged=False),
     _activation("gelu_tanh", "fp16", 14336, "gfx942", merged=True),
     _activation("gelu", "fp32", 1023, "gfx942", merged=True),

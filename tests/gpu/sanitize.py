@@ -7,6 +7,7 @@ one is seen. Arguments name dtypes; without one, all three run.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 
@@ -61,6 +62,30 @@ def attentions(dtype: torch.dtype) -> None:
     )
 
 
+def paged_attentions(dtype: torch.dtype) -> None:
+    cases = ((1, 333, 64, 16), (5, 67, 80, 64), (131, 259, 64, 64), (131, 259, 80, 16))
+    for queries, context, head_dim, block_size in cases:
+        count = -(-context // block_size)
+        caches = [randn(2 * count, 2, block_size, head_dim, dtype=dtype) for _ in range(2)]
+        table = torch.full((3, count), -1, device="cuda", dtype=torch.int32)
+        table[::2] = torch.randperm(2 * count, device="cuda").view(2, count)
+        starts = [0, queries, queries + 1, queries + 2]
+        q, sinks = randn(starts[-1], 6, head_dim, dtype=dtype), randn(6, dtype=dtype)
+        attend = functools.partial(
+            ops.paged_attention,
+            q,
+            *caches,
+            query_start=torch.tensor(starts, device="cuda", dtype=torch.int32),
+            context_len=torch.tensor([context, 0, context - 3], device="cuda", dtype=torch.int32),
+            block_table=table,
+            max_query_len=queries,
+        )
+        attend()
+        attend(window=9, softcap=20.0, sinks=sinks, return_lse=True)
+        if queries <= 64:
+            attend(tree_mask=torch.ones(len(q), queries, device="cuda", dtype=torch.bool).tril())
+
+
 def ropes(dtype: torch.dtype) -> None:
     positions = torch.tensor([0, 30, 7, 7, 2], device="cuda")
     for interleaved, rotary_dim in itertools.product((False, True), (64, 48)):
@@ -77,6 +102,28 @@ def cache_writes(dtype: torch.dtype) -> None:
         ops.write_kv(qkv[:, 6:8], qkv[:, 8:], *caches, slots)
 
 
+def rope_writes(dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, 30, 7, 7, 2], device="cuda")
+    cases = ((64, 64, True), (80, 32, True), (80, 80, False), (67, 0, True))
+    for head_dim, rotary_dim, norm in cases:
+        cos, sin = (randn(31, rotary_dim // 2, dtype=dtype) for _ in range(2))
+        rotation = (cos, sin, positions) if rotary_dim else (None, None, None)
+        weights = [randn(head_dim, dtype=dtype) if norm else None for _ in range(2)]
+        caches = [randn(3, 2, 16, head_dim, dtype=dtype) for _ in range(2)]
+        slots = torch.tensor([0, 47, -1, 7, 16], device="cuda")
+        qkv = randn(5, 10 * head_dim, dtype=dtype)
+        q, k, v = qkv.view(5, 10, head_dim).split([6, 2, 2], 1)
+        for interleaved in (False, True):
+            ops.rope_write_kv(
+                *(q, k, v, *rotation, *caches, slots),
+                interleaved=interleaved,
+                q_norm=weights[0],
+                k_norm=weights[1],
+                eps=1e-6,
+            )
+        ops.rms_norm(qkv[:, :head_dim], randn(head_dim, dtype=dtype), eps=1e-6)  # rows apart
+
+
 def samplings(dtype: torch.dtype) -> None:
     for batch, vocab in ((1, 7), (3, 5003)):
         logits = randn(batch, vocab, dtype=dtype)
@@ -86,6 +133,8 @@ def samplings(dtype: torch.dtype) -> None:
         }
         index = torch.arange(batch, device="cuda")
         ops.sample_tokens(logits, logprobs=3)
+        # all tokens are likely alike: their lists are long
+        ops.sample_tokens(logits / 9, **rows, seeds=index, positions=index)
         ops.sample_tokens(logits, **rows, top_k=index + 5, seeds=index, positions=index, logprobs=0)
 
 
@@ -95,8 +144,10 @@ def main(names: list[str]) -> None:
         norms(dtype)
         activations(dtype)
         attentions(dtype)
+        paged_attentions(dtype)
         ropes(dtype)
         cache_writes(dtype)
+        rope_writes(dtype)
         samplings(dtype)
         torch.cuda.synchronize()
         print(f"{dtype}: every kernel ran", flush=True)

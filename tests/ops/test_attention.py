@@ -14,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_attention
 
+from attention_oracle import assert_close, make, oracle, skip_bf16_in_the_interpreter, to
 from llmfast_kernels import flash_attention, flash_attention_varlen
 from llmfast_kernels.attention import decode, prefill
 from llmfast_kernels.attention.kernel import (
@@ -58,107 +59,9 @@ each_launch = pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def make(batch=2, n_queries=18, n_keys=37, heads=4, kv_heads=2, dim=24, dtype=torch.float32):
-    gen = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, n_queries, heads, dim, generator=gen)
-    k, v = (torch.randn(batch, n_keys, kv_heads, dim, generator=gen) for _ in range(2))
-    return tuple(x.to(dtype) for x in (q, k, v))
-
-
 def make_for(launch, dtype=torch.float32):
     """Two blocks of queries for the prefill kernel, a few queries for the decode kernel."""
     return make(n_queries=18 if isinstance(launch, PrefillLaunch) else 5, dtype=dtype)
-
-
-def to(device, x):
-    """A tensor, or what holds tensors, on the device."""
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
-    if isinstance(x, dict):
-        return {name: to(device, value) for name, value in x.items()}
-    return tuple(to(device, value) for value in x) if isinstance(x, tuple) else x
-
-
-def oracle(q, k, v, *, query_offset=None, key_start=None, key_end=None, **features):
-    """The formula in float64: for each query the list of its keys, and the softmax of those."""
-    features = {"causal": True, "scale": None, "window": None, "softcap": None} | features
-    sinks = features.get("sinks")
-    q, k, v = (x.double() for x in (q, k, v))
-    (batch, n_queries, heads, dim), (n_keys, kv_heads) = q.shape, k.shape[1:3]
-    out = torch.zeros_like(q)
-    lse = torch.full((batch, heads, n_queries), -math.inf, dtype=torch.float64)
-    offset = n_keys - n_queries if query_offset is None else query_offset
-    offsets = torch.as_tensor(offset).reshape(-1).expand(batch).tolist()
-    for b, i, h in itertools.product(range(batch), range(n_queries), range(heads)):
-        pos = offsets[b] + i
-        first = 0 if key_start is None else int(key_start[b])
-        last = n_keys if key_end is None else int(key_end[b])
-        if features["window"] is not None:
-            first = max(first, pos - features["window"] + 1)
-        if features["causal"]:
-            last = min(last, pos + 1)
-        keys = slice(first, max(first, last))
-        g = h // (heads // kv_heads)
-        s = k[b, keys, g] @ q[b, i, h] * (features["scale"] or dim**-0.5)
-        if features["softcap"] is not None:
-            s = features["softcap"] * (s / features["softcap"]).tanh()
-        weights = s.exp()
-        total = weights.sum() + (0 if sinks is None else sinks[h].double().exp())
-        if total > 0:
-            out[b, i, h] = weights / total @ v[b, keys, g]
-            lse[b, h, i] = total.log()
-    return out, lse
-
-
-def plain(q, k, v, **features):
-    """Attention step by step, each step rounded to the input's dtype: what eager PyTorch gives."""
-    group = q.shape[2] // k.shape[2]
-    everything = {**features, "sinks": None}
-    attended = torch.stack(  # 1 where a query attends a key: read off the oracle, value by value
-        [
-            oracle(q[..., :1] * 0, k[..., :1] * 0, one_hot, **everything)[0][..., 0] > 0
-            for one_hot in torch.eye(k.shape[1])[:, None, :, None, None].expand(
-                -1, k.shape[0], -1, k.shape[2], 1
-            )
-        ],
-        dim=-1,
-    ).transpose(1, 2)
-    k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
-    s = q.transpose(1, 2) @ k.transpose(2, 3) * (features.get("scale") or q.shape[-1] ** -0.5)
-    if cap := features.get("softcap"):
-        s = cap * (s / cap).tanh()
-    s = s.masked_fill(~attended, -math.inf)
-    if (sinks := features.get("sinks")) is not None:
-        column = sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:-1], 1)
-        s = torch.cat([s, column], dim=-1)
-    weights = s.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : v.shape[2]]
-    return (weights.nan_to_num(0) @ v).transpose(1, 2)
-
-
-def assert_close(out, lse, q, k, v, **features):
-    """The relative rule: at most twice plain PyTorch's error, or four machine epsilons.
-
-    The log-sum-exp is float32 for every dtype, of scores that are sums of products of inputs.
-    """
-    expected, expected_lse = oracle(q, k, v, **features)
-    out, lse = out.cpu(), lse.cpu()
-    assert out.shape == q.shape and out.dtype == q.dtype and lse.dtype == torch.float32
-    empty = expected_lse == -math.inf
-    assert torch.equal(lse == -math.inf, empty)
-    assert not out.transpose(1, 2)[empty].any()
-
-    def rms(x):
-        return x.square().mean().sqrt()
-
-    error, unit = rms(out - expected), torch.finfo(q.dtype).eps * rms(expected)
-    error_of_plain = rms(plain(q, k, v, **features) - expected)
-    assert error <= max(2 * error_of_plain, 4 * unit), (error, error_of_plain, unit)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=4e-6)
-
-
-def skip_bf16_in_the_interpreter(dtype, device):
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter cannot compute in bfloat16; a GPU can")
 
 
 # the reference

@@ -46,6 +46,10 @@ FILTERS = {  # as transformers has them: None is off
     "one by min-p": (None, None, 1.0),
     "more than there is": (5000, 0.999, 1e-9),
 }
+LAUNCHES = {
+    "wide": Launch(32, max_chunks=32, groups=2, width=32, num_warps=1, row_warps=4),
+    "narrow": Launch(8, max_chunks=16, groups=2, width=2, num_warps=1, row_warps=2),
+}
 INF, NAN = float("inf"), float("nan")
 
 on_cuda = torch.cuda.is_available()
@@ -296,52 +300,62 @@ def test_kernel_matches_reference_filter_by_filter(filters, device):
         check_kernel(logits, device, **options)
 
 
-@triton.jit
-def _weights_kernel(
-    scores_ptr, top_k_ptr, top_p_ptr, min_p_ptr, weights_ptr, n_vocab, BLOCK_V: tl.constexpr
-):
-    """The kernel's own steps, but that the weights are stored and nothing is drawn."""
+@triton.jit(do_not_specialize=["stride_lists"])
+def _kept_kernel(
+    scores_ptr, kept_ptr, sums_ptr, top_k_ptr, top_p_ptr, min_p_ptr, z_max_ptr, bound_ptr,
+    weights_ptr, lists_ptr, sizes_ptr, stride_lists, n_vocab,
+    CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The draw's own steps, but that the weights are stored and nothing is drawn."""
     row = tl.program_id(0).to(tl.int64)
-    z_row = scores_ptr + row * n_vocab
-    z_max = float("-inf")
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(z_row + cols, mask=cols < n_vocab, other=float("-inf"))
-        z_max = tl.maximum(z_max, tl.max(z, 0))
-    key_from, tie, skip, min_p = _filter(
-        z_row, n_vocab, z_max, row, top_k_ptr, top_p_ptr, min_p_ptr, BLOCK_V
-    )
-    ties = tl.zeros([], tl.int64)
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        weights, ties = _kept_weights(
-            z_row, cols, n_vocab, z_max, key_from, tie, skip, ties, min_p, BLOCK_V
-        )
-        tl.store(weights_ptr + row * n_vocab + cols, weights, mask=cols < n_vocab)
+    z_max = tl.load(z_max_ptr + row)
+    weights, last, skip, min_p, ties_before = _filter(
+        row, z_max, top_k_ptr, top_p_ptr, min_p_ptr, bound_ptr, weights_ptr, lists_ptr, sizes_ptr,
+        stride_lists, n_vocab, CHUNK, MAX_CHUNKS, WIDTH,
+    )  # fmt: skip
+    chunks = tl.arange(0, MAX_CHUNKS)
+    tl.store(sums_ptr + row * MAX_CHUNKS + chunks, weights)
+    for start in range(0, n_vocab, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        z = tl.load(scores_ptr + row * n_vocab + cols, mask=cols < n_vocab, other=float("-inf"))
+        before = tl.sum(tl.where(chunks == start // CHUNK, ties_before, 0))
+        kept = _kept_weights(z, z_max, last, skip, min_p, before)
+        tl.store(kept_ptr + row * n_vocab + cols, kept, mask=cols < n_vocab)
 
 
 @each_filter
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_kernel_keeps_what_the_reference_keeps(filters, ties, device):
-    rows, n_vocab = (64, 1009) if on_cuda else (2, 61)
-    logits = 2 * random_logits(rows, n_vocab, seed=8)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_kernel_keeps_what_the_reference_keeps(filters, ties, launch, device, monkeypatch):
+    rows, n_vocab = (64, 1009) if on_cuda else (3, 61)
+    spread = torch.tensor([2.0, 0.05, 12.0]).repeat(rows)[:rows, None]
+    logits = spread * random_logits(rows, n_vocab, seed=8)
     logits[0, ::3] = -INF
     if ties:
         logits = (logits / 2).round() + 0.0  # no -0.0, as the kernel leaves none
     options = filter_tensors(filters, rows)
+    scores = logits.to(device)
     weights = torch.empty(rows, n_vocab, dtype=torch.int64, device=device)
-    given = [None if t is None else t.to(device) for t in options.values()]
-    _weights_kernel[(rows,)](logits.to(device), *given, weights, n_vocab, BLOCK_V=32)
+    sums = torch.empty(rows, LAUNCHES[launch].max_chunks, dtype=torch.int64, device=device)
+
+    def store(grid, key, args, **options):
+        of_the_filters = (*args[12:15], *args[17:23], *args[24:])
+        _kept_kernel[grid](scores, weights, sums, *of_the_filters, **options)
+
+    monkeypatch.setattr(kernel, "_draw", store)
+    monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: LAUNCHES[launch])
+    launch_sample_tokens(scores, **moved(options | draw_options(rows), device))
     wanted = kept_weights(logits, **options)
     assert torch.equal((weights > 1).cpu(), wanted > 1)
+    assert torch.equal(sums.sum(dim=1), weights.sum(dim=1))
     # exp differs in its last bits, and is cut to a whole number
     torch.testing.assert_close(weights.cpu().double(), wanted.double(), rtol=1e-5, atol=1)
 
 
-def test_rows_of_many_blocks(device, monkeypatch):
-    monkeypatch.setattr(kernel, "choose_launch", lambda n_vocab: Launch(16, num_warps=1))
+def test_rows_of_many_chunks(device, monkeypatch):
+    monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: LAUNCHES["narrow"])
     check_kernel(random_logits(6, 101), device, logprobs=3, **everything(6, 101))
-    ties = random_logits(4, 101).clamp(max=1.0)  # the largest in many blocks, in any lane
+    ties = random_logits(4, 101).clamp(max=1.0)  # the largest in many chunks
     got = check_kernel(ties, device, logprobs=12)
     assert got.tokens.tolist() == [(row == 1).nonzero()[0].item() for row in ties]
     nucleus = {"top_p": torch.full((4,), 0.3)} | draw_options(4)  # cut among those ties
@@ -425,6 +439,17 @@ def test_rows_made_unusable_by_their_parameters_are_reported(device):
     options["bias"][3] = -INF
     got = check_kernel(logits, device, **options)
     assert got.status.tolist() == [OK, NOT_FINITE, NOT_FINITE, ALL_MASKED]
+
+
+def test_a_temperature_without_end_makes_all_alike_but_minus_infinity(device):
+    logits = random_logits(3, 5)
+    logits[1, 2] = -INF  # -inf / inf is no number
+    logits[2] = -INF
+    got = check_kernel(logits, device, **draw_options(3, temperature=INF))
+    assert got.status.tolist() == [OK, NOT_FINITE, NOT_FINITE]
+    options = draw_options(8, temperature=INF) | {"top_p": torch.full((8,), 0.5)}
+    got = check_kernel(logits[:1].expand(8, 5), device, **options)
+    assert set(got.tokens.tolist()) <= {2, 3, 4}
 
 
 def test_a_masked_token_is_never_drawn(device):
@@ -589,10 +614,15 @@ def test_what_requires_grad_is_taken_under_no_grad():
         assert sample_tokens(torch.ones(2, 4, requires_grad=True)).tokens.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("n_rows", [1, 64])
 @pytest.mark.parametrize("n_vocab", [1, 7, 512, 513, 32000, 128256, MAX_VOCAB])
-def test_launch_fits(n_vocab):
-    launch = choose_launch(n_vocab)
-    assert launch.block_v & (launch.block_v - 1) == 0
-    assert launch.block_v < 2 * n_vocab
-    assert launch.num_warps in (1, 2, 4, 8, 16, 32)
-    assert launch.block_v <= 8 * 32 * launch.num_warps  # a lane's sums stay in registers
+def test_launch_fits(n_vocab, n_rows):
+    launch = choose_launch(n_rows, n_vocab)
+    for size in (launch.chunk, launch.max_chunks, launch.groups, launch.width):
+        assert size > 0 and size & (size - 1) == 0
+    assert launch.chunk < 2 * n_vocab
+    assert launch.chunk * launch.max_chunks >= n_vocab > launch.chunk * (launch.max_chunks // 2 - 1)
+    assert launch.max_chunks <= 128
+    assert launch.groups <= launch.chunk
+    assert launch.chunk <= 32 * 32 * launch.num_warps  # a lane's scores stay in registers
+    assert launch.num_warps in (1, 2, 4, 8) and launch.row_warps in (1, 2, 4, 8)

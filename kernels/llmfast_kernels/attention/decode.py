@@ -15,6 +15,7 @@ from .loop import (
     attend,
     finish,
     load_tile,
+    load_tree,
     locate_sequence,
     needed_keys,
     pad_head_dim,
@@ -92,7 +93,7 @@ def _choose_splits(sequences: int, blocks: int, slots: int) -> int:
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_kv_heads", "num_splits"])
 def _decode_kernel(
     q_ptr,  # [B, Lq, Hq, D], or [Tq, Hq, D] with cu_q_ptr
-    k_ptr,  # [B, Lk, Hkv, D], or [Tk, Hkv, D]
+    k_ptr,  # [B, Lk, Hkv, D], or [Tk, Hkv, D], or with block_table_ptr [Nb, BLOCK_SIZE, Hkv, D]
     v_ptr,
     out_ptr,  # as q but contiguous, written; SPLIT: float32 partials, see _merge_kernel
     lse_ptr,  # float32 [B, Hq, Lq] or [Hq, Tq], written; or None. Not read if SPLIT
@@ -102,6 +103,9 @@ def _decode_kernel(
     offset_ptr,  # int [B] or [1], or None
     cu_q_ptr,  # int [B + 1], or None: batched
     cu_k_ptr,
+    block_table_ptr,  # int32 [B, max_blocks]: a paged cache, only with cu_q_ptr; or None
+    context_len_ptr,  # int32 [B], if and only if there is a block table
+    tree_mask_ptr,  # bool [Tq, n], n <= 64, only with a block table and without CAUSAL; or None
     stride_qb: tl.int64,
     stride_qm: tl.int64,
     stride_qh: tl.int64,
@@ -115,6 +119,8 @@ def _decode_kernel(
     stride_lse_b: tl.int64,
     stride_lse_h: tl.int64,
     stride_offset,
+    stride_table,
+    stride_tree,
     n_kv_heads,
     n_queries,  # the most of any sequence
     n_keys,
@@ -128,6 +134,7 @@ def _decode_kernel(
     ONE_QUERY: tl.constexpr,  # n_queries is 1: the range of keys says all, no mask is left
     GROUP: tl.constexpr,  # query heads of one KV head
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # keys of a block of the paged cache; or None
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -145,6 +152,7 @@ def _decode_kernel(
         key_start_ptr,
         key_end_ptr,
         offset_ptr,
+        context_len_ptr,
         stride_offset,
         n_queries,
         n_keys,
@@ -158,17 +166,31 @@ def _decode_kernel(
     row_mask = queries < n_queries
     dim_mask = dims < HEAD_DIM
     q_ptr += b * stride_qb + q_start * stride_qm
-    k_ptr += b * stride_kb + k_start * stride_kn + kv_head * stride_kh
-    v_ptr += b * stride_vb + k_start * stride_vn + kv_head * stride_vh
+    keys = tl.arange(0, BLOCK_N)
+    if block_table_ptr is None:
+        k_ptr += b * stride_kb + k_start * stride_kn + kv_head * stride_kh
+        v_ptr += b * stride_vb + k_start * stride_vn + kv_head * stride_vh
+    else:  # the loop adds where the blocks lie
+        k_ptr += kv_head * stride_kh
+        v_ptr += kv_head * stride_vh
+        block_table_ptr += b.to(tl.int64) * stride_table
+        keys = keys % BLOCK_SIZE
     q_ptrs = q_ptr + (queries * stride_qm + heads * stride_qh)[:, None] + dims[None, :]
     q = load_tile(q_ptrs, row_mask, dim_mask, True, PAD)
-    keys = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + keys[:, None] * stride_kn + dims[None, :]
     v_ptrs = v_ptr + keys[:, None] * stride_vn + dims[None, :]
+    tree = None
+    if tree_mask_ptr is not None:
+        tree = load_tree(tree_mask_ptr, q_start + queries, row_mask, stride_tree, n_queries)
 
     # the sequence's own keys are shared out here, on the device: how many there are may change
     # between the replays of a CUDA graph. Every split but the last has whole blocks
     lo, hi = needed_keys(key_lo, key_hi, offset, offset + n_queries - 1, window, CAUSAL)
+    first = None
+    if window is not None:
+        if block_table_ptr is not None:  # tiles must not cross from block to block
+            first = lo
+            lo = lo // BLOCK_N * BLOCK_N
     per_split = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), num_splits), BLOCK_N) * BLOCK_N
     lo += split * per_split
     hi = tl.minimum(hi, lo + per_split)
@@ -182,13 +204,17 @@ def _decode_kernel(
             row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     if ONE_QUERY:
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kn, stride_vn, lo, hi, queries,
-            scale, None, softcap, True, False, HEAD_DIM, BLOCK_N, BLOCK_D,
+            acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
+            stride_kb, stride_kn, stride_vb, stride_vn, lo, hi, first,
+            queries, None, None, scale, None, softcap,
+            True, False, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kn, stride_vn, lo, hi,
-            offset + queries, scale, window, softcap, True, CAUSAL, HEAD_DIM, BLOCK_N, BLOCK_D,
+            acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
+            stride_kb, stride_kn, stride_vb, stride_vn, lo, hi, first,
+            offset + queries, tree, offset, scale, window, softcap,
+            True, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, lse = finish(acc, row_sum, row_max)
 

@@ -17,6 +17,14 @@ Launch = PrefillLaunch | DecodeLaunch
 _prefill, _decode, _merge = map(Relaunch, (_prefill_kernel, _decode_kernel, _merge_kernel))
 
 
+class _Paged(NamedTuple):
+    """What there is with a paged cache only."""
+
+    block_table: torch.Tensor | None = None
+    context_len: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
+
+
 class _Device(NamedTuple):
     sm_count: int
     shared_memory: int  # of one program at most, bytes
@@ -60,7 +68,7 @@ def launch_flash_attention(
     if return_lse:
         lse = torch.empty((batch, n_heads, n_queries), dtype=torch.float32, device=q.device)
     _run(
-        q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, None, None,
+        q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, None, None, _Paged(),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         (n_queries * n_heads * head_dim, n_heads * n_queries, n_queries),
         stride_offset, batch, n_queries, n_keys, query_offset, causal, scale, window, softcap,
@@ -91,11 +99,48 @@ def launch_flash_attention_varlen(
     if return_lse:
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     _run(
-        q, k, v, out, lse, sinks, None, None, None, cu_seqlens_q, cu_seqlens_k,
+        q, k, v, out, lse, sinks, None, None, None, cu_seqlens_q, cu_seqlens_k, _Paged(),
         (0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2]),
         (0, 0, q.shape[0]),
         0, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, 0, causal, scale, window,
         softcap, _launch,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def launch_paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    query_start: torch.Tensor,
+    context_len: torch.Tensor,
+    block_table: torch.Tensor,
+    max_query_len: int,
+    max_context_len: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    _launch: Launch | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    batch, max_blocks = block_table.shape
+    n_keys = max_blocks * k_cache.shape[2]
+    if max_context_len is not None:
+        n_keys = min(n_keys, max_context_len)
+    k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # heads where flash_attention has them
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    _run(
+        q, k, v, out, lse, sinks, None, None, None, query_start, None,
+        _Paged(block_table, context_len, tree_mask),
+        (0, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
+        (0, 0, q.shape[0]),
+        0, batch, max_query_len, n_keys, 0, tree_mask is None, scale, window, softcap, _launch,
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -112,6 +157,7 @@ def _run(
     offset_tensor: torch.Tensor | None,
     cu_q: torch.Tensor | None,
     cu_k: torch.Tensor | None,
+    paged: _Paged,  # with a table k and v are [num_blocks, block_size, Hkv, D]
     strides_in: tuple[int, ...],  # of q, k, v: batch, row, head
     strides_out: tuple[int, int, int],  # out's batch, lse's batch and head
     stride_offset: int,
@@ -128,7 +174,7 @@ def _run(
     if q.is_cuda and q.get_device() != torch.cuda.current_device():
         with torch.cuda.device(q.device):  # Triton launches on the current device
             return _run(
-                q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, cu_q, cu_k,
+                q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, cu_q, cu_k, paged,
                 strides_in, strides_out, stride_offset, batch, n_queries, n_keys, query_offset,
                 causal, scale, window, softcap, launch,
             )  # fmt: skip
@@ -141,16 +187,20 @@ def _run(
         scale *= LOG2_E
     else:
         scale, softcap = scale / softcap, softcap * LOG2_E
+    block_table, _, tree_mask = paged
+    block_size = None if block_table is None else k.shape[1]
     if launch is None:
         launch = _choose(q, batch, n_queries, n_keys, n_kv_heads, group, window)
-    optional = (sinks, key_start, key_end, offset_tensor, cu_q, cu_k)
+    optional = (sinks, key_start, key_end, offset_tensor, cu_q, cu_k, *paged)
     key = _key(q, k, v, lse, optional, (*strides_in, strides_out[0]), window, softcap)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    tensors = (lse, *optional, *strides_in, *strides_out, stride_offset)
+    stride_table = 0 if block_table is None else block_table.stride(0)
+    stride_tree = 0 if tree_mask is None else tree_mask.stride(0)
+    strides = (*strides_in, *strides_out, stride_offset, stride_table, stride_tree)
     block_d = pad_head_dim(head_dim)
     sizes: tuple[float | None, ...]
-    constexprs: tuple[int, ...]
-    shape = (group, head_dim, launch.block_m, launch.block_n, block_d)
+    constexprs: tuple[int | None, ...]
+    shape = (group, head_dim, block_size, launch.block_m, launch.block_n, block_d)
     if isinstance(launch, PrefillLaunch):
         grid = -(-n_queries // launch.block_m) * n_heads * batch
         sizes = (n_heads, n_queries, n_keys, query_offset, scale, window, softcap)
@@ -158,7 +208,7 @@ def _run(
         _prefill(
             (grid,),
             key and (*key, *constexprs, launch.num_warps, launch.num_stages),
-            (q, k, v, out, *tensors, *sizes, *constexprs),
+            (q, k, v, out, lse, *optional, *strides, *sizes, *constexprs),
             **options,
         )
         return
@@ -170,11 +220,11 @@ def _run(
         size = n_partials * (head_dim + 1)
         target = torch.empty(size, dtype=torch.float32, device=q.device)
     sizes = (n_kv_heads, n_queries, n_keys, query_offset, splits, scale, window, softcap)
-    constexprs = (causal, splits > 1, n_queries == 1, *shape)
+    constexprs = (causal, splits > 1, n_queries == 1 and tree_mask is None, *shape)
     _decode(
         (batch * splits * n_kv_heads,),
         key and (*key, *constexprs, launch.num_warps, launch.num_stages),
-        (q, k, v, target, *tensors, *sizes, *constexprs),
+        (q, k, v, target, lse, *optional, *strides, *sizes, *constexprs),
         **options,
     )
     if splits > 1:

@@ -10,6 +10,8 @@ NOT_SPECIALIZED = (
     "stride_lse_b",
     "stride_lse_h",
     "stride_offset",
+    "stride_table",
+    "stride_tree",
     "n_queries",
     "n_keys",
     "query_offset",
@@ -49,6 +51,7 @@ def locate_sequence(
     key_start_ptr,  # int [B] or None
     key_end_ptr,
     offset_ptr,  # int [B] or [1], or None: query_offset holds it
+    context_len_ptr,  # int32 [B]: the keys of a paged cache; or None. Then cu_k_ptr is not read
     stride_offset,
     n_queries,
     n_keys,
@@ -59,9 +62,12 @@ def locate_sequence(
     k_start = q_start
     if cu_q_ptr is not None:
         q_start = tl.load(cu_q_ptr + b).to(tl.int64)
-        k_start = tl.load(cu_k_ptr + b).to(tl.int64)
         n_queries = (tl.load(cu_q_ptr + b + 1) - q_start).to(tl.int32)
-        n_keys = (tl.load(cu_k_ptr + b + 1) - k_start).to(tl.int32)
+        if context_len_ptr is None:
+            k_start = tl.load(cu_k_ptr + b).to(tl.int64)
+            n_keys = (tl.load(cu_k_ptr + b + 1) - k_start).to(tl.int32)
+        else:
+            n_keys = tl.load(context_len_ptr + b)
         query_offset = n_keys - n_queries
     if offset_ptr is not None:
         query_offset = tl.load(offset_ptr + b * stride_offset).to(tl.int32)
@@ -99,6 +105,25 @@ def load_tile(ptrs, row_mask, col_mask, MASK_ROWS: tl.constexpr, MASK_COLS: tl.c
 
 
 @triton.jit
+def load_tree(tree_mask_ptr, tokens, row_mask, stride_tree, n_queries):
+    """Each query's row of the tree mask, as the bits of an integer: 64 new tokens at most."""
+    new = tl.arange(0, 64)[None, :]
+    mask = row_mask[:, None] & (new < n_queries)
+    allowed = tl.load(tree_mask_ptr + (tokens * stride_tree)[:, None] + new, mask=mask, other=0)
+    return tl.sum(allowed.to(tl.int64) << new.to(tl.int64), 1)
+
+
+@triton.jit
+def load_blocks(block_table_ptr, start, hi, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the table has the keys from start on: one block for the tile, or one for each key."""
+    if BLOCK_N <= BLOCK_SIZE:
+        keys = start
+    else:
+        keys = start + tl.arange(0, BLOCK_N)[:, None]
+    return tl.load(block_table_ptr + keys // BLOCK_SIZE, mask=keys < hi, other=0)
+
+
+@triton.jit
 def tanh(x, PRECISE: tl.constexpr):
     y = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
     if PRECISE:
@@ -115,19 +140,26 @@ def attend(
     row_sum,  # float32 [BLOCK_M], sum of weights
     row_max,  # float32 [BLOCK_M], largest score so far in units of log2
     q,  # [BLOCK_M, BLOCK_D]
-    k_ptrs,  # [BLOCK_N, BLOCK_D], pointing at the sequence's first keys
+    k_ptrs,  # [BLOCK_N, BLOCK_D], the sequence's first keys; with a block table the cache's
     v_ptrs,
+    block_table_ptr,  # int32 [max_blocks], the sequence's; or None: its keys lie in a row
+    stride_kb,
     stride_kn,
+    stride_vb,
     stride_vn,
     lo,
     hi,
+    first,  # the first key that is attended, where lo is rounded down; or None
     pos,  # int32 [BLOCK_M], the positions of the queries
+    tree,  # int64 [BLOCK_M], bit j: the query attends the key first_new + j; or None
+    first_new,
     scale,  # times LOG2_E, or divided by the soft cap if there is one
     window,  # int or None
     softcap,  # times LOG2_E, or None
     MASKED: tl.constexpr,  # False: every query attends every key of the range, whole blocks
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -135,10 +167,22 @@ def attend(
     cols = tl.arange(0, BLOCK_N)
     dim_mask = tl.arange(0, BLOCK_D) < HEAD_DIM
     PAD: tl.constexpr = BLOCK_D != HEAD_DIM
+    if block_table_ptr is not None:
+        blocks = load_blocks(block_table_ptr, lo, hi, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + cols
         in_range = keys < hi
-        k = load_tile(k_ptrs + start * stride_kn, in_range, dim_mask, MASKED, PAD)
+        if first is not None:
+            in_range = in_range & (keys >= first)
+        if block_table_ptr is None:
+            k_offset, v_offset = start * stride_kn, start * stride_vn
+        else:
+            inside = start % BLOCK_SIZE  # 0 if a tile holds several blocks
+            k_offset = blocks.to(tl.int64) * stride_kb + inside * stride_kn
+            v_offset = blocks.to(tl.int64) * stride_vb + inside * stride_vn
+            # read a tile ahead: Triton pipelines loads that wait for a load only half as deep
+            blocks = load_blocks(block_table_ptr, start + BLOCK_N, hi, BLOCK_SIZE, BLOCK_N)
+        k = load_tile(k_ptrs + k_offset, in_range, dim_mask, MASKED, PAD)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if softcap is not None:
             scores = softcap * tanh(scores * scale, q.dtype == tl.float32)
@@ -148,6 +192,9 @@ def attend(
                 keep = keep & (keys[None, :] <= pos[:, None])
             if window is not None:
                 keep = keep & (keys[None, :] > pos[:, None] - window)
+            if tree is not None:
+                new = (keys - first_new)[None, :]
+                keep = keep & ((new < 0) | (tree[:, None] >> (new & 63) & 1 != 0))
             scores = tl.where(keep, scores, float("-inf"))
 
         # without a soft cap the scale waits for exp2's argument, where it costs nothing
@@ -166,7 +213,7 @@ def attend(
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, 1)
         row_max = new_max
-        v = load_tile(v_ptrs + start * stride_vn, in_range, dim_mask, MASKED, PAD)
+        v = load_tile(v_ptrs + v_offset, in_range, dim_mask, MASKED, PAD)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, row_sum, row_max
 

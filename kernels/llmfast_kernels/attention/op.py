@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
 
+from .checks import check, check_ints
 from .reference import flash_attention_reference, flash_attention_varlen_reference
-
-MAX_HEAD_DIM = 256  # on CUDA; a program holds whole rows of queries in registers
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_INTS = (torch.int32, torch.int64)
 
 
 @overload
@@ -114,13 +109,13 @@ def flash_attention(
             f"{op}: q and k must be [B, Lq, Hq, D] and [B, Lk, Hkv, D] with one B, "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    _check(op, q, k, v, scale, window, softcap, sinks)
+    check(op, q, k, v, scale, window, softcap, sinks)
     for name, bound in (("key_start", key_start), ("key_end", key_end)):
         if bound is not None:
-            _check_ints(op, name, bound, q, (q.shape[0],))
+            check_ints(op, name, bound, q, (q.shape[0],))
     if isinstance(query_offset, torch.Tensor):
         shape = () if query_offset.ndim == 0 else (1 if query_offset.shape[0] == 1 else len(q),)
-        _check_ints(op, "query_offset", query_offset, q, shape)
+        check_ints(op, "query_offset", query_offset, q, shape)
     args = {
         "causal": causal,
         "scale": scale,
@@ -214,13 +209,13 @@ def flash_attention_varlen(
             f"{op}: q and k must be [Tq, Hq, D] and [Tk, Hkv, D], "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    _check(op, q, k, v, scale, window, softcap, sinks)
+    check(op, q, k, v, scale, window, softcap, sinks)
     if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape[0] == 0:
         raise ValueError(
             f"{op}: cu_seqlens_q must have shape [B + 1], got {tuple(cu_seqlens_q.shape)}"
         )
-    _check_ints(op, "cu_seqlens_q", cu_seqlens_q, q, tuple(cu_seqlens_q.shape))
-    _check_ints(op, "cu_seqlens_k", cu_seqlens_k, q, tuple(cu_seqlens_q.shape))
+    check_ints(op, "cu_seqlens_q", cu_seqlens_q, q, tuple(cu_seqlens_q.shape))
+    check_ints(op, "cu_seqlens_k", cu_seqlens_k, q, tuple(cu_seqlens_q.shape))
     if max_seqlen_q < 0 or max_seqlen_k < 0:
         raise ValueError(
             f"{op}: max_seqlen_q and max_seqlen_k must be at least 0, "
@@ -243,81 +238,3 @@ def flash_attention_varlen(
     from .kernel import launch_flash_attention_varlen
 
     return launch_flash_attention_varlen(q, k, v, **args)  # type: ignore[arg-type]
-
-
-def _check(
-    op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> None:
-    if q.dtype not in _DTYPES and (q.dtype != torch.float64 or q.is_cuda):
-        raise TypeError(f"{op}: q must be float32, float16 or bfloat16, got {q.dtype}")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"{op}: k and v must have q's dtype {q.dtype}, got {k.dtype}, {v.dtype}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"{op}: k and v must be on {q.device} as q is, got {k.device}, {v.device}")
-    if v.shape != k.shape:
-        if v.shape[:-1] == k.shape[:-1]:
-            raise NotImplementedError(
-                f"{op}: v's head dimension must be k's, {k.shape[-1]}, got {v.shape[-1]}"
-            )
-        raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    head_dim = q.shape[-1]
-    if k.shape[-1] != head_dim or head_dim == 0:
-        raise ValueError(
-            f"{op}: q and k must have one head dimension of at least 1, "
-            f"got {head_dim} and {k.shape[-1]}"
-        )
-    if q.is_cuda and head_dim > MAX_HEAD_DIM:
-        raise NotImplementedError(
-            f"{op}: the head dimension is at most {MAX_HEAD_DIM} on CUDA, got {head_dim}"
-        )
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"{op}: the heads of q must be a multiple of those of k, "
-            f"got {q.shape[-2]} and {k.shape[-2]}"
-        )
-    if head_dim > 1 and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        raise ValueError(
-            f"{op}: q, k and v must have a last stride of 1, "
-            f"got strides {q.stride()}, {k.stride()}, {v.stride()}"
-        )
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"{op}: scale must be more than 0, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be more than 0, got {softcap}")
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window must be at least 1, got {window}")
-    if sinks is not None:
-        if not sinks.is_floating_point():
-            raise TypeError(f"{op}: sinks must have a float dtype, got {sinks.dtype}")
-        if sinks.shape != q.shape[-2:-1] or sinks.device != q.device or not sinks.is_contiguous():
-            raise ValueError(
-                f"{op}: sinks must be contiguous, of shape {tuple(q.shape[-2:-1])} (q's heads) "
-                f"on {q.device}; got {tuple(sinks.shape)} on {sinks.device} "
-                f"with strides {sinks.stride()}"
-            )
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (sinks is not None and sinks.requires_grad)
-    ):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
-
-
-def _check_ints(
-    op: str, name: str, x: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...]
-) -> None:
-    if x.dtype not in _INTS:
-        raise TypeError(f"{op}: {name} must be int32 or int64, got {x.dtype}")
-    if x.shape != shape or x.device != q.device or not x.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} must be contiguous, of shape {shape} on {q.device}; "
-            f"got {tuple(x.shape)} on {x.device} with strides {x.stride()}"
-        )

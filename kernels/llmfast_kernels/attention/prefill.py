@@ -14,6 +14,7 @@ from .loop import (
     attend,
     finish,
     load_tile,
+    load_tree,
     locate_sequence,
     needed_keys,
     pad_head_dim,
@@ -62,7 +63,7 @@ def choose_prefill_launch(
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_heads"])
 def _prefill_kernel(
     q_ptr,  # [B, Lq, Hq, D], or [Tq, Hq, D] with cu_q_ptr
-    k_ptr,  # [B, Lk, Hkv, D], or [Tk, Hkv, D]
+    k_ptr,  # [B, Lk, Hkv, D], or [Tk, Hkv, D], or with block_table_ptr [Nb, BLOCK_SIZE, Hkv, D]
     v_ptr,
     out_ptr,  # as q but contiguous, written
     lse_ptr,  # float32 [B, Hq, Lq] or [Hq, Tq], written; or None
@@ -72,6 +73,9 @@ def _prefill_kernel(
     offset_ptr,  # int [B] or [1], or None
     cu_q_ptr,  # int [B + 1], or None: batched
     cu_k_ptr,
+    block_table_ptr,  # int32 [B, max_blocks]: a paged cache, only with cu_q_ptr; or None
+    context_len_ptr,  # int32 [B], if and only if there is a block table
+    tree_mask_ptr,  # bool [Tq, n], n <= 64, only with a block table and without CAUSAL; or None
     stride_qb: tl.int64,
     stride_qm: tl.int64,
     stride_qh: tl.int64,
@@ -85,6 +89,8 @@ def _prefill_kernel(
     stride_lse_b: tl.int64,
     stride_lse_h: tl.int64,
     stride_offset,
+    stride_table,
+    stride_tree,
     n_heads,  # Hq
     n_queries,  # the most of any sequence
     n_keys,
@@ -96,6 +102,7 @@ def _prefill_kernel(
     HEADS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of one KV head
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # keys of a block of the paged cache; or None
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -121,6 +128,7 @@ def _prefill_kernel(
         key_start_ptr,
         key_end_ptr,
         offset_ptr,
+        context_len_ptr,
         stride_offset,
         n_queries,
         n_keys,
@@ -136,12 +144,21 @@ def _prefill_kernel(
     row_mask = rows < n_queries
     dim_mask = dims < HEAD_DIM
     q_ptr += b * stride_qb + q_start * stride_qm + head * stride_qh
-    k_ptr += b * stride_kb + k_start * stride_kn + (head // GROUP) * stride_kh
-    v_ptr += b * stride_vb + k_start * stride_vn + (head // GROUP) * stride_vh
-    q = load_tile(q_ptr + rows[:, None] * stride_qm + dims[None, :], row_mask, dim_mask, True, PAD)
     keys = tl.arange(0, BLOCK_N)
+    if block_table_ptr is None:
+        k_ptr += b * stride_kb + k_start * stride_kn + (head // GROUP) * stride_kh
+        v_ptr += b * stride_vb + k_start * stride_vn + (head // GROUP) * stride_vh
+    else:  # the loop adds where the blocks lie
+        k_ptr += (head // GROUP) * stride_kh
+        v_ptr += (head // GROUP) * stride_vh
+        block_table_ptr += b.to(tl.int64) * stride_table
+        keys = keys % BLOCK_SIZE
+    q = load_tile(q_ptr + rows[:, None] * stride_qm + dims[None, :], row_mask, dim_mask, True, PAD)
     k_ptrs = k_ptr + keys[:, None] * stride_kn + dims[None, :]
     v_ptrs = v_ptr + keys[:, None] * stride_vn + dims[None, :]
+    tree = None
+    if tree_mask_ptr is not None:
+        tree = load_tree(tree_mask_ptr, q_start + rows, row_mask, stride_tree, n_queries)
 
     # keys lo to lead are masked on the window's side, lead to main are whole blocks that every
     # query attends, main to hi are masked on the diagonal and at the end
@@ -149,6 +166,11 @@ def _prefill_kernel(
     first_pos = offset + m_start
     last_pos = offset + tl.minimum(m_start + BLOCK_M, n_queries) - 1
     lo, hi = needed_keys(key_lo, key_hi, first_pos, last_pos, window, CAUSAL)
+    first = None
+    if window is not None:
+        if block_table_ptr is not None:  # tiles must not cross from block to block
+            first = lo
+            lo = lo // BLOCK_N * BLOCK_N
     lead = lo
     if window is not None:
         lead += tl.cdiv(tl.maximum(last_pos - window + 1 - lo, 0), BLOCK_N) * BLOCK_N
@@ -156,6 +178,8 @@ def _prefill_kernel(
     free = hi
     if CAUSAL:
         free = tl.minimum(hi, first_pos + 1)
+    if tree_mask_ptr is not None:
+        free = tl.minimum(hi, offset)
     main = lead + tl.maximum(free - lead, 0) // BLOCK_N * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -168,16 +192,22 @@ def _prefill_kernel(
         row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     if window is not None:
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kn, stride_vn, lo, lead, pos,
-            scale, window, softcap, True, CAUSAL, HEAD_DIM, BLOCK_N, BLOCK_D,
+            acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
+            stride_kb, stride_kn, stride_vb, stride_vn, lo, lead, first,
+            pos, tree, offset, scale, window, softcap,
+            True, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kn, stride_vn, lead, main, pos,
-        scale, window, softcap, False, CAUSAL, HEAD_DIM, BLOCK_N, BLOCK_D,
+        acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
+        stride_kb, stride_kn, stride_vb, stride_vn, lead, main, first,
+        pos, tree, offset, scale, window, softcap,
+        False, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kn, stride_vn, main, hi, pos,
-        scale, window, softcap, True, CAUSAL, HEAD_DIM, BLOCK_N, BLOCK_D,
+        acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
+        stride_kb, stride_kn, stride_vb, stride_vn, main, hi, first,
+        pos, tree, offset, scale, window, softcap,
+        True, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, lse = finish(acc, row_sum, row_max)
 

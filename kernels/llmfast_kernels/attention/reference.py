@@ -23,11 +23,23 @@ def flash_attention_reference(
     query_offset: int | torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    n_queries, n_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     attended = _attended(
-        n_queries, n_keys, q.device, causal, window, key_start, key_end, query_offset
-    )  # [B or 1, Lq, Lk]
+        q.shape[1], k.shape[1], q.device, causal, window, key_start, key_end, query_offset
+    )
+    out, lse = _softmax_attention(q, k, v, attended, scale, softcap, sinks)
+    return (out, lse) if return_lse else out
 
+
+def _softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attended: torch.Tensor,  # bool [B or 1, Lq, Lk]
+    scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n_keys, group = k.shape[1], q.shape[2] // k.shape[2]
     # what no query attends may be unwritten memory: 0 times NaN would spoil the sums
     used = attended.any(dim=1)[:, :, None, None]  # [B or 1, Lk, 1, 1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -49,7 +61,7 @@ def flash_attention_reference(
     # a query without keys: its lse of -inf would give NaN, and its weights are 0
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = torch.einsum("bhij,bjhd->bihd", weights, v).to(q.dtype).contiguous()
-    return (out, lse.float()) if return_lse else out
+    return out, lse.float()
 
 
 def flash_attention_varlen_reference(
@@ -84,6 +96,50 @@ def flash_attention_varlen_reference(
             sinks=sinks,
             return_lse=True,
         )
+        out[of_q], lse[:, of_q] = one[0][0], one[1][0]
+    return (out, lse) if return_lse else out
+
+
+def paged_attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    query_start: torch.Tensor,
+    context_len: torch.Tensor,
+    block_table: torch.Tensor,
+    max_query_len: int,
+    max_context_len: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    block_size = k_cache.shape[2]
+    starts = query_start.tolist()
+    for b, n_keys in enumerate(context_len.tolist()):
+        of_q = slice(*starts[b : b + 2])
+        n_queries = of_q.stop - of_q.start
+        offset = n_keys - n_queries  # position of the first query
+        # blocks that the window has left behind may be freed: gather from the first that is used
+        start = 0 if window is None else max(offset - window + 1, 0) // block_size * block_size
+        blocks = block_table[b, start // block_size : -(-n_keys // block_size)]
+        k, v = (
+            cache.index_select(0, blocks).transpose(1, 2).flatten(0, 1)[None, : n_keys - start]
+            for cache in (k_cache, v_cache)
+        )
+        if tree_mask is None:
+            attended = _attended(
+                n_queries, k.shape[1], q.device, True, window, None, None, offset - start
+            )
+        else:
+            new = torch.arange(n_keys, device=q.device) - offset
+            attended = ((new < 0) | tree_mask[of_q][:, new.clamp(min=0)])[None]
+        one = _softmax_attention(q[None, of_q], k, v, attended, scale, softcap, sinks)
         out[of_q], lse[:, of_q] = one[0][0], one[1][0]
     return (out, lse) if return_lse else out
 

@@ -1,7 +1,7 @@
 """Writes to the paged cache in Triton. Arguments are checked by op.py; here they are taken as good.
 
 The launcher takes the cache's strides as they are, so another order of heads and tokens in a block
-is a permuted view; ``_cache_offsets`` alone knows how a slot becomes an address.
+is a permuted view; ``cache_offsets`` alone knows how a slot becomes an address.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton.language as tl
 from ..relaunch import Relaunch, aligned
 
 MAX_HEAD_DIM = 1024  # one program holds whole rows in registers
-_LANE_BYTES = 16  # of keys, and as many of values, in one lane: one load each
-_MAX_WARPS = 4
+_LANE_BYTES = 32  # of keys, and as many of values, in one lane: two loads each
+_WARPS = 2
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,12 @@ def choose_launch(head_dim: int, element_size: int) -> Launch:
         )
     block_d = triton.next_power_of_2(head_dim)
     warp = 32 * _LANE_BYTES // element_size  # elements of keys that a warp takes at once
-    rows = max(_MAX_WARPS * warp // block_d, 1)
-    return Launch(rows, block_d, num_warps=_MAX_WARPS)
+    rows = max(_WARPS * warp // block_d, 1)
+    return Launch(rows, block_d, num_warps=_WARPS)
 
 
 @triton.jit
-def _cache_offsets(
-    slots, heads, stride_block, stride_head, stride_offset, BLOCK_SIZE: tl.constexpr
-):
+def cache_offsets(slots, heads, stride_block, stride_head, stride_offset, BLOCK_SIZE: tl.constexpr):
     """Where a head's row of a slot begins in the cache; int64, as slots and heads are."""
     return (
         (slots // BLOCK_SIZE) * stride_block
@@ -96,7 +94,7 @@ def _write_kv_kernel(
     k = tl.load(k_ptr + k_rows[:, None] + cols, mask=mask)
     v = tl.load(v_ptr + v_rows[:, None] + cols, mask=mask)
 
-    cache_rows = _cache_offsets(
+    cache_rows = cache_offsets(
         slots, heads, stride_cache_block, stride_cache_head, stride_cache_offset, BLOCK_SIZE
     )
     written = mask & (slots >= 0)[:, None]

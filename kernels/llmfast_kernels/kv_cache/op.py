@@ -54,7 +54,7 @@ def write_kv(
     Paper: Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention, arXiv:2309.06180, section 4.
     """
-    _check(k, v, k_cache, v_cache, slots)
+    check_write_kv("write_kv", k, v, k_cache, v_cache, slots)
     if not k.is_cuda:
         return write_kv_reference(k, v, k_cache, v_cache, slots)
     from .kernel import launch_write_kv  # imports Triton, which a machine without CUDA may lack
@@ -62,52 +62,53 @@ def write_kv(
     return launch_write_kv(k, v, k_cache, v_cache, slots)
 
 
-def _check(
+def check_write_kv(
+    op: str,
     k: torch.Tensor,
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
+    """Raise for what breaks write_kv's contract, in the name of ``op``: rope writes too."""
     dtype = k.dtype
     if dtype not in _DTYPES and (k.is_cuda or dtype != torch.float64):
         accepted = "float32, float16 or bfloat16" + ("" if k.is_cuda else ", or float64 off CUDA")
-        raise TypeError(f"write_kv: k must be {accepted}; got {dtype} on {k.device}")
+        raise TypeError(f"{op}: k must be {accepted}; got {dtype} on {k.device}")
     if v.dtype != dtype or k_cache.dtype != dtype or v_cache.dtype != dtype:
         raise TypeError(
-            f"write_kv: v, k_cache and v_cache must have k's dtype {dtype}; "
+            f"{op}: v, k_cache and v_cache must have k's dtype {dtype}; "
             f"got {v.dtype}, {k_cache.dtype} and {v_cache.dtype}"
         )
     if slots.dtype != torch.int64:
-        raise TypeError(f"write_kv: slots must be torch.int64, got {slots.dtype}")
+        raise TypeError(f"{op}: slots must be torch.int64, got {slots.dtype}")
 
     if k.ndim != 3 or 0 in k.shape[1:]:
         raise ValueError(
-            "write_kv: k must be (n_tokens, kv_heads, head_dim) with at least 1 head of 1 element; "
+            f"{op}: k must be (n_tokens, kv_heads, head_dim) with at least 1 head of 1 element; "
             f"got shape {tuple(k.shape)}"
         )
     n_tokens, n_heads, head_dim = k.shape
     if v.shape != k.shape:
-        raise ValueError(f"write_kv: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+        raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     cache = k_cache.shape
     if len(cache) != 4 or cache[1] != n_heads or cache[3] != head_dim:
         raise ValueError(
-            f"write_kv: k_cache must be (num_blocks, {n_heads}, block_size, {head_dim}) with k's "
+            f"{op}: k_cache must be (num_blocks, {n_heads}, block_size, {head_dim}) with k's "
             f"heads; got shape {tuple(cache)}"
         )
     if cache[2] not in BLOCK_SIZES:
         raise ValueError(
-            f"write_kv: k_cache's block size must be one of {BLOCK_SIZES}, got {cache[2]} "
+            f"{op}: k_cache's block size must be one of {BLOCK_SIZES}, got {cache[2]} "
             f"in shape {tuple(cache)}"
         )
     if v_cache.shape != cache:
         raise ValueError(
-            f"write_kv: v_cache must have k_cache's shape {tuple(cache)}, "
-            f"got {tuple(v_cache.shape)}"
+            f"{op}: v_cache must have k_cache's shape {tuple(cache)}, got {tuple(v_cache.shape)}"
         )
     if slots.ndim != 1 or slots.shape[0] != n_tokens:
         raise ValueError(
-            f"write_kv: slots must have shape ({n_tokens},), one for each token of k; "
+            f"{op}: slots must have shape ({n_tokens},), one for each token of k; "
             f"got {tuple(slots.shape)}"
         )
 
@@ -119,20 +120,20 @@ def _check(
         or slots.device != device
     ):
         raise ValueError(
-            f"write_kv: v, k_cache, v_cache and slots must be on {device} as k is; got "
+            f"{op}: v, k_cache, v_cache and slots must be on {device} as k is; got "
             f"{v.device}, {k_cache.device}, {v_cache.device} and {slots.device}"
         )
     if head_dim > 1 and (k.stride(2) != 1 or v.stride(2) != 1):
         raise ValueError(
-            "write_kv: k and v must have a contiguous last dimension; "
+            f"{op}: k and v must have a contiguous last dimension; "
             f"got strides {k.stride()} and {v.stride()}"
         )
     if not (k_cache.is_contiguous() and v_cache.is_contiguous() and slots.is_contiguous()):
         raise ValueError(
-            "write_kv: k_cache, v_cache and slots must be contiguous; got strides "
+            f"{op}: k_cache, v_cache and slots must be contiguous; got strides "
             f"{k_cache.stride()}, {v_cache.stride()} and {slots.stride()}"
         )
     if torch.is_grad_enabled() and (
         k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad
     ):
-        raise RuntimeError("write_kv: no backward; call under torch.no_grad()")
+        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")

@@ -1,3 +1,3 @@
-from .op import apply_rope
+from .op import apply_rope, rope_write_kv
 
-__all__ = ["apply_rope"]
+__all__ = ["apply_rope", "rope_write_kv"]

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..kv_cache.kernel import cache_offsets
+from ..norm.kernel import inverse_rms, scale
 from ..relaunch import ALIGNMENT, Relaunch, aligned
 
 MAX_HEAD_DIM = 4096  # one program holds a whole head in registers
@@ -19,39 +21,49 @@ _MAX_GRID_Y = 65535
 
 @dataclass(frozen=True)
 class Launch:
-    """How the heads of one token are cut into programs; none takes heads of both q and k."""
+    """How the heads of one token are cut into programs; none takes heads of two tensors."""
 
     block_h: int  # heads of one program, a power of 2
-    block_r: int  # pairs a program holds of each head: rounded up to a power of 2
+    block_r: int  # pairs a program holds of each head: rounded up to a power of 2, or 0
     block_p: int  # elements behind the pairs, to be copied: rounded up to a power of 2, or 0
     num_warps: int
 
 
 @cache
-def choose_launch(n_heads: int, head_dim: int, rotary_dim: int, few_tokens: bool = False) -> Launch:
+def choose_launch(
+    n_heads: int, head_dim: int, rotary_dim: int, few_tokens: bool = False, norm: bool = False
+) -> Launch:
     """Pick the launch for tokens of ``n_heads`` heads, the more of q's and k's. Pure: it
     asks no device.
 
-    ``few_tokens`` says that the tokens do not fill a GPU, as in decoding.
+    ``few_tokens`` says that the tokens do not fill a GPU, as in decoding, ``norm`` that heads are
+    normalised too.
 
     Raises:
         NotImplementedError: head_dim is more than MAX_HEAD_DIM.
     """
     if head_dim > MAX_HEAD_DIM:
         raise NotImplementedError(
-            f"apply_rope: at most {MAX_HEAD_DIM} elements a head on CUDA, got {head_dim}"
+            f"rope: at most {MAX_HEAD_DIM} elements a head on CUDA, got {head_dim}"
         )
     width = triton.next_power_of_2(head_dim)
     tile = _TILE // 2 if few_tokens else _TILE
-    block_h = max(min(tile // width, triton.next_power_of_2(n_heads)), 1)
-    # many tokens: 16 elements a lane, so a load of 16 bytes of each half in half precision
-    num_warps = block_h * width // (128 if few_tokens else 512)
+    heads = triton.next_power_of_2(n_heads)
+    if norm:
+        # 8 elements a lane: then a lane has the same heads in the whole tile as in its halves, and
+        # a head's sum is taken in rms_norm's order
+        per_warp = 256
+        heads = max(heads, per_warp // width)
+    else:
+        # many tokens: 16, so a load of 16 bytes of each half in half precision
+        per_warp = 128 if few_tokens else 512
+    block_h = max(min(tile // width, heads), 1)
     rest = head_dim - rotary_dim
     return Launch(
         block_h,
-        block_r=triton.next_power_of_2(rotary_dim // 2),
+        block_r=triton.next_power_of_2(rotary_dim // 2) if rotary_dim else 0,
         block_p=triton.next_power_of_2(rest) if rest else 0,
-        num_warps=min(max(num_warps, 1), 8),
+        num_warps=min(max(block_h * width // per_warp, 1), 8),
     )
 
 
@@ -82,97 +94,306 @@ def _rope_kernel(
     token = tl.program_id(0 if MANY_TOKENS else 1).to(tl.int64)
     block = tl.program_id(1 if MANY_TOKENS else 0)
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
-    # first of all, because the tables wait for it
-    row = tl.load(positions_ptr + token).to(tl.int64) * HALF
+    position = tl.load(positions_ptr + token)  # first of all, because the tables wait for it
 
     if block < q_blocks:
-        _rotate_heads(
+        _write_heads(
             q_ptr + token * stride_q_token,
             stride_q_head,
             q_out_ptr + token * (Q_HEADS * HEAD_DIM),
-            cos_ptr + row,
-            sin_ptr + row,
+            HEAD_DIM,
+            None,
+            None,
+            None,
+            cos_ptr,
+            sin_ptr,
+            position,
+            None,
+            None,
             block,
             Q_HEADS,
             HEAD_DIM,
             HALF,
             INTERLEAVED,
+            False,
             BLOCK_H,
             BLOCK_R,
             BLOCK_P,
+            0,
+            0,
         )
     else:
-        _rotate_heads(
+        _write_heads(
             k_ptr + token * stride_k_token,
             stride_k_head,
             k_out_ptr + token * (KV_HEADS * HEAD_DIM),
-            cos_ptr + row,
-            sin_ptr + row,
+            HEAD_DIM,
+            None,
+            None,
+            None,
+            cos_ptr,
+            sin_ptr,
+            position,
+            None,
+            None,
             block - q_blocks,
             KV_HEADS,
             HEAD_DIM,
             HALF,
             INTERLEAVED,
+            False,
             BLOCK_H,
             BLOCK_R,
             BLOCK_P,
+            0,
+            0,
         )
 
 
 @triton.jit
-def _rotate_heads(
-    x_ptr,  # [N_HEADS, HEAD_DIM] of one token
-    stride_head,
-    out_ptr,  # [N_HEADS, HEAD_DIM] contiguous, written
-    cos_ptr,  # [HALF] of the token's position
-    sin_ptr,  # [HALF]
-    block,
-    N_HEADS: tl.constexpr,
+def _rope_write_kv_kernel(
+    q_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM], any strides of tokens and heads
+    k_ptr,  # [n_tokens, KV_HEADS, HEAD_DIM], any strides of tokens and heads
+    v_ptr,  # [n_tokens, KV_HEADS, HEAD_DIM], any strides of tokens and heads
+    cos_ptr,  # [max_positions, HALF], None if HALF is 0, as are sin and positions
+    sin_ptr,  # [max_positions, HALF]
+    positions_ptr,  # [n_tokens]
+    q_out_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM] contiguous, written
+    k_cache_ptr,  # [n_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM], written
+    v_cache_ptr,  # [n_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM], written; strides as k_cache's
+    slots_ptr,  # [n_tokens], int64
+    q_norm_ptr,  # [HEAD_DIM], or None: no norm
+    k_norm_ptr,  # [HEAD_DIM], or None
+    stride_q_token,
+    stride_q_head,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_cache_block,
+    stride_cache_head,
+    stride_cache_offset,
+    eps,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr,  # rotary_dim // 2; 0: nothing is rotated
+    BLOCK_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    MANY_TOKENS: tl.constexpr,  # as in _rope_kernel
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of 2
 ):
+    token = tl.program_id(0 if MANY_TOKENS else 1).to(tl.int64)
+    block = tl.program_id(1 if MANY_TOKENS else 0)
+    q_blocks: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
+    kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    position = tl.load(positions_ptr + token) if HALF > 0 else None
+
+    if block < q_blocks:
+        _write_heads(
+            q_ptr + token * stride_q_token,
+            stride_q_head,
+            q_out_ptr + token * (Q_HEADS * HEAD_DIM),
+            HEAD_DIM,
+            None,
+            None,
+            None,
+            cos_ptr,
+            sin_ptr,
+            position,
+            q_norm_ptr,
+            eps,
+            block,
+            Q_HEADS,
+            HEAD_DIM,
+            HALF,
+            INTERLEAVED,
+            UNIT_OFFSET,
+            BLOCK_H,
+            BLOCK_R,
+            BLOCK_P,
+            BLOCK_D,
+            BLOCK_SIZE,
+        )
+    elif block < q_blocks + kv_blocks:
+        _write_heads(
+            k_ptr + token * stride_k_token,
+            stride_k_head,
+            k_cache_ptr,
+            stride_cache_head,
+            slots_ptr + token,
+            stride_cache_block,
+            stride_cache_offset,
+            cos_ptr,
+            sin_ptr,
+            position,
+            k_norm_ptr,
+            eps,
+            block - q_blocks,
+            KV_HEADS,
+            HEAD_DIM,
+            HALF,
+            INTERLEAVED,
+            UNIT_OFFSET,
+            BLOCK_H,
+            BLOCK_R,
+            BLOCK_P,
+            BLOCK_D,
+            BLOCK_SIZE,
+        )
+    else:
+        _write_heads(
+            v_ptr + token * stride_v_token,
+            stride_v_head,
+            v_cache_ptr,
+            stride_cache_head,
+            slots_ptr + token,
+            stride_cache_block,
+            stride_cache_offset,
+            None,
+            None,
+            None,
+            None,
+            None,
+            block - q_blocks - kv_blocks,
+            KV_HEADS,
+            HEAD_DIM,
+            0,
+            False,
+            False,
+            BLOCK_H,
+            0,
+            BLOCK_D,
+            BLOCK_D,
+            BLOCK_SIZE,
+        )
+
+
+@triton.jit
+def _write_heads(
+    x_ptr,  # [N_HEADS, HEAD_DIM] of one token
+    stride_head,
+    out_ptr,  # [N_HEADS, HEAD_DIM] of one token, or the cache; written
+    stride_out_head,
+    slot_ptr,  # [1], the token's; None: out is no cache
+    stride_out_block,  # of a cache
+    stride_out_offset,
+    cos_ptr,  # [max_positions, HALF]
+    sin_ptr,  # [max_positions, HALF]
+    position,  # of the token
+    weight_ptr,  # [HEAD_DIM] of the norm, or None: no norm
+    eps,
+    block,
+    N_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,  # 0: nothing is rotated
+    INTERLEAVED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of 2
+    BLOCK_SIZE: tl.constexpr,  # of a cache
+):
+    """Normalise, rotate and store BLOCK_H heads, each if asked to.
+
+    The heads are loaded before anything waits for the token's position or slot.
+    """
     dtype = out_ptr.dtype.element_ty
     heads = block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     head_mask = heads < N_HEADS
     x_ptrs = x_ptr + heads.to(tl.int64) * stride_head  # heads may be the farthest axis
-    out_ptrs = out_ptr + heads * HEAD_DIM
 
-    pairs = tl.arange(0, BLOCK_R)[None, :]
-    mask = head_mask & (pairs < HALF)
-    if INTERLEAVED:
-        cols = tl.arange(0, 2 * BLOCK_R)[None, :]
-        col_mask = head_mask & (cols < 2 * HALF)
-        x = tl.load(x_ptrs + cols, mask=col_mask, other=0.0)
-        a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_R, 2)))
-    else:
-        a = tl.load(x_ptrs + pairs, mask=mask, other=0.0)
-        b = tl.load(x_ptrs + HALF + pairs, mask=mask, other=0.0)
+    if weight_ptr is not None:  # first: so its sum goes to where the halves are, not they to it
+        cols = tl.arange(0, BLOCK_D)[None, :]
+        x = tl.load(x_ptrs + cols, mask=head_mask & (cols < HEAD_DIM), other=0.0)
+    if HALF > 0:
+        a, b = _load_pairs(x_ptrs, head_mask, HALF, INTERLEAVED, BLOCK_H, BLOCK_R)
     if BLOCK_P > 0:
         rest = 2 * HALF + tl.arange(0, BLOCK_P)[None, :]
         rest_mask = head_mask & (rest < HEAD_DIM)
-        tl.store(out_ptrs + rest, tl.load(x_ptrs + rest, mask=rest_mask), mask=rest_mask)
-    # each lane loads what it multiplies with: a row shared out would pass through shared memory
-    table = tl.broadcast_to(pairs, (BLOCK_H, BLOCK_R))
-    cos = tl.load(cos_ptr + table, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32)
-
-    a, b = a.to(tl.float32), b.to(tl.float32)
-    a_cos, b_sin, b_cos, a_sin = a * cos, b * sin, b * cos, a * sin
-    if cos_ptr.dtype.element_ty == dtype:  # else the tables are float32, and all is until the end
-        a_cos, b_sin = a_cos.to(dtype).to(tl.float32), b_sin.to(dtype).to(tl.float32)
-        b_cos, a_sin = b_cos.to(dtype).to(tl.float32), a_sin.to(dtype).to(tl.float32)
-    a, b = (a_cos - b_sin).to(dtype), (b_cos + a_sin).to(dtype)
-
-    if INTERLEAVED:
-        x = tl.reshape(tl.join(a, b), (BLOCK_H, 2 * BLOCK_R))
-        tl.store(out_ptrs + cols, x, mask=col_mask)
+        copied = tl.load(x_ptrs + rest, mask=rest_mask, other=0.0)
+    if weight_ptr is not None:
+        weight_ptrs = weight_ptr + heads * 0
+        if HALF > 0:
+            a_weight, b_weight = _load_pairs(
+                weight_ptrs, head_mask, HALF, INTERLEAVED, BLOCK_H, BLOCK_R
+            )
+        if BLOCK_P > 0:
+            weight = tl.load(weight_ptrs + rest, mask=rest_mask, other=0.0)
+    if slot_ptr is None:
+        written = head_mask
+        out_ptrs = out_ptr + heads.to(tl.int64) * stride_out_head
     else:
-        tl.store(out_ptrs + pairs, a, mask=mask)
-        tl.store(out_ptrs + HALF + pairs, b, mask=mask)
+        slot = tl.load(slot_ptr)
+        written = heads < tl.where(slot >= 0, N_HEADS, 0)
+        out_ptrs = out_ptr + cache_offsets(
+            slot,
+            heads.to(tl.int64),
+            stride_out_block,
+            stride_out_head,
+            stride_out_offset,
+            BLOCK_SIZE,
+        )
+    if HALF > 0:
+        # each lane loads what it multiplies with: a row shared out would pass through shared memory
+        pairs = tl.broadcast_to(tl.arange(0, BLOCK_R)[None, :], (BLOCK_H, BLOCK_R))
+        pair_mask = head_mask & (pairs < HALF)
+        row = position.to(tl.int64) * HALF
+        cos = tl.load(cos_ptr + row + pairs, mask=pair_mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row + pairs, mask=pair_mask, other=0.0).to(tl.float32)
+
+    if weight_ptr is not None:
+        rms = inverse_rms(x.to(tl.float32), HEAD_DIM, eps)
+        if HALF > 0:
+            a = scale(a.to(tl.float32) * rms, a_weight, dtype, UNIT_OFFSET)
+            b = scale(b.to(tl.float32) * rms, b_weight, dtype, UNIT_OFFSET)
+        if BLOCK_P > 0:
+            copied = scale(copied.to(tl.float32) * rms, weight, dtype, UNIT_OFFSET)
+    if BLOCK_P > 0:
+        tl.store(out_ptrs + rest, copied, mask=rest_mask & written)
+    if HALF > 0:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        a_cos, b_sin, b_cos, a_sin = a * cos, b * sin, b * cos, a * sin
+        if cos_ptr.dtype.element_ty == dtype:  # else tables are float32, and all is until the end
+            a_cos, b_sin = a_cos.to(dtype).to(tl.float32), b_sin.to(dtype).to(tl.float32)
+            b_cos, a_sin = b_cos.to(dtype).to(tl.float32), a_sin.to(dtype).to(tl.float32)
+        a, b = (a_cos - b_sin).to(dtype), (b_cos + a_sin).to(dtype)
+        if INTERLEAVED:
+            turned = tl.arange(0, 2 * BLOCK_R)[None, :]
+            turned_mask = head_mask & (turned < 2 * HALF) & written
+            joined = tl.reshape(tl.join(a, b), (BLOCK_H, 2 * BLOCK_R))
+            tl.store(out_ptrs + turned, joined, mask=turned_mask)
+        else:
+            pair_mask = pair_mask & written
+            tl.store(out_ptrs + pairs, a, mask=pair_mask)
+            tl.store(out_ptrs + HALF + pairs, b, mask=pair_mask)
+
+
+@triton.jit
+def _load_pairs(
+    ptrs,  # [BLOCK_H, 1], of the heads
+    head_mask,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Both elements of each pair, each [BLOCK_H, BLOCK_R]."""
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_R)[None, :]
+        x = tl.load(ptrs + cols, mask=head_mask & (cols < 2 * HALF), other=0.0)
+        a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_R, 2)))
+    else:
+        pairs = tl.arange(0, BLOCK_R)[None, :]
+        mask = head_mask & (pairs < HALF)
+        a = tl.load(ptrs + pairs, mask=mask, other=0.0)
+        b = tl.load(ptrs + HALF + pairs, mask=mask, other=0.0)
+    return a, b
 
 
 _rope = Relaunch(_rope_kernel)
@@ -218,3 +439,70 @@ def launch_apply_rope(
         enable_fp_fusion=False,  # fused with the sum, a product would not be rounded
     )
     return q_out, k_out
+
+
+_rope_write_kv = Relaunch(_rope_write_kv_kernel)
+
+
+def launch_rope_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    unit_offset: bool = False,
+) -> torch.Tensor:
+    """The caches may have any strides, v_cache those of k_cache."""
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):  # Triton launches on the current device
+            return launch_rope_write_kv(
+                *(q, k, v, cos, sin, positions, k_cache, v_cache, slots),
+                interleaved=interleaved,
+                q_norm=q_norm,
+                k_norm=k_norm,
+                eps=eps,
+                unit_offset=unit_offset,
+            )
+    n_tokens, q_heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    if cos is None:
+        positions = None
+    half = 0 if cos is None else cos.shape[1]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    launch = choose_launch(
+        max(q_heads, kv_heads), head_dim, 2 * half, n_tokens <= _FEW_TOKENS, q_norm is not None
+    )
+    block_h = launch.block_h
+    blocks = -(-q_heads // block_h) - 2 * (-kv_heads // block_h)
+    many = n_tokens > _MAX_GRID_Y
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3])
+    constexprs = (
+        *(q_heads, kv_heads, head_dim, half, k_cache.shape[2], interleaved, unit_offset, many),
+        *(block_h, launch.block_r, launch.block_p, triton.next_power_of_2(head_dim)),
+    )
+    optional = (cos, sin, positions, q_norm, k_norm)
+    key = None
+    if aligned(q, k, v, k_cache, v_cache, slots, *(t for t in optional if t is not None)):
+        dtypes = tuple(None if t is None else t.dtype for t in optional)
+        key = (q.get_device(), q.dtype, *dtypes, launch.num_warps, *strides, *constexprs)
+    _rope_write_kv(
+        (n_tokens, blocks) if many else (blocks, n_tokens),
+        key,
+        (
+            *(q, k, v, cos, sin, positions, q_out, k_cache, v_cache, slots, q_norm, k_norm),
+            # float: an integer would be another variant, which the key does not tell
+            *(*strides, float(eps), *constexprs),
+        ),
+        num_warps=launch.num_warps,
+        enable_fp_fusion=False,  # as in launch_apply_rope
+    )
+    return q_out

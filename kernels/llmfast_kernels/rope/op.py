@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from .reference import apply_rope_reference
+from ..kv_cache.op import check_write_kv
+from .reference import apply_rope_reference, rope_write_kv_reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,7 +59,8 @@ def apply_rope(
     Paper: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
     arXiv:2104.09864, eq. 34.
     """
-    _check(q, k, cos, sin, positions)
+    _check_heads("apply_rope", q, k)
+    _check_tables("apply_rope", q, cos, sin, positions)
     if not q.is_cuda:
         return apply_rope_reference(q, k, cos, sin, positions, interleaved=interleaved)
     from .kernel import launch_apply_rope  # imports Triton, which a machine without CUDA may lack
@@ -64,69 +68,193 @@ def apply_rope(
     return launch_apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
 
 
-def _check(
+def rope_write_kv(
     q: torch.Tensor,
     k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-) -> None:
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    unit_offset: bool = False,
+) -> torch.Tensor:
+    """Normalise the heads of ``q`` and ``k``, rotate them, and write ``k`` and ``v`` to the cache.
+
+    **Changes ``k_cache`` and ``v_cache``.** In one pass over memory what these three do:
+
+        q, k = rms_norm(q, q_norm, eps=eps), rms_norm(k, k_norm, eps=eps)   (if there are weights)
+        q, k = apply_rope(q, k, cos, sin, positions)                        (if there are tables)
+        write_kv(k, v, k_cache, v_cache, slots)
+
+    and it rounds wherever they do, so the result is theirs.
+
+    Args:
+        q: ``(tokens, q_heads, head_dim)``; float32, float16 or bfloat16, and float64 off CUDA. The
+            last dimension is contiguous, tokens and heads are as far apart as they like, as in a
+            slice of a merged projection.
+        k, v: ``(tokens, kv_heads, head_dim)``; of q's dtype, laid out by the same rule.
+        cos, sin: as in :func:`apply_rope`. Both None: nothing is rotated.
+        positions: as in :func:`apply_rope`. Without tables it is not looked at, so may be None.
+        k_cache, v_cache: ``(num_blocks, kv_heads, block_size, head_dim)`` of q's dtype, as in
+            :func:`write_kv`. WRITTEN. They must share no memory with any other argument.
+        slots: ``(tokens,)`` int64, as in :func:`write_kv`. A token with slot -1 is written
+            nowhere; its queries are computed like all others.
+        interleaved: as in :func:`apply_rope`.
+        q_norm, k_norm: ``(head_dim,)``, contiguous, of q's dtype: the weights of
+            :func:`rms_norm` over each head. Both None: no norm.
+        eps, unit_offset: as in :func:`rms_norm`; only read if there are weights, and eps must then
+            be more than 0.
+
+    All tensors are on one device. Positions and slots are read there and not checked; what that
+    leaves to the caller is said in :func:`apply_rope` and :func:`write_kv`.
+
+    Returns:
+        The new q, ``(tokens, q_heads, head_dim)`` contiguous. q, k and v are not changed.
+
+    Raises:
+        TypeError: a dtype that is not listed above.
+        ValueError: a shape, device, memory layout, block size or eps that breaks the contract, or
+            one of a pair of arguments without the other.
+        RuntimeError: an argument requires grad in grad mode; there is no backward.
+        NotImplementedError: on CUDA, head_dim is more than ``kernel.MAX_HEAD_DIM``.
+    """
+    op = "rope_write_kv"
+    _check_heads(op, q, k)
+    _check_pair(op, "cos", cos, "sin", sin)
+    _check_pair(op, "q_norm", q_norm, "k_norm", k_norm)
+    if cos is not None and sin is not None:
+        if positions is None:
+            raise ValueError(f"{op}: positions must be given with cos and sin, got None")
+        _check_tables(op, q, cos, sin, positions)
+    if q_norm is not None and k_norm is not None:
+        _check_norm(op, "q_norm", q_norm, q, eps)
+        _check_norm(op, "k_norm", k_norm, q, eps)
+    check_write_kv(op, k, v, k_cache, v_cache, slots)
+    launch: Callable[..., torch.Tensor] = rope_write_kv_reference
+    if q.is_cuda:
+        from .kernel import launch_rope_write_kv  # imports Triton, as above
+
+        launch = launch_rope_write_kv
+    return launch(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        positions,
+        k_cache,
+        v_cache,
+        slots,
+        interleaved=interleaved,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+        unit_offset=unit_offset,
+    )
+
+
+def _check_heads(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
     dtype, device = q.dtype, q.device
     if dtype not in _DTYPES and (q.is_cuda or dtype != torch.float64):
         accepted = "float32, float16 or bfloat16" + ("" if q.is_cuda else ", or float64 off CUDA")
-        raise TypeError(f"apply_rope: q must be {accepted}; got {dtype} on {device}")
+        raise TypeError(f"{op}: q must be {accepted}; got {dtype} on {device}")
     if k.dtype != dtype:
-        raise TypeError(f"apply_rope: k must have q's dtype {dtype}, got {k.dtype}")
-    if cos.dtype != dtype and cos.dtype != torch.float32:
-        raise TypeError(
-            f"apply_rope: cos must be float32 or have q's dtype {dtype}, got {cos.dtype}"
-        )
-    if sin.dtype != cos.dtype:
-        raise TypeError(f"apply_rope: sin must have cos's dtype {cos.dtype}, got {sin.dtype}")
-    if positions.dtype != torch.int64 and positions.dtype != torch.int32:
-        raise TypeError(f"apply_rope: positions must be int32 or int64, got {positions.dtype}")
-
+        raise TypeError(f"{op}: k must have q's dtype {dtype}, got {k.dtype}")
     if q.ndim != 3 or q.shape[1] == 0 or q.shape[2] == 0:
         raise ValueError(
-            "apply_rope: q must be (tokens, q_heads, head_dim) with at least one head of one "
+            f"{op}: q must be (tokens, q_heads, head_dim) with at least one head of one "
             f"element; got {tuple(q.shape)}"
         )
     tokens, _, head_dim = q.shape
     if k.ndim != 3 or k.shape[0] != tokens or k.shape[1] == 0 or k.shape[2] != head_dim:
         raise ValueError(
-            f"apply_rope: k must be ({tokens}, kv_heads, {head_dim}) as q is, with at least one "
+            f"{op}: k must be ({tokens}, kv_heads, {head_dim}) as q is, with at least one "
             f"head; got {tuple(k.shape)}"
         )
+    if k.device != device:
+        raise ValueError(f"{op}: k must be on {device} as q is, got {k.device}")
+    if q.stride(2) != 1 or k.stride(2) != 1:
+        name, other = ("q", q) if q.stride(2) != 1 else ("k", k)
+        raise ValueError(
+            f"{op}: {name} must have a contiguous last dimension; "
+            f"got shape {tuple(other.shape)} with strides {other.stride()}"
+        )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        raise _no_backward(op)
+
+
+def _check_tables(
+    op: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> None:
+    tokens, _, head_dim = q.shape
+    dtype, device = q.dtype, q.device
+    if cos.dtype != dtype and cos.dtype != torch.float32:
+        raise TypeError(f"{op}: cos must be float32 or have q's dtype {dtype}, got {cos.dtype}")
+    if sin.dtype != cos.dtype:
+        raise TypeError(f"{op}: sin must have cos's dtype {cos.dtype}, got {sin.dtype}")
+    if positions.dtype != torch.int64 and positions.dtype != torch.int32:
+        raise TypeError(f"{op}: positions must be int32 or int64, got {positions.dtype}")
     if cos.ndim != 2 or not 0 < 2 * cos.shape[1] <= head_dim:
         raise ValueError(
-            "apply_rope: cos must be (max_positions, rotary_dim // 2) with rotary_dim at least 2 "
+            f"{op}: cos must be (max_positions, rotary_dim // 2) with rotary_dim at least 2 "
             f"and at most q's head_dim {head_dim}; got {tuple(cos.shape)}"
         )
     if sin.shape != cos.shape:
         raise ValueError(
-            f"apply_rope: sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}"
+            f"{op}: sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}"
         )
     if positions.shape != (tokens,):
         raise ValueError(
-            f"apply_rope: positions must have shape ({tokens},), one for each token of q; "
+            f"{op}: positions must have shape ({tokens},), one for each token of q; "
             f"got {tuple(positions.shape)}"
         )
-    if not (k.device == cos.device == sin.device == positions.device == device):
-        others = {"k": k, "cos": cos, "sin": sin, "positions": positions}
+    if not (cos.device == sin.device == positions.device == device):
+        others = {"cos": cos, "sin": sin, "positions": positions}
         name, other = next((n, t) for n, t in others.items() if t.device != device)
-        raise ValueError(f"apply_rope: {name} must be on {device} as q is, got {other.device}")
-    if q.stride(2) != 1 or k.stride(2) != 1:
-        name, other = ("q", q) if q.stride(2) != 1 else ("k", k)
-        raise ValueError(
-            f"apply_rope: {name} must have a contiguous last dimension; "
-            f"got shape {tuple(other.shape)} with strides {other.stride()}"
-        )
+        raise ValueError(f"{op}: {name} must be on {device} as q is, got {other.device}")
     if not (cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()):
         raise ValueError(
-            "apply_rope: cos, sin and positions must be contiguous, got strides "
+            f"{op}: cos, sin and positions must be contiguous, got strides "
             f"{cos.stride()}, {sin.stride()} and {positions.stride()}"
         )
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or cos.requires_grad or sin.requires_grad
-    ):
-        raise RuntimeError("apply_rope: no backward; call under torch.no_grad()")
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise _no_backward(op)
+
+
+def _check_norm(op: str, name: str, weight: torch.Tensor, q: torch.Tensor, eps: float) -> None:
+    if weight.dtype != q.dtype:
+        raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, got {weight.dtype}")
+    if weight.shape != q.shape[2:]:
+        raise ValueError(
+            f"{op}: {name} must have shape {tuple(q.shape[2:])}, q's head_dim; "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.device != q.device:
+        raise ValueError(f"{op}: {name} must be on {q.device} as q is, got {weight.device}")
+    if not weight.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {weight.stride()}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be more than 0 with {name}, got {eps}")
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise _no_backward(op)
+
+
+def _check_pair(
+    op: str, name: str, one: torch.Tensor | None, other_name: str, other: torch.Tensor | None
+) -> None:
+    if (one is None) != (other is None):
+        given, missing = (name, other_name) if other is None else (other_name, name)
+        raise ValueError(
+            f"{op}: {name} and {other_name} must be given together; got {given}, but {missing} None"
+        )
+
+
+def _no_backward(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: no backward; call under torch.no_grad()")

@@ -1,4 +1,14 @@
-"""Sampling in Triton. Arguments are checked by op.py; here they are taken as good."""
+"""Sampling in Triton. Arguments are checked by op.py; here they are taken as good.
+
+A row is cut in chunks, each the work of a program. Four kernels follow each other:
+
+    survey   by chunk   the largest scores
+    bound    by row     the largest of all, and a bound that no score which filters keep is below
+    weigh    by chunk   the sum of the weights; and the scores from the bound on, in a list
+    draw     by row     the filters' cut in the lists, the chunk that is drawn, its token
+
+Scores are computed anew from the logits where they are needed: reading them back would cost more.
+"""
 
 from __future__ import annotations
 
@@ -11,177 +21,360 @@ import triton
 import triton.language as tl
 
 from ..relaunch import Relaunch, aligned
-from .reference import ALL_MASKED, FIXED_POINT, NOT_FINITE, OK, Sampled
+from .filters import cut_lists, load_min_p, load_top_k, load_top_p, weigh_lists
+from .keys import key_of, ratio_and_weight
+from .logprobs import launch_logprobs
+from .reference import ALL_MASKED, NOT_FINITE, OK, Sampled
 
-_BLOCK = 8192
 _OK = tl.constexpr(OK)
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _ALL_MASKED = tl.constexpr(ALL_MASKED)
-_FIXED_POINT = tl.constexpr(FIXED_POINT)
-_NO_INDEX = tl.constexpr(2**31 - 1)
+_NO_COL = tl.constexpr(2**31 - 1)
 _NO_WEIGHT = tl.constexpr(28.0)  # so far below the largest score, exp times 2**40 is below 1
-_VALUE_STEPS = tl.constexpr(12)  # halvings of an interval of scores before those of keys
+_BOUND_STEPS = tl.constexpr(12)  # halvings of that: nothing is gained by a bound that is closer
+_SAFE = tl.constexpr(0.99)  # of a float32 sum that is to bound an exact one
+
+_MAX_CHUNKS = 128  # a row's program holds a number for each
+_GROUP = 64  # scores of a chunk whose largest is kept apart
+_MAX_GROUPS = 2048  # of a row
+_TILE = 1024  # listed scores that a row's program takes at a time
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a row is walked by its one program."""
+    """How a row is cut."""
 
-    block_v: int  # elements taken at a time
-    num_warps: int
+    chunk: int  # scores of a program, a power of 2
+    max_chunks: int  # of a row, rounded up to a power of 2
+    groups: int  # of a chunk: the largest score of each bounds top-k
+    width: int  # columns of the tile in which a row's program takes the lists of all chunks
+    num_warps: int  # of a chunk's program
+    row_warps: int  # of a row's
 
 
 @cache
-def choose_launch(n_vocab: int) -> Launch:
-    """Pick the launch for rows of ``n_vocab`` logits. Pure: it asks no device."""
-    # a pass waits for its loads: the largest program there is has the most of them under way
-    block_v = min(triton.next_power_of_2(n_vocab), _BLOCK)
-    return Launch(block_v, num_warps=max(block_v // 256, 1))
+def choose_launch(n_rows: int, n_vocab: int) -> Launch:
+    """Pick the launch for ``n_rows`` rows of ``n_vocab`` logits. Pure: it asks no device."""
+    # a few rows must fill the GPU; of many, larger chunks start fewer programs
+    wanted = 1024 if n_rows <= 8 else 2048
+    chunk = max(wanted, triton.next_power_of_2(-(-n_vocab // _MAX_CHUNKS)))
+    chunk = min(chunk, triton.next_power_of_2(n_vocab))
+    max_chunks = triton.next_power_of_2(-(-n_vocab // chunk))
+    return Launch(
+        chunk,
+        max_chunks,
+        groups=max(min(chunk // _GROUP, _MAX_GROUPS // max_chunks), 1),
+        width=_TILE // max_chunks,
+        num_warps=min(max(chunk // 256, 1), 4 if chunk <= 2048 else 8),
+        row_warps=4 if chunk <= 2048 else 8,
+    )
 
 
 @triton.jit
-def _key(x):
-    """An int32 in x's order. -0.0 must have been made 0.0; NaN has no place."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _penalised(
+    logits_ptr,  # [B, n_vocab]
+    repetition_ptr,  # [B]; this and the next five: None if absent
+    presence_ptr,  # [B]
+    frequency_ptr,  # [B]
+    seen_ptr,  # [B, n_vocab] of bytes
+    counts_ptr,  # [B, n_vocab]
+    bias_ptr,  # [B, n_vocab]
+    stride_logits,
+    stride_seen,
+    stride_counts,
+    stride_bias,
+    row,
+    cols,
+    n_vocab,
+):
+    """A row's scores before temperature: +inf for what is no number, -inf past the row's end."""
+    mask = cols < n_vocab
+    z = tl.load(logits_ptr + row * stride_logits + cols, mask=mask, other=0.0).to(tl.float32)
+    if counts_ptr is not None:
+        counts = tl.load(counts_ptr + row * stride_counts + cols, mask=mask, other=0)
+    if repetition_ptr is not None and (seen_ptr is not None or counts_ptr is not None):
+        by = tl.load(repetition_ptr + row)
+        seen = cols < 0
+        if seen_ptr is not None:
+            seen = tl.load(seen_ptr + row * stride_seen + cols, mask=mask, other=0) != 0
+        if counts_ptr is not None:
+            seen = seen | (counts > 0)
+        z = tl.where(seen, tl.where(z < 0, z * by, tl.div_rn(z, by + tl.zeros_like(z))), z)
+    if counts_ptr is not None and presence_ptr is not None:
+        z = z - tl.load(presence_ptr + row) * (counts > 0).to(tl.float32)
+    if counts_ptr is not None and frequency_ptr is not None:
+        z = z - tl.load(frequency_ptr + row) * counts.to(tl.float32)
+    if bias_ptr is not None:
+        z = z + tl.load(bias_ptr + row * stride_bias + cols, mask=mask, other=0.0)
+    z = tl.where(z == z, z, float("inf"))
+    return tl.where(mask, z, float("-inf"))
 
 
 @triton.jit
-def _ratio_and_weight(z, z_max):
-    ratio = tl.exp(z - z_max)
-    return ratio, (ratio * _FIXED_POINT).to(tl.int64)
+def _heated(z, temperature_ptr, row):
+    """The scores: divided by the temperature, +inf for what is no number; -inf stays."""
+    scores = z
+    if temperature_ptr is not None:
+        heat = tl.load(temperature_ptr + row)
+        greedy = heat <= 0.0  # NaN is not, and makes every score NaN
+        scores = tl.where(greedy, z, tl.div_rn(z, tl.where(greedy, 1.0, heat) + tl.zeros_like(z)))
+        scores = tl.where(scores == scores, scores, float("inf"))
+        scores = tl.where(z == float("-inf"), z, scores)
+    return tl.where(scores == 0.0, 0.0, scores)  # -0.0 equals 0.0, and must have its key
 
 
 @triton.jit
-def _middle(low, high, step):
-    """A key between: of the values at first, since scores lie evenly; then of the keys."""
-    # further apart than an int32 may say
-    middle = (low.to(tl.int64) + ((high.to(tl.int64) - low.to(tl.int64)) >> 1)).to(tl.int32)
-    low_bits = low ^ ((low >> 31) & 0x7FFFFFFF)
-    high_bits = high ^ ((high >> 31) & 0x7FFFFFFF)
-    value = 0.5 * low_bits.to(tl.float32, bitcast=True)
-    value += 0.5 * high_bits.to(tl.float32, bitcast=True)
-    guess = _key(value)
-    inside = (step < _VALUE_STEPS) & (guess > low) & (guess < high)
-    return tl.where(inside, guess, middle)
+def _survey_kernel(
+    logits_ptr,  # this and the next ten: see _penalised
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    seen_ptr,
+    counts_ptr,
+    bias_ptr,
+    stride_logits,
+    stride_seen,
+    stride_counts,
+    stride_bias,
+    temperature_ptr,  # [B] or None, as the next two
+    top_k_ptr,
+    top_p_ptr,
+    maxima_ptr,  # [B, n_chunks, GROUPS], written: the largest scores
+    first_ptr,  # [B, n_chunks], written: where the chunk's largest stands first, before temperature
+    sums_ptr,  # [B, n_chunks, 2], written: see _top_p_bound; None without top-p
+    n_vocab,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    n_chunks = tl.cdiv(n_vocab, CHUNK)
+    row = (pid // n_chunks).to(tl.int64)  # int64: rows times columns may pass 2**31
+    groups = tl.arange(0, GROUPS)
+    members = tl.arange(0, CHUNK // GROUPS)
+    cols = pid % n_chunks * CHUNK + groups[:, None] * (CHUNK // GROUPS) + members[None, :]
+    z = _penalised(
+        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
+        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+    )  # fmt: skip
+    if temperature_ptr is not None:
+        heat = tl.load(temperature_ptr + row)
+        if (heat < float("inf")) == 0:  # even -inf is no number then
+            z = tl.where((z == float("-inf")) & (cols < n_vocab), float("inf"), z)
+    maxima = tl.max(z, 1)  # division keeps the order, so that these alone need be divided
+    largest = tl.max(maxima, 0)
+    tl.store(maxima_ptr + pid.to(tl.int64) * GROUPS + groups, _heated(maxima, temperature_ptr, row))
+    tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, _NO_COL)))
+    k = 0
+    if top_k_ptr is not None:
+        k = load_top_k(top_k_ptr, row, n_vocab)
+    if top_p_ptr is not None:
+        if (load_top_p(top_p_ptr, row) < 1.0) & (k == 0):
+            largest = tl.where(largest == float("-inf"), 0.0, largest)
+            root = tl.exp((z - largest) * (0.5 / heat))
+            tl.store(sums_ptr + 2 * pid, tl.sum(root))
+            tl.store(sums_ptr + 2 * pid + 1, tl.sum(root * root))
 
 
 @triton.jit
-def _count_from(z_row, n_vocab, key_from, BLOCK_V: tl.constexpr):
-    """How many keys are at least key_from."""
-    count = tl.zeros([BLOCK_V], tl.int32)
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(z_row + cols, mask=cols < n_vocab, other=float("-inf"))
-        count += ((_key(z) >= key_from) & (cols < n_vocab)).to(tl.int32)
-    return tl.sum(count)
-
-
-@triton.jit
-def _count_and_weigh_above(z_row, n_vocab, z_max, key_above, BLOCK_V: tl.constexpr):
-    """How many keys are more than key_above, and their weight."""
-    count = tl.zeros([BLOCK_V], tl.int32)
-    weight = tl.zeros([BLOCK_V], tl.int64)
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(z_row + cols, mask=cols < n_vocab, other=float("-inf"))
-        _, w = _ratio_and_weight(z, z_max)
-        above = (_key(z) > key_above) & (cols < n_vocab)
-        count += above.to(tl.int32)
-        weight += tl.where(above, w, 0)
-    return tl.sum(count), tl.sum(weight)
-
-
-@triton.jit
-def _top_k_key(z_row, n_vocab, z_max, k, BLOCK_V: tl.constexpr):
-    """A key that exactly the k largest, and what equals the last of them, are no less than."""
-    low = _key(tl.full([], float("-inf"), tl.float32))  # counts n_vocab >= k
-    high = _key(z_max) + 1  # counts 0 < k
-    key = _key(z_max - _NO_WEIGHT)  # most often the k-th is above it
-    step = 0
-    while high.to(tl.int64) - low.to(tl.int64) > 1:
-        count = _count_from(z_row, n_vocab, key, BLOCK_V)
-        if count >= k:
-            low = key
-        else:
-            high = key
-        if count == k:
-            high = low + 1
-        key = _middle(low, high, step)
-        step += 1
+def _top_k_bound(maxima, z_max, k):
+    """What k groups' largest scores are no less than; at the least, what has any weight."""
+    low = z_max - _NO_WEIGHT
+    high = z_max
+    for _ in range(_BOUND_STEPS):
+        middle = 0.5 * (low + high)
+        enough = tl.sum((maxima >= middle).to(tl.int32)) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
     return low
 
 
 @triton.jit
-def _top_p_keys(z_row, n_vocab, z_max, key_from, top_p, BLOCK_V: tl.constexpr):
-    """The nucleus of the keys from key_from: the key it starts above, and its incomplete end.
+def _top_p_bound(root_sum, sum, z_max, top_p, n_vocab):
+    """What all that lies below it weighs at most 1 - top_p of the sum.
 
-    Returns (above, tie, skip): the nucleus is all keys more than ``above``, but for the first
-    ``skip`` (by index) of those that equal ``tie``.
+    With weights w = exp(z - z_max), those below b weigh at most n_vocab * b; and, since each is
+    sqrt(w) * sqrt(w), at most sqrt(b) times the sum of all roots.
     """
-    low = key_from - 1
-    high = _key(z_max)
-    n_low, weight_low = _count_and_weigh_above(z_row, n_vocab, z_max, low, BLOCK_V)
-    target = tl.maximum((top_p.to(tl.float64) * weight_low.to(tl.float64)).to(tl.int64), 1)
-    # what lies above low weighs target or more, what lies above high weighs less
-    n_high, weight_high = _count_and_weigh_above(z_row, n_vocab, z_max, high, BLOCK_V)
-    step = 0
-    while (high.to(tl.int64) - low.to(tl.int64) > 1) & (n_low - n_high > 1):
-        key = _middle(low, high, step)
-        step += 1
-        n, weight = _count_and_weigh_above(z_row, n_vocab, z_max, key, BLOCK_V)
-        if weight < target:
-            high = key
-            n_high = n
-            weight_high = weight
-        else:
-            low = key
-            n_low = n
-            weight_low = weight
-    # one key is left, which n_low - n_high tokens share: the later index ranks higher
-    n_ties = (n_low - n_high).to(tl.int64)
-    each = (weight_low - weight_high) // n_ties  # ties weigh alike
-    kept = tl.minimum((target - weight_high + each - 1) // each, n_ties)
-    return low, high, n_ties - kept
+    rest = _SAFE * sum * (1.0 - tl.where(top_p > 0.0, top_p, 0.0))
+    by_number = tl.log(rest / n_vocab)
+    by_roots = 2.0 * tl.log(rest / root_sum)
+    below = tl.where(by_number > by_roots, by_number, by_roots)
+    # where a sum is no number, comparisons fail
+    return z_max + tl.where(below > -_NO_WEIGHT, below, -_NO_WEIGHT)
 
 
 @triton.jit
-def _filter(z_row, n_vocab, z_max, row, top_k_ptr, top_p_ptr, min_p_ptr, BLOCK_V: tl.constexpr):
-    """What the row's filters keep, as _kept_weights takes it: (key_from, tie, skip, min_p)."""
-    key_from = _key(z_max - _NO_WEIGHT)
+def _bound_kernel(
+    maxima_ptr,  # [B, n_chunks, GROUPS]
+    first_ptr,  # [B, n_chunks]
+    sums_ptr,  # [B, n_chunks, 2]
+    temperature_ptr,  # [B] or None, as the next two
+    top_k_ptr,
+    top_p_ptr,
+    tokens_ptr,  # [B], written: the most likely token
+    status_ptr,  # [B], written
+    z_max_ptr,  # [B], written: the largest score, or +inf where nothing is to be drawn
+    bound_ptr,  # [B], written: scores are listed from here on; +inf where top-k and top-p are off
+    n_vocab,
+    CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    n_chunks = tl.cdiv(n_vocab, CHUNK)
+    chunks = tl.arange(0, MAX_CHUNKS)
+    mask = chunks < n_chunks
+    at = (row * n_chunks + chunks[:, None]) * GROUPS + tl.arange(0, GROUPS)[None, :]
+    maxima = tl.load(maxima_ptr + at, mask=mask[:, None], other=float("-inf"))
+    chunk_max = tl.max(maxima, 1)
+    z_max = tl.max(chunk_max, 0)
+    first = tl.load(first_ptr + row * n_chunks + chunks, mask=mask, other=_NO_COL)
+    token = tl.min(tl.where(chunk_max == z_max, first, _NO_COL), 0)
+    status = tl.where(z_max == float("-inf"), _ALL_MASKED, _OK)
+    status = tl.where(z_max == float("inf"), _NOT_FINITE, status)
+    tl.store(status_ptr + row, status)
+    tl.store(tokens_ptr + row, tl.where(status == _OK, token, 0).to(tl.int64))
+
+    if temperature_ptr is not None:
+        drawn = (status == _OK) & ((tl.load(temperature_ptr + row) <= 0.0) == 0)
+        tl.store(z_max_ptr + row, tl.where(drawn, z_max, float("inf")))
+        k = 0
+        bound = float("inf")
+        if top_k_ptr is not None:
+            k = load_top_k(top_k_ptr, row, n_vocab)
+            if k > 0:
+                bound = _top_k_bound(maxima, z_max, k)
+        if top_p_ptr is not None:
+            top_p = load_top_p(top_p_ptr, row)
+            # after top-k a nucleus is of what that keeps, so the lists must have all of it
+            if (top_p < 1.0) & (k == 0):
+                scale = tl.exp(0.5 * (chunk_max - z_max))
+                sums = sums_ptr + 2 * (row * n_chunks + chunks)
+                root_sum = tl.sum(scale * tl.load(sums, mask=mask, other=0.0))
+                sum = tl.sum(scale * scale * tl.load(sums + 1, mask=mask, other=0.0))
+                bound = _top_p_bound(root_sum, sum, z_max, top_p, n_vocab)
+        tl.store(bound_ptr + row, bound)
+
+
+@triton.jit(do_not_specialize=["stride_lists"])
+def _weigh_kernel(
+    logits_ptr,  # this and the next ten: see _penalised
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    seen_ptr,
+    counts_ptr,
+    bias_ptr,
+    stride_logits,
+    stride_seen,
+    stride_counts,
+    stride_bias,
+    temperature_ptr,  # [B]
+    top_k_ptr,  # [B] or None, as the next
+    min_p_ptr,
+    maxima_ptr,  # [B, n_chunks, GROUPS]
+    z_max_ptr,  # [B]
+    bound_ptr,  # [B]
+    weights_ptr,  # [B, n_chunks], written: after min-p in rows without lists; not after top-k
+    lists_ptr,  # [B, stride_lists], written: what is from the bound on, CHUNK for each chunk
+    sizes_ptr,  # [B, n_chunks], written: how many these are; None without top-k and top-p, as lists
+    stride_lists,
+    n_vocab,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    # backwards: what was surveyed last may still be in the L2 cache
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    n_chunks = tl.cdiv(n_vocab, CHUNK)
+    row = (pid // n_chunks).to(tl.int64)
+    z_max = tl.load(z_max_ptr + row)
+    if z_max == float("inf"):
+        return
+    bound = tl.load(bound_ptr + row)
+    k = 0
     if top_k_ptr is not None:
-        k = tl.load(top_k_ptr + row).to(tl.int64)
-        if (k > 0) & (k < n_vocab):
-            key = _top_k_key(z_row, n_vocab, z_max, k, BLOCK_V)
-            key_from = tl.maximum(key_from, key)
-    tie = key_from
-    skip = tl.zeros([], tl.int64)
-    if top_p_ptr is not None:
-        top_p = tl.load(top_p_ptr + row)
-        if (top_p >= 1.0) == 0:
-            above, tie, skip = _top_p_keys(z_row, n_vocab, z_max, key_from, top_p, BLOCK_V)
-            key_from = above + 1
+        k = load_top_k(top_k_ptr, row, n_vocab)
+        maxima = tl.load(maxima_ptr + pid.to(tl.int64) * GROUPS + tl.arange(0, GROUPS))
+        if (k > 0) & (tl.max(maxima, 0) < bound):  # as most chunks are
+            tl.store(sizes_ptr + pid, 0)
+            return
+    first = pid % n_chunks * CHUNK
+    cols = first + tl.arange(0, CHUNK)
+    z = _penalised(
+        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
+        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+    )  # fmt: skip
+    z = _heated(z, temperature_ptr, row)
+    if lists_ptr is not None:
+        listed = (z >= bound).to(tl.int32)
+        size = tl.sum(listed)
+        tl.store(sizes_ptr + pid, size)
+        if size > 0:
+            at = row * stride_lists + first + tl.cumsum(listed, 0) - 1
+            tl.store(lists_ptr + at, z, mask=listed > 0)
+    if k == 0:
+        ratio, weight = ratio_and_weight(z, z_max)
+        if min_p_ptr is not None:  # in rows with lists it comes later, after top-p
+            min_p = tl.where(bound < float("inf"), 0.0, load_min_p(min_p_ptr, row))
+            weight = tl.where(ratio >= min_p, weight, 0)
+        tl.store(weights_ptr + pid, tl.sum(weight))
+
+
+@triton.jit
+def _kept_weights(z, z_max, last, skip, min_p, ties_before):
+    """What the scores of a chunk weigh in the draw."""
+    ratio, weight = ratio_and_weight(z, z_max)
+    key = key_of(z)
+    is_tie = (key == last).to(tl.int32)
+    rank = ties_before + tl.cumsum(is_tie, 0) - is_tie
+    keep = (key >= last) & ((is_tie == 0) | (rank >= skip)) & (ratio >= min_p)
+    return tl.where(keep, weight, 0)
+
+
+@triton.jit
+def _filter(
+    row,
+    z_max,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    bound_ptr,
+    weights_ptr,
+    lists_ptr,
+    sizes_ptr,
+    stride_lists,
+    n_vocab,
+    CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What the kept scores of each chunk weigh, and which these are, as _kept_weights takes it.
+
+    Returns (weights, last, skip, min_p, ties_before), the first and the last for all chunks.
+    """
+    n_chunks = tl.cdiv(n_vocab, CHUNK)
+    chunks = tl.arange(0, MAX_CHUNKS)
+    mask = chunks < n_chunks
+    weights = tl.load(weights_ptr + row * n_chunks + chunks, mask=mask, other=0)
+    last = tl.full([], -(2**31), tl.int32)  # every key is more
+    skip = tl.zeros([], tl.int32)
     min_p = 0.0
     if min_p_ptr is not None:
-        min_p = tl.minimum(tl.load(min_p_ptr + row), 1.0)
-    return key_from, tie, skip, min_p
-
-
-@triton.jit
-def _kept_weights(
-    z_row, cols, n_vocab, z_max, key_from, tie, skip, ties_before, min_p, BLOCK_V: tl.constexpr
-):
-    """What a block's tokens weigh in the draw, and how many ties were met by its end."""
-    z = tl.load(z_row + cols, mask=cols < n_vocab, other=float("-inf"))
-    ratio, weight = _ratio_and_weight(z, z_max)
-    key = _key(z)
-    keep = (key >= key_from) & (ratio >= min_p)
-    if skip > 0:
-        is_tie = (key == tie).to(tl.int64)
-        rank = ties_before + tl.cumsum(is_tie, 0) - is_tie
-        keep = keep & ((is_tie == 0) | (rank >= skip))
-        ties_before += tl.sum(is_tie)
-    return tl.where(keep, weight, 0), ties_before
+        min_p = load_min_p(min_p_ptr, row)
+    ties_before = tl.zeros([MAX_CHUNKS], tl.int32)
+    if lists_ptr is not None:
+        bound = tl.load(bound_ptr + row)
+        if bound < float("inf"):
+            lists_row = lists_ptr + row * stride_lists
+            sizes = tl.load(sizes_ptr + row * n_chunks + chunks, mask=mask, other=0)
+            last, skip = cut_lists(
+                lists_row, sizes, lists_row + n_chunks * CHUNK, z_max, bound, tl.sum(weights),
+                row, n_vocab, top_k_ptr, top_p_ptr, CHUNK, WIDTH,
+            )  # fmt: skip
+            weights, ties_before = weigh_lists(
+                lists_row, sizes, z_max, last, skip, min_p, CHUNK, WIDTH
+            )
+    return weights, last, skip, min_p, ties_before
 
 
 @triton.jit
@@ -197,165 +390,66 @@ def _random_below(total, seed, position):
     return high * a + ((high * b + low * a + ((low * b) >> 31)) >> 31)
 
 
-@triton.jit
-def _sample_kernel(
-    logits_ptr,  # [B, n_vocab]
-    temperature_ptr,  # [B]; this and the next ten: None if absent
-    top_k_ptr,  # [B]
-    top_p_ptr,  # [B]
-    min_p_ptr,  # [B]
-    repetition_ptr,  # [B]
-    presence_ptr,  # [B]
-    frequency_ptr,  # [B]
-    seen_ptr,  # [B, n_vocab] of bytes
-    counts_ptr,  # [B, n_vocab]
-    bias_ptr,  # [B, n_vocab]
-    seeds_ptr,  # [B]
-    positions_ptr,  # [B]
-    z_ptr,  # [B, n_vocab] contiguous float32, scratch; None without temperature
-    tokens_ptr,  # [B], written
-    status_ptr,  # [B], written
-    n_vocab,
+@triton.jit(do_not_specialize=["stride_lists"])
+def _draw_kernel(
+    logits_ptr,  # this and the next ten: see _penalised
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    seen_ptr,
+    counts_ptr,
+    bias_ptr,
     stride_logits,
     stride_seen,
     stride_counts,
     stride_bias,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)  # int64: rows times columns may pass 2**31
-    logits_row = logits_ptr + row * stride_logits
-    heat = 0.0
-    if temperature_ptr is not None:
-        heat = tl.load(temperature_ptr + row)
-        z_row = z_ptr + row * n_vocab
-    greedy = heat <= 0.0  # NaN is not, and makes every score NaN
-
-    # each lane's largest score and where it stands first; then the largest lane
-    best = tl.full([BLOCK_V], float("-inf"), tl.float32)
-    best_col = tl.zeros([BLOCK_V], tl.int32)
-    broken = tl.zeros([BLOCK_V], tl.int32)
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = cols < n_vocab
-        z = tl.load(logits_row + cols, mask=mask, other=float("-inf")).to(tl.float32)
-        if counts_ptr is not None:
-            counts = tl.load(counts_ptr + row * stride_counts + cols, mask=mask, other=0)
-        if repetition_ptr is not None and (seen_ptr is not None or counts_ptr is not None):
-            by = tl.load(repetition_ptr + row)
-            seen = cols < 0
-            if seen_ptr is not None:
-                seen = tl.load(seen_ptr + row * stride_seen + cols, mask=mask, other=0) != 0
-            if counts_ptr is not None:
-                seen = seen | (counts > 0)
-            z = tl.where(seen, tl.where(z < 0, z * by, tl.div_rn(z, by + tl.zeros_like(z))), z)
-        if counts_ptr is not None and presence_ptr is not None:
-            z = z - tl.load(presence_ptr + row) * (counts > 0).to(tl.float32)
-        if counts_ptr is not None and frequency_ptr is not None:
-            z = z - tl.load(frequency_ptr + row) * counts.to(tl.float32)
-        if bias_ptr is not None:
-            z = z + tl.load(bias_ptr + row * stride_bias + cols, mask=mask, other=0.0)
-        if temperature_ptr is not None:
-            z = tl.where(greedy, z, tl.div_rn(z, tl.where(greedy, 1.0, heat) + tl.zeros_like(z)))
-        broken = tl.where(mask & ((z != z) | (z == float("inf"))), 1, broken)
-        z = tl.where(z == 0.0, 0.0, z)  # -0.0 equals 0.0, and must have its key
-        if temperature_ptr is not None:
-            tl.store(z_row + cols, z, mask=mask)
-        better = z > best
-        best = tl.where(better & mask, z, best)
-        best_col = tl.where(better & mask, cols, best_col)
-    z_max = tl.max(best, 0)
-    token = tl.min(tl.where(best == z_max, best_col, _NO_INDEX), 0).to(tl.int64)
-    status = tl.where(z_max == float("-inf"), _ALL_MASKED, _OK)
-    status = tl.where(tl.max(broken, 0) > 0, _NOT_FINITE, status)
-    token = tl.where(status == _OK, token, 0)
-
-    if temperature_ptr is not None:
-        if (status == _OK) & (greedy == 0):
-            tl.debug_barrier()  # other lanes of the program read what these wrote
-            key_from, tie, skip, min_p = _filter(
-                z_row, n_vocab, z_max, row, top_k_ptr, top_p_ptr, min_p_ptr, BLOCK_V
-            )
-            weights = tl.zeros([BLOCK_V], tl.int64)
-            ties = tl.zeros([], tl.int64)
-            for start in range(0, n_vocab, BLOCK_V):
-                cols = start + tl.arange(0, BLOCK_V)
-                w, ties = _kept_weights(
-                    z_row, cols, n_vocab, z_max, key_from, tie, skip, ties, min_p, BLOCK_V
-                )
-                weights += w
-            seed = tl.load(seeds_ptr + row)
-            at = _random_below(tl.sum(weights), seed, tl.load(positions_ptr + row).to(tl.int64))
-
-            before = tl.zeros([], tl.int64)  # the weight of all earlier blocks
-            ties = tl.zeros([], tl.int64)
-            for start in range(0, n_vocab, BLOCK_V):
-                cols = start + tl.arange(0, BLOCK_V)
-                w, ties = _kept_weights(
-                    z_row, cols, n_vocab, z_max, key_from, tie, skip, ties, min_p, BLOCK_V
-                )
-                weight = tl.sum(w)
-                if (before <= at) & (at < before + weight):
-                    up_to = before + tl.cumsum(w, 0)
-                    token = tl.min(tl.where(up_to > at, cols, _NO_INDEX), 0).to(tl.int64)
-                before += weight
-    tl.store(tokens_ptr + row, token)
-    tl.store(status_ptr + row, status)
-
-
-@triton.jit(do_not_specialize=["n_top"])
-def _logprobs_kernel(
-    logits_ptr,  # [B, n_vocab]
-    tokens_ptr,  # [B]
-    status_ptr,  # [B]
-    logprobs_ptr,  # [B], written
-    top_tokens_ptr,  # [B, n_top], written
-    top_logprobs_ptr,  # [B, n_top], written
+    temperature_ptr,  # [B]
+    top_k_ptr,  # [B] or None, as the next two
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,  # [B]
+    positions_ptr,  # [B]
+    z_max_ptr,  # this and the next five: see _weigh_kernel
+    bound_ptr,
+    weights_ptr,
+    lists_ptr,  # a row's last WIDTH * MAX_CHUNKS are scratch
+    sizes_ptr,
+    stride_lists,
+    tokens_ptr,  # [B], written
     n_vocab,
-    n_top,
-    stride_logits,
-    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row * stride_logits
-    broken = tl.load(status_ptr + row) != _OK
-
-    largest = tl.full([BLOCK_V], float("-inf"), tl.float32)
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_row + cols, mask=cols < n_vocab, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, x)
-    x_max = tl.max(largest, 0)
-    sums = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, n_vocab, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_row + cols, mask=cols < n_vocab, other=float("-inf")).to(tl.float32)
-        sums += tl.exp(x - x_max)
-    log_sum = tl.log(tl.sum(sums, 0))
-
-    token = tl.load(tokens_ptr + row)
-    logprob = tl.load(logits_row + token).to(tl.float32) - x_max - log_sum
-    tl.store(logprobs_ptr + row, tl.where(broken, float("nan"), logprob))
-
-    # (key, then lowest index first) in one int64: each round takes the largest below the last
-    last = tl.full([], 2**63 - 1, tl.int64)
-    for i in range(0, n_top):
-        best = tl.full([BLOCK_V], -(2**63), tl.int64)
-        for start in range(0, n_vocab, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            x = tl.load(logits_row + cols, mask=cols < n_vocab, other=0.0).to(tl.float32)
-            key = _key(tl.where(x == 0.0, 0.0, x)).to(tl.int64)
-            rank = (key << 32) | (2147483647 - cols).to(tl.int64)
-            best = tl.where((cols < n_vocab) & (rank < last), tl.maximum(best, rank), best)
-        last = tl.max(best, 0)
-        found = 2147483647 - (last & 0xFFFFFFFF)
-        found = tl.where(broken, 0, found)
-        logprob = tl.load(logits_row + found).to(tl.float32) - x_max - log_sum
-        tl.store(top_tokens_ptr + row * n_top + i, found)
-        tl.store(top_logprobs_ptr + row * n_top + i, tl.where(broken, float("nan"), logprob))
+    z_max = tl.load(z_max_ptr + row)
+    if z_max == float("inf"):
+        return
+    weights, last, skip, min_p, ties_before = _filter(
+        row, z_max, top_k_ptr, top_p_ptr, min_p_ptr, bound_ptr, weights_ptr, lists_ptr, sizes_ptr,
+        stride_lists, n_vocab, CHUNK, MAX_CHUNKS, WIDTH,
+    )  # fmt: skip
+    chunks = tl.arange(0, MAX_CHUNKS)
+    position = tl.load(positions_ptr + row).to(tl.int64)
+    at = _random_below(tl.sum(weights), tl.load(seeds_ptr + row), position)
+    chunk = tl.sum((tl.cumsum(weights, 0) <= at).to(tl.int32))
+    before = tl.sum(tl.where(chunks < chunk, weights, 0))
+    cols = chunk * CHUNK + tl.arange(0, CHUNK)
+    z = _penalised(
+        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
+        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+    )  # fmt: skip
+    z = _heated(z, temperature_ptr, row)
+    ties_before = tl.sum(tl.where(chunks == chunk, ties_before, 0))
+    up_to = before + tl.cumsum(_kept_weights(z, z_max, last, skip, min_p, ties_before), 0)
+    token = tl.min(tl.where(up_to > at, cols, _NO_COL), 0)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
-_sample = Relaunch(_sample_kernel)
-_logprobs = Relaunch(_logprobs_kernel)
+_survey = Relaunch(_survey_kernel)
+_bound = Relaunch(_bound_kernel)
+_weigh = Relaunch(_weigh_kernel)
+_draw = Relaunch(_draw_kernel)
 
 
 def launch_sample_tokens(
@@ -375,78 +469,95 @@ def launch_sample_tokens(
     positions: torch.Tensor | None = None,
     logprobs: int | None = None,
 ) -> Sampled:
-    inputs = (
+    penalised = (
         logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
         repetition_penalty,
         presence_penalty,
         frequency_penalty,
         None if prompt_seen is None else prompt_seen.view(torch.uint8),
         output_counts,
         bias,
-        seeds,
-        positions,
     )
+    options = (temperature, top_k, top_p, min_p, seeds, positions)
+    if temperature is None:
+        options = (None,) * 6
     if logits.is_cuda and logits.get_device() != torch.cuda.current_device():
         with torch.cuda.device(logits.device):  # Triton launches on the current device
-            return _launch(inputs, logprobs)
-    return _launch(inputs, logprobs)
+            return _launch(penalised, options, logprobs)
+    return _launch(penalised, options, logprobs)
 
 
-def _launch(inputs: tuple[torch.Tensor | None, ...], logprobs: int | None) -> Sampled:
-    logits, temperature, seen, counts, bias = (inputs[i] for i in (0, 1, 8, 9, 10))
+def _launch(
+    penalised: tuple[torch.Tensor | None, ...],
+    options: tuple[torch.Tensor | None, ...],
+    logprobs: int | None,
+) -> Sampled:
+    logits, _, _, _, seen, counts, bias = penalised
+    temperature, top_k, top_p, min_p, *_ = options
     assert logits is not None
     n_rows, n_vocab = logits.shape
-    device = logits.device
-    tokens = torch.empty(n_rows, dtype=torch.int64, device=device)
-    status = torch.empty(n_rows, dtype=torch.int32, device=device)
-    z = None
-    if temperature is not None:
-        z = torch.empty((n_rows, n_vocab), dtype=torch.float32, device=device)
-    launch = choose_launch(n_vocab)
-    strides = [1 if t is None else t.stride(0) for t in (logits, seen, counts, bias)]
+    launch = choose_launch(n_rows, n_vocab)
+    n_chunks = -(-n_vocab // launch.chunk)
+    groups = 1 if top_k is None else launch.groups
+    strides = tuple(1 if t is None else t.stride(0) for t in (logits, seen, counts, bias))
     # what Triton specialises numbers on; the stride of a bias for all rows is 0
     alike = tuple((n % 16 == 0, n == 1, n >= 2**31) for n in (n_vocab, *strides))
     key: Hashable | None = None
-    if aligned(*(t for t in inputs if t is not None)):
-        dtypes = tuple(None if t is None else t.dtype for t in inputs)
+    if aligned(*(t for t in (*penalised, *options) if t is not None)):
+        dtypes = tuple(None if t is None else t.dtype for t in (*penalised, *options))
         key = (logits.get_device(), dtypes, alike, launch)
-    _sample(
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    tokens = empty(n_rows, dtype=torch.int64)
+    status = empty(n_rows, dtype=torch.int32)
+    maxima = empty(n_rows, n_chunks, groups, dtype=torch.float32)
+    first = empty(n_rows, n_chunks, dtype=torch.int32)
+    sums = z_max = bound = lists = sizes = None
+    if temperature is not None:
+        z_max = empty(n_rows, dtype=torch.float32)
+        bound = empty(n_rows, dtype=torch.float32)
+    if top_p is not None:
+        sums = empty(n_rows, n_chunks, 2, dtype=torch.float32)
+    surveyed = (maxima, first, sums)
+    bounded = (tokens, status, z_max, bound)
+    # no product is fused with a sum: scores are bit for bit the reference's
+    by_chunk = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+    by_row = {"num_warps": launch.row_warps, "enable_fp_fusion": False}
+    _survey(
+        (n_rows * n_chunks,),
+        key,
+        (*penalised, *strides, *options[:3], *surveyed, n_vocab, launch.chunk, groups),
+        **by_chunk,
+    )
+    _bound(
         (n_rows,),
         key,
-        (*inputs, z, tokens, status, n_vocab, *strides, launch.block_v),
-        num_warps=launch.num_warps,
-        enable_fp_fusion=False,  # scores are bit for bit the reference's
+        (*surveyed, *options[:3], *bounded, n_vocab, launch.chunk, launch.max_chunks, groups),
+        **by_row,
     )
+    if temperature is not None:
+        weights = empty(n_rows, n_chunks, dtype=torch.int64)
+        stride_lists = n_chunks * launch.chunk + launch.max_chunks * launch.width
+        if top_k is not None or top_p is not None:
+            lists = empty(n_rows, stride_lists, dtype=torch.float32)
+            sizes = empty(n_rows, n_chunks, dtype=torch.int32)
+        weighed = (z_max, bound, weights, lists, sizes, stride_lists)
+        tile, constexprs = (launch.chunk, groups), (launch.chunk, launch.max_chunks, launch.width)
+        _weigh(
+            (n_rows * n_chunks,),
+            key,
+            (*penalised, *strides, temperature, top_k, min_p, maxima, *weighed, n_vocab, *tile),
+            **by_chunk,
+        )
+        _draw(
+            (n_rows,),
+            key,
+            (*penalised, *strides, *options, *weighed, tokens, n_vocab, *constexprs),
+            **by_row,
+        )
     if logprobs is None:
         return Sampled(tokens, status)
-
-    chosen = torch.empty(n_rows, dtype=torch.float32, device=device)
-    top_tokens = torch.empty((n_rows, logprobs), dtype=torch.int64, device=device)
-    top_logprobs = torch.empty((n_rows, logprobs), dtype=torch.float32, device=device)
-    key = None
-    if logprobs > 0 and aligned(logits):  # an empty tensor's pointer is 0
-        key = (logits.get_device(), logits.dtype, alike[:2], launch)
-    _logprobs(
-        (n_rows,),
-        key,
-        (
-            logits,
-            tokens,
-            status,
-            chosen,
-            top_tokens,
-            top_logprobs,
-            n_vocab,
-            logprobs,
-            strides[0],
-            launch.block_v,
-        ),
-        num_warps=launch.num_warps,
-    )
-    if logprobs == 0:
-        return Sampled(tokens, status, chosen)
-    return Sampled(tokens, status, chosen, top_tokens, top_logprobs)
+    of_tokens = launch_logprobs(logits, tokens, status, logprobs, launch.chunk, launch.num_warps)
+    return Sampled(tokens, status, *of_tokens)
