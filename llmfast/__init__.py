@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model.load import Loaded, load
-    from .model.patch import patch, patched, unpatch
     from .model.report import Report
+    from .patching import patch, patched, unpatch
 
 __version__ = "0.1.0"
 __all__ = ["Loaded", "Report", "load", "patch", "patched", "unpatch"]
@@ -17,9 +17,9 @@ _HOMES = {
     "Loaded": ".model.load",
     "Report": ".model.report",
     "load": ".model.load",
-    "patch": ".model.patch",
-    "patched": ".model.patch",
-    "unpatch": ".model.patch",
+    "patch": ".patching",
+    "patched": ".patching",
+    "unpatch": ".patching",
 }
 
 

@@ -1,4 +1,4 @@
-"""``llmfast bench``: check results files and write the page of measured figures."""
+"""``llmfast bench``: measure, check results files and write the page of measured figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import typer
 
 from ..errors import UserError
 from . import ui
+from .bench_decode import decode_command
 
 bench_app = typer.Typer(no_args_is_help=True)
+bench_app.command("decode")(decode_command)
 
 
 @bench_app.command("docs")

@@ -140,6 +140,7 @@ def answer(request: Request) -> None:
     ids = encode(tokenizer, request.prompt, raw=request.raw)
     max_tokens = _room(model, len(ids), request.max_tokens)
     with ui.progress("Compiling the kernels and proving each"):
+        # on the CPU this swaps nothing: there transformers' own loop is faster than the runner
         report = llmfast.patch(model)
     patched = time.perf_counter()
 
@@ -261,6 +262,7 @@ def _print_stats(
         "time to first token": f"{stream.first_at - asked_at:.3f} s",
         "decode": "not measured: one token" if rate is None else f"{rate:.1f} tokens/s",
         "tokens out": f"{stream.count} (an end token included)",
+        "decoded by": _decoded_by(model),
         "peak memory": _peak_memory(model.device),
         "load": f"{load_s:.2f} s",
         "patch": f"{patch_s:.2f} s",
@@ -270,6 +272,17 @@ def _print_stats(
     for name, value in lines.items():
         print(f"{name:<20} {value}", file=sys.stderr)
     print(f"\n{report}", file=sys.stderr)
+
+
+def _decoded_by(model: Any) -> str:
+    """Who made the tokens of the model's latest ``generate``."""
+    from ..runner.generate import Takeover
+
+    held = getattr(vars(model).get("generate"), "args", ())
+    takeover = next((part for part in held if isinstance(part, Takeover)), None)
+    if takeover is None or takeover.runner is None:
+        return "transformers' own loop"
+    return "llmfast's runner" + (", CUDA graphs" if takeover.runner.use_graphs else "")
 
 
 def _peak_memory(device: Any) -> str:

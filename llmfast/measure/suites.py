@@ -72,7 +72,7 @@ SUITES: dict[str, Suite] = {
         "pytest bench/bench_model.py",
     ),
     "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_model.py"),
-    "decode": Suite("token by token generation", _DECODE),
+    "decode": Suite("token by token generation", _DECODE, "llmfast bench decode"),
     "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
     "throughput": Suite("many requests at once", ("out_tok_per_s", "gpu_busy_share")),
     "serve": Suite("requests that arrive over time", _SERVE),

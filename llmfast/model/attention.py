@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .proof import MIN_VALUES, Proof, compare, oracle_dtype
-from .swap import FLOATS, Swap
+from .swap import Swap, takes
 
 # The registered name says which implementation the model had, so no state is needed to find it.
 NAMES = {"sdpa": "llmfast", "eager": "llmfast_eager"}
@@ -180,7 +180,7 @@ def attention(
     state: AttentionState | None = getattr(module, STATE, None)
     if state is not None and state.calls is not None:
         reason = _why_not(module, query, key, value, attention_mask, args, kwargs)
-        state.calls.append(_describe(module, query, key, kwargs, reason))
+        state.calls.append(_describe(module, query, key, attention_mask, kwargs, reason))
     elif state is not None and state.kept is None:
         reason = _why_not(module, query, key, value, attention_mask, args, kwargs)
         if reason is None:
@@ -212,6 +212,7 @@ class Call:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    window: int | None  # of the mask, which is what the original obeys
     kwargs: dict[str, Any]
     refused: str | None  # why ours cannot take such a call
 
@@ -230,6 +231,7 @@ def _describe(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
+    mask: Any,
     kwargs: dict[str, Any],
     refused: str | None,
 ) -> Call:
@@ -240,6 +242,7 @@ def _describe(
         head_dim=query.shape[3],
         dtype=query.dtype,
         device=query.device,
+        window=mask.window if isinstance(mask, KeyRanges) else None,
         kwargs={k: v for k, v in kwargs.items() if k in _MATTERS and v is not None},
         refused=refused,
     )
@@ -270,7 +273,7 @@ def _why_not(
         return "a position bias or a paged cache of transformers"
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         return "not causal"
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in FLOATS:
+    if not query.dtype == key.dtype == value.dtype or not takes(query):
         return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}"
     if key.shape != value.shape:
         return f"heads of {key.shape[3]} for keys and of {value.shape[3]} for values"

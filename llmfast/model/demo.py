@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .patch import swap_in, unpatch
+from .patch import swap_in, swap_out
 from .report import Report
 from .swap import Operations
 
@@ -47,11 +47,11 @@ def prove_first_block(model: PreTrainedModel, token_ids: torch.Tensor) -> Report
     try:
         with torch.no_grad():
             original = backbone(input_ids=token_ids, use_cache=False).last_hidden_state
-            report = swap_in(model, launchers(), ops="all")
+            report = swap_in(model, launchers())
             try:
                 ours = backbone(input_ids=token_ids, use_cache=False).last_hidden_state
             finally:
-                unpatch(model)
+                swap_out(model)
     finally:
         backbone.layers = blocks
     difference = float((ours - original).abs().max() / original.abs().max())

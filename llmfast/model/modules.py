@@ -43,11 +43,16 @@ class Candidate:
     operation: str
     what: str  # what it would be recognised as, for the report
     width: int  # of its input's last dimension
-    forward: Callable[..., torch.Tensor]  # (module, swap, x), with the rest bound
+    # a norm's (name of its epsilon, unit_offset); a gated MLP's (gate, up, down), names of layers
+    roles: tuple[Any, ...]
 
     def bind(self, module: nn.Module, swap: Swap) -> Callable[[torch.Tensor], torch.Tensor]:
         """A forward for the instance. A partial of a function survives deepcopy and pickling."""
-        return partial(self.forward, module, swap)
+        if self.operation == "rms_norm":
+            eps_name, unit_offset = self.roles
+            return partial(_rms_norm_forward, eps_name, unit_offset, module, swap)
+        gate, up, down = self.roles
+        return partial(_gated_mlp_forward, self.operation, gate, up, down, module, swap)
 
 
 # ------------------------------------------------------------------------------------- norms
@@ -68,7 +73,7 @@ def norm_candidates(module: nn.Module) -> list[Candidate]:
                     "rms_norm",
                     "RMS norm, 1 + weight" if unit_offset else "RMS norm",
                     width,
-                    partial(_rms_norm_forward, eps_name, unit_offset),
+                    (eps_name, unit_offset),
                 )
                 for unit_offset in (False, True)
             ]
@@ -121,7 +126,7 @@ def mlp_candidates(module: nn.Module) -> list[Candidate]:
             operation,
             f"gated MLP, gate {gate}" + (f", up {up}" if up else " and up merged"),
             linears[gate].in_features,
-            partial(_gated_mlp_forward, operation, gate, up, down),
+            (gate, up, down),
         )
         for gate, up, down in _roles(linears)
         for operation in _ACTIVATIONS
@@ -212,11 +217,11 @@ def choose(
     references = Swap(_REFERENCES)
 
     def distance(candidate: Candidate) -> float:
-        error = relative_rms(candidate.forward(module, references, x), oracle)
+        error = relative_rms(candidate.bind(module, references)(x), oracle)
         return error if error == error else float("inf")  # NaN never wins
 
     best = min(candidates, key=distance) if len(candidates) > 1 else candidates[0]
-    ours = best.forward(module, Swap(operations), x)
+    ours = best.bind(module, Swap(operations))(x)
     return best, compare(ours, original, oracle)
 
 

@@ -1,4 +1,4 @@
-"""``patch`` and ``unpatch``: swap a model's modules for llmfast operations, and put them back."""
+"""Swap a model's modules for llmfast operations, and put them back."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from . import attention
 from .modules import Candidate, attributes, choose, foreign_layer, mlp_candidates, norm_candidates
 from .proof import Proof
 from .report import Entry, Report
+from .shadow import PATCH
 from .swap import Operations, Swap
 
 logger = logging.getLogger("llmfast")
 
 FAMILIES = ("norm", "activation", "attention")
 MIN_CAPABILITY = (8, 0)
-_STATE = "_llmfast_patch"  # the attribute under which a model carries its Patch
+
 _MATCHERS = {"norm": norm_candidates, "activation": mlp_candidates}
 
 
@@ -52,90 +53,30 @@ class Patch:
         self.watched, self.configs = [], []
 
 
-def patch(
-    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
-) -> Report:
-    """Make ``model`` run llmfast's operations, in place and reversibly.
-
-    Norms, gated MLPs and the attention function are recognised by what they hold and compute. Each
-    replacement is compared with the original on random input before it stays: its relative RMS
-    error against the same computation one precision up is at most twice the original's, or four
-    machine epsilons. What cannot be recognised or does not pass is left as it was. Only instances
-    are changed; neither their classes nor another model of the same class or config.
-
-    Args:
-        model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
-            On CPU tensors nothing is swapped unless ``ops`` says so, since the reference
-            operations are not faster than what the model has.
-        ops: families of operations to swap: any of ``norm``, ``activation``, ``attention``, or
-            ``"all"``. None: all on a GPU, none on the CPU.
-        strict: raise if a module of a kind that llmfast has an operation for was kept.
-
-    Returns:
-        A :class:`Report` with a line for every module; it goes on counting calls that fell back.
-
-    Raises:
-        UserError: the model is patched already, compiled, an encoder-decoder, not one of
-            transformers, or on a device that the kernels do not run on; ``ops`` names an unknown
-            family; with ``strict``, what was kept. The model is then as it was.
-    """
-    return swap_in(model, Operations(), ops=ops, strict=strict)
-
-
-def unpatch(model: PreTrainedModel) -> None:
-    """Put everything back that :func:`patch` changed.
-
-    Raises:
-        UserError: the model is not patched.
-    """
-    state: Patch | None = vars(model).get(_STATE)
-    if state is None:
-        raise UserError("unpatch: this model is not patched")
-    state.undo()
-    delattr(model, _STATE)
-
-
-@contextmanager
-def patched(
-    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
-) -> Iterator[Report]:
-    """:func:`patch` for the length of a ``with`` block."""
-    report = patch(model, ops=ops, strict=strict)
-    try:
-        yield report
-    finally:
-        unpatch(model)
-
-
 def swap_in(
     model: PreTrainedModel,
     operations: Operations,
     *,
-    ops: str | Iterable[str] | None = None,
+    families: tuple[str, ...] = FAMILIES,
     strict: bool = False,
 ) -> Report:
-    """:func:`patch` with the operations to put in: the kernels' own launchers, for one."""
-    _refuse(model)
-    families = _families(ops, model.device)
+    """Swap the modules of some families for ``operations``; see :func:`llmfast.patch`."""
+    refuse(model)
     started = time.perf_counter()
     swap = Swap(operations)
     state = Patch(Report(fallbacks=swap.fallbacks), swap)
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        _swap_modules(model, state, families)
-        _swap_attention(model, state, families)
-        _list_the_rest(model, state, families)
+        with evaluating(model):
+            _swap_modules(model, state, families)
+            _swap_attention(model, state, families)
+            _list_the_rest(model, state, families)
         kept = sorted({f"{e.class_name}: {e.reason}" for e in state.report.entries if _missed(e)})
         if strict and kept:
             raise UserError(f"patch(strict=True): kept {'; '.join(kept)}")
     except BaseException:
         state.undo()
         raise
-    finally:
-        for module in training:
-            module.training = True
-    setattr(model, _STATE, state)
+    setattr(model, PATCH, state)
     if not families:
         state.report.notes.append(
             "On the CPU nothing is swapped: the reference operations are not faster than the "
@@ -148,12 +89,38 @@ def swap_in(
     return state.report
 
 
-def _refuse(model: PreTrainedModel) -> None:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def swap_out(model: PreTrainedModel) -> None:
+    """Put every module back.
+
+    Raises:
+        UserError: the model is not patched.
+    """
+    state: Patch | None = vars(model).get(PATCH)
+    if state is None:
+        raise UserError("unpatch: this model is not patched")
+    state.undo()
+    delattr(model, PATCH)
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raise UserError if a model cannot be patched."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in _modules(model)):
         raise UserError("patch: this model is compiled; patch it first, then call torch.compile")
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"patch: wants a model of transformers, got {type(model).__name__}")
-    if _STATE in vars(model):
+    if PATCH in vars(model):
         raise UserError("patch: this model is patched already; call llmfast.unpatch(model) first")
     if model.config.is_encoder_decoder:
         raise UserError(
@@ -176,16 +143,19 @@ def _modules(model: object) -> Iterator[nn.Module]:
     return model.modules() if isinstance(model, nn.Module) else iter(())
 
 
-def _families(ops: str | Iterable[str] | None, device: torch.device) -> tuple[str, ...]:
+def families_of(
+    ops: str | Iterable[str] | None, device: torch.device, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The families that ``ops`` asks for on a device."""
     if ops is None:
-        return () if device.type == "cpu" else FAMILIES
+        return () if device.type == "cpu" else known
     if ops == "all":
-        return FAMILIES
+        return known
     wanted = (ops,) if isinstance(ops, str) else tuple(ops)
-    unknown = [op for op in wanted if op not in FAMILIES]
+    unknown = [op for op in wanted if op not in known]
     if unknown or not wanted:
         got = ", ".join(unknown) or "none"
-        raise UserError(f"patch: ops are {', '.join(FAMILIES)} or 'all', got {got}")
+        raise UserError(f"patch: ops are {', '.join(known)} or 'all', got {got}")
     return wanted
 
 

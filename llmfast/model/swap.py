@@ -72,11 +72,16 @@ def why_not(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str | N
         return "the module is in training mode"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "outside torch.no_grad()"
-    if x.dtype is not weight.dtype or x.dtype not in FLOATS:
+    if x.dtype is not weight.dtype or not takes(x):
         return f"input is {x.dtype}, weight is {weight.dtype}"
     if x.device != weight.device:
         return f"input is on {x.device}, weight on {weight.device}"
     return None
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether the operations take a tensor of this dtype where it is."""
+    return x.dtype in FLOATS or (x.dtype is torch.float64 and x.device.type == "cpu")
 
 
 def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

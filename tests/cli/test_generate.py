@@ -19,6 +19,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 import llmfast
+from llmfast import patching
 from llmfast.cli import generate, ui
 from llmfast.cli.main import app
 from llmfast.cli.stream import TextStream
@@ -26,6 +27,7 @@ from llmfast.errors import UserError
 from llmfast.model.embedded import INSTALL, embedded_model_path
 
 CONTEXT = 64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = "Tell me a tale"
 TEMPLATE = (
     "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -54,8 +56,8 @@ def make_model(context=CONTEXT):
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=context,
         initializer_range=0.5,
         bos_token_id=None,
@@ -395,7 +397,69 @@ def test_stats_name_every_figure_on_stderr_alone(folder):
     assert 50 < float(figures["peak memory"].split()[0].replace(",", "")) < 50_000
     assert float(figures["load"].split()[0]) > 0
     assert re.fullmatch(r"\d+ modules, \d+ kept", figures["swapped"])
+    own = "transformers' own loop" if DEVICE == "cpu" else "llmfast's runner, CUDA graphs"
+    assert figures["decoded by"] == own
     assert "kept" in result.stderr, "the report's table"
+
+
+@pytest.fixture
+def on_the_runner(loaded, monkeypatch):
+    """Patched as on a GPU, where `generate` is taken over; the batches that the runner started."""
+    from llmfast.runner.runner import Runner
+
+    started = []
+    own, patch = Runner.start, patching.patch
+
+    def start(self, input_ids, *args, **kwargs):
+        started.append(len(input_ids))
+        return own(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "start", start)
+    monkeypatch.setattr(llmfast, "patch", lambda model: patch(model, ops="generate"))
+    yield started
+    llmfast.unpatch(loaded.model)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_the_runner_streams_and_is_named_in_the_stats(loaded, on_the_runner, sampled):
+    expected = own_answer(loaded, PROMPT, max_new_tokens=30)
+    given = ["--temperature", 0.7, "--top-p", 0.9, "--seed", 1] if sampled else []
+    result = run("generate", PROMPT, "--max-tokens", 30, "--stats", *given)
+    assert result.exit_code == 0, result.stderr
+    if not sampled:
+        assert result.stdout == expected + "\n"
+    assert on_the_runner == [len(PROMPT)]
+    assert re.search(r"^decoded by +llmfast's runner", result.stderr, re.MULTILINE)
+    assert re.search(r"^decode +[\d.]+ tokens/s", result.stderr, re.MULTILINE)
+    assert re.search(r"generate: taken over", result.stderr)
+
+
+def test_tokens_of_the_runner_are_written_as_they_come(loaded, on_the_runner, monkeypatch):
+    from llmfast.runner.runner import Runner
+
+    steps = []
+    own = Runner.step
+    monkeypatch.setattr(Runner, "step", lambda self: (steps.append(1), own(self)))
+    out = Recorder(steps)
+    monkeypatch.setattr(sys, "stdout", out)
+    generate.answer(generate.Request(PROMPT, max_tokens=30))
+    monkeypatch.undo()
+    assert len(steps) == 29
+    assert out.writes[0][0] < 10 and len(out.writes) > 10
+    assert out.text.endswith("\n")
+
+
+def test_ctrl_c_leaves_the_runner_free(loaded, on_the_runner, monkeypatch):
+    def write(self, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TextStream, "_write", write)
+        assert run("generate", PROMPT).exit_code == 130
+    runner = loaded.model.generate.args[1].runner
+    assert runner.cache.num_free == runner.cache.num_blocks
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert loaded.model.generate(ids, max_new_tokens=3, pad_token_id=0).shape[1] == len(PROMPT) + 3
 
 
 def test_one_token_has_no_rate(loaded):

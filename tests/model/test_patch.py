@@ -370,13 +370,13 @@ def test_a_wrong_operation_is_kept_out(device):
         return nn.functional.rms_norm(x, weight.shape, weight, eps * 10)
 
     model = make("Llama", device)
-    report = patch_module.swap_in(model, Operations(rms_norm=wrong), ops="all")
+    report = patch_module.swap_in(model, Operations(rms_norm=wrong))
     kept = [e for e in report.entries if e.class_name == "LlamaRMSNorm"]
     assert len(kept) == 5 and not any(e.swapped for e in kept)
     assert kept[0].reason == "not what rms_norm computes" and kept[0].error > kept[0].own_error
     llmfast.unpatch(model)
     with pytest.raises(UserError, match="LlamaRMSNorm: not what rms_norm computes"):
-        patch_module.swap_in(model, Operations(rms_norm=wrong), ops="all", strict=True)
+        patch_module.swap_in(model, Operations(rms_norm=wrong), strict=True)
     assert without_forward(model)
 
 
@@ -435,12 +435,17 @@ def test_new_weights_and_a_new_dtype_are_followed(device):
     assert not report.fallbacks
 
 
-def test_double_goes_to_the_original(device):
+def test_double_runs_on_the_cpu_and_goes_to_the_original_elsewhere(device):
     model, plain = make("Llama", device), make("Llama", device)
     ids = tokens(2, 9, device)
     report = swap(model)
-    assert torch.equal(logits(model.double(), ids), logits(plain.double(), ids))
-    assert {"float64" in reason for _, reason in report.fallbacks} == {True}
+    ours, theirs = logits(model.double(), ids), logits(plain.double(), ids)
+    if device.type == "cpu":  # the references compute in float64, transformers' norms in float32
+        assert_close(ours, theirs)
+        assert not report.fallbacks
+    else:
+        assert torch.equal(ours, theirs)
+        assert {"float64" in reason for _, reason in report.fallbacks} == {True}
 
 
 def test_an_adapter_added_after_the_patch_is_followed(device):
@@ -579,7 +584,7 @@ def test_patching_twice_and_unpatching_what_is_not(device):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(UserError, match="norm, activation, attention or 'all', got rope"):
+    with pytest.raises(UserError, match="norm, activation, attention, generate or 'all', got rope"):
         llmfast.patch(make("Llama"), ops=["norm", "rope"])
     with pytest.raises(UserError, match="or 'all', got none"):
         llmfast.patch(make("Llama"), ops=[])

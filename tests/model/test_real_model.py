@@ -80,7 +80,7 @@ def test_a_whole_forward_through_the_kernels(model, question):
     ids = question["input_ids"][:, -7:]
     with torch.no_grad():
         expected = model(ids).logits
-        report = swap_in(model, launchers(), ops="all", strict=True)
+        report = swap_in(model, launchers(), strict=True)
         got = model(ids).logits
     assert report.swapped == 121 and not report.fallbacks
     # float32 sums in another order, through 30 blocks

@@ -1,0 +1,164 @@
+"""Models to measure: named shapes with random weights, which need no download, and real ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+
+EMBEDDED_NAME = "smollm2-135m"
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# transformers' model type, and the configuration of the model that has this shape
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.1-8b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "qwen3-8b": (
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral-7b": (
+        "mistral",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "sliding_window": None,
+        },
+    ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model of a measurement: a shape of :data:`SHAPES`, or what ``llmfast.load`` takes."""
+
+    shape: str | None = None
+    model: str | None = None  # None, and no shape: the embedded model
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: an unknown shape, or a shape and a model.
+        """
+        if self.shape is not None and self.model is not None:
+            raise UserError("give --shape or --model, not both")
+        if self.shape is not None and self.shape not in SHAPES:
+            raise UserError(f"--shape must be one of {', '.join(SHAPES)}; got {self.shape!r}")
+
+    @property
+    def case(self) -> dict[str, str]:
+        """How a case of a results file names it."""
+        if self.shape is not None:
+            return {"shape": self.shape}
+        if self.model in (None, "embedded"):
+            return {"model": EMBEDDED_NAME}
+        name = Path(str(self.model)).name.lower().replace("=", "-")
+        return {"model": "-".join(name.split())}
+
+    def make(self, device: torch.device) -> Any:
+        """The model in evaluation mode, with no token at which it would stop by itself."""
+        if self.shape is not None:
+            model = random_model(self.shape, device)
+        else:
+            from ..model.load import load
+
+            model = load(self.model, device=device).model
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig(pad_token_id=0)
+        return model
+
+
+def random_model(shape: str, device: torch.device) -> Any:
+    """A model with random weights, made on ``device``: bfloat16 on a GPU, float32 on the CPU.
+
+    The weights are normal with a standard deviation of 0.02, so activations stay small.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype).eval()
+
+
+def config_of(shape: str) -> Any:
+    """The transformers configuration of a shape."""
+    from transformers import AutoConfig
+
+    kind, sizes = SHAPES[shape]
+    no_ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return AutoConfig.for_model(kind, **sizes, **no_ends)

@@ -1,0 +1,105 @@
+"""``patch`` and ``unpatch``: a model's modules and its ``generate``, swapped and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from .errors import UserError
+from .model.patch import FAMILIES as MODULES
+from .model.patch import evaluating, families_of, refuse, swap_in, swap_out
+from .model.report import Report
+from .model.swap import Operations
+from .model.trace import NotTraced
+
+GENERATE = "generate"
+
+
+def patch(
+    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
+) -> Report:
+    """Make ``model`` run llmfast's operations and its ``generate`` the runner, reversibly.
+
+    Norms, gated MLPs and the attention function are recognised by what they hold and compute. Each
+    replacement is compared with the original on random input before it stays: its relative RMS
+    error against the same computation one precision up is at most twice the original's, or four
+    machine epsilons. What cannot be recognised or does not pass is left as it was. Only instances
+    are changed; neither their classes nor another model of the same class or config.
+
+    ``model.generate`` is taken over where the runner computes what the model does: a step of
+    decoding is then one CUDA graph, and where every decoder layer is built as one of the runner's
+    recipes, that graph is of fused operations. Arguments, checks and results stay those of
+    transformers; a call that the runner cannot do (beams, for one) goes to transformers' own, and
+    the reason is logged once. docs/runner.md has the list.
+
+    Args:
+        model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
+            On CPU tensors nothing is swapped unless ``ops`` says so, since the reference
+            operations are not faster than what the model has.
+        ops: what to swap: any of ``norm``, ``activation``, ``attention``, ``generate``, or
+            ``"all"``. None: all on a GPU, none on the CPU.
+        strict: raise if anything was kept that llmfast has an operation for.
+
+    Returns:
+        A :class:`Report` with a line for every module; it goes on counting calls that fell back.
+
+    Raises:
+        UserError: the model is patched already, compiled, an encoder-decoder, not one of
+            transformers, or on a device that the kernels do not run on; ``ops`` names an unknown
+            family; with ``strict``, what was kept. The model is then as it was.
+    """
+    refuse(model)
+    wanted = families_of(ops, model.device, (*MODULES, GENERATE))
+    modules = tuple(family for family in wanted if family in MODULES)
+    report = swap_in(model, Operations(), families=modules, strict=strict)
+    if GENERATE in wanted:
+        try:
+            _take_over(model, report, strict)
+        except BaseException:
+            swap_out(model)
+            raise
+    return report
+
+
+def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
+    from .runner.generate import take_over
+    from .runner.model import make_step_model
+
+    try:
+        with evaluating(model):
+            steps = make_step_model(model)
+    except NotTraced as error:
+        if strict:
+            raise UserError(f"patch(strict=True): generate is transformers' own: {error}") from None
+        report.notes.append(f"generate: transformers' own, since {error}.")
+        return
+    take_over(model, steps)
+    report.notes.append(
+        f"generate: taken over; {steps.describe()}; logits of the whole model: {steps.proof}."
+    )
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Put everything back that :func:`patch` changed, and free what the runner holds.
+
+    Raises:
+        UserError: the model is not patched.
+    """
+    from .runner.generate import give_back
+
+    swap_out(model)
+    give_back(model)
+
+
+@contextmanager
+def patched(
+    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
+) -> Iterator[Report]:
+    """:func:`patch` for the length of a ``with`` block."""
+    report = patch(model, ops=ops, strict=strict)
+    try:
+        yield report
+    finally:
+        unpatch(model)

@@ -1,0 +1,220 @@
+"""From a traced model to its blocks: the recipe of each layer, chosen and proved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.modules import attributes
+from ..model.proof import Proof, cast_floats, compare, oracle_dtype, relative_rms
+from ..model.trace import Layer, NotTraced, Trace
+from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
+from .cache import PagedCache
+from .merge import MergedLinears
+from .rope import RopeTable
+from .step import Chunk, make_step
+
+_LAST = 3  # tokens of a proof's second step
+_BLOCK_SIZE = 16  # of a proof's cache
+
+
+@dataclass
+class Blocks:
+    """The decoder layers of a model as blocks, and how they were found."""
+
+    blocks: list[Block]
+    tables: list[RopeTable]
+    merged: list[MergedLinears]
+    proofs: list[Proof]  # of the layers that differ in more than their weights
+
+    @property
+    def recipes(self) -> list[str]:
+        return sorted({block.recipe for block in self.blocks})
+
+    def restore(self) -> None:
+        for merged in self.merged:
+            merged.restore()
+
+
+@dataclass
+class _Guess:
+    """What a proof has to choose between."""
+
+    recipe: str
+    residual_scale: float
+    rotation: str  # "halves", "pairs" or "none"
+    softcap: float | None  # transformers' sdpa of some versions leaves it out
+
+
+def build_blocks(
+    model: PreTrainedModel, trace: Trace, max_length: int, operations: BlockOperations
+) -> Blocks:
+    """Choose and prove a recipe for every layer.
+
+    The weights of a layer's projections are merged on the way; the model's own parameters become
+    views of them. If anything fails they are put back.
+
+    Raises:
+        NotTraced: no recipe computes what a layer does.
+    """
+    tables: dict[int, int] = {}
+    result = Blocks([], [], [], [])
+    chosen: dict[Any, _Guess] = {}
+    try:
+        for layer in trace.layers:
+            key = _key(layer, trace)
+            if key not in chosen:
+                chosen[key], proof = _choose(layer, operations)
+                result.proofs.append(proof)
+            guess = chosen[key]
+            rope = None
+            if guess.rotation != "none" and layer.rotary is not None:
+                number = next(i for i, r in enumerate(trace.rotaries) if r.same(layer.rotary))
+                if number not in tables:
+                    tables[number] = len(result.tables)
+                    result.tables.append(
+                        RopeTable(layer.rotary, max_length, model.dtype, model.device)
+                    )
+                rope = tables[number]
+            qkv, gate_up = MergedLinears(layer.qkv), MergedLinears(layer.gate)
+            result.merged += [qkv, gate_up]
+            result.blocks.append(_block(layer, guess, rope, qkv.linear, gate_up.linear))
+    except BaseException:
+        result.restore()
+        raise
+    return result
+
+
+def _key(layer: Layer, trace: Trace) -> tuple[Any, ...]:
+    number = next(
+        (i for i, r in enumerate(trace.rotaries) if layer.rotary and r.same(layer.rotary)), None
+    )
+    return (attributes(layer.module), layer.call.key, layer.call.window, number)
+
+
+def _block(layer: Layer, guess: _Guess, rope: int | None, qkv: Linear, gate_up: Linear) -> Block:
+    call = layer.call
+    q_norm, k_norm = layer.heads or (None, None)
+    return Block(
+        recipe=guess.recipe,
+        norms=(*layer.before, *layer.between, *layer.after),
+        attention=Attention(
+            qkv=qkv,
+            out=Linear(layer.out.weight.data, _data(layer.out.bias)),
+            heads=call.query_heads,
+            kv_heads=call.kv_heads,
+            head_dim=call.head_dim,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            rope=rope,
+            interleaved=guess.rotation == "pairs",
+            scale=call.kwargs.get("scaling"),
+            window=call.window,
+            softcap=guess.softcap,
+            sinks=call.kwargs.get("s_aux"),
+        ),
+        mlp=GatedMLP(
+            gate_up, Linear(layer.down.weight.data, _data(layer.down.bias)), layer.activation
+        ),
+        residual_scale=guess.residual_scale,
+    )
+
+
+def _data(bias: nn.Parameter | None) -> torch.Tensor | None:
+    return None if bias is None else bias.data
+
+
+# ------------------------------------------------------------------------------ choice and proof
+
+
+def _choose(layer: Layer, operations: BlockOperations) -> tuple[_Guess, Proof]:
+    """The guess nearest to the layer by the reference operations; proved with the real ones."""
+    name = type(layer.module).__name__
+    if len(layer.heads) not in (0, 2):
+        raise NotTraced(f"{name} has {len(layer.heads)} norms between projections and attention")
+    if layer.heads and layer.heads[0].eps != layer.heads[1].eps:
+        raise NotTraced(f"{name} has norms of q and k that differ in epsilon")
+    oracle = _oracle(layer)
+    best, distance = None, float("inf")
+    for guess in _guesses(layer):
+        error = relative_rms(_run(layer, guess, REFERENCES), oracle)
+        if error < distance:
+            best, distance = guess, error
+    if best is None:
+        raise NotTraced(f"{name} is built as no recipe is")
+    proof = compare(_run(layer, best, operations), layer.output[0], oracle)
+    if not proof.holds:
+        raise NotTraced(f"{name} is not what {best.recipe} computes: {proof}")
+    return best, proof
+
+
+def _guesses(layer: Layer) -> Iterator[_Guess]:
+    recipes = BY_NORMS.get((len(layer.before), len(layer.between), len(layer.after)), ())
+    floats = [v for v in vars(layer.module).values() if isinstance(v, float) and v != 1.0]
+    rotations = ["halves", "pairs", "none"] if layer.rotary is not None else ["none"]
+    softcap = layer.call.kwargs.get("softcap")
+    caps = [None] if softcap is None else [softcap, None]
+    for recipe, rotation, cap in product(recipes, rotations, caps):
+        for scale in floats if recipe.endswith("scaled") else [1.0]:
+            yield _Guess(recipe, scale, rotation, cap)
+
+
+@torch.no_grad()
+def _run(layer: Layer, guess: _Guess, operations: BlockOperations) -> torch.Tensor:
+    """The layer's output by a block, in two steps over a shuffled paged cache."""
+    hidden = _hidden(layer)[0]
+    length, device = len(hidden), hidden.device
+    tables, first_row = [], 0
+    if guess.rotation != "none" and layer.rotary is not None:
+        table = RopeTable(layer.rotary, length, hidden.dtype, device)
+        first_row = table.admit(length)
+        tables.append(table)
+    block = _block(
+        layer, guess, 0 if tables else None, _side_by_side(layer.qkv), _side_by_side(layer.gate)
+    )
+    count = -(-length // _BLOCK_SIZE)
+    call = layer.call
+    cache = PagedCache(
+        [(call.kv_heads, call.head_dim)], count, hidden.dtype, device, block_size=_BLOCK_SIZE
+    )
+    places = list(range(count))[::-1]
+    parts = []
+    for start, stop in ((0, length - _LAST), (length - _LAST, length)):
+        chunk = Chunk([0] * (stop - start), start, places, first_row)
+        step = make_step([chunk], _BLOCK_SIZE, count, device)
+        run = Run(step, cache, tables, operations)
+        x, residual = block(hidden[start:stop], None, run, 0)
+        parts.append(x if residual is None else x + residual)
+    return torch.cat(parts)
+
+
+def _side_by_side(layers: list[nn.Linear]) -> Linear:
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return Linear(
+        torch.cat([layer.weight.data for layer in layers]),
+        torch.cat([b.data for b in biases]) if len(biases) == len(layers) else None,
+    )
+
+
+@torch.no_grad()
+def _oracle(layer: Layer) -> torch.Tensor:
+    """What the layer gives one precision up, for the input that it was traced with."""
+    higher = oracle_dtype(layer.output.dtype)
+    precise = copy.deepcopy(layer.module).to(higher)
+    output = precise(*cast_floats(layer.args, higher), **cast_floats(layer.kwargs, higher))
+    output = output[0] if isinstance(output, tuple) else output
+    result: torch.Tensor = output[0]
+    return result
+
+
+def _hidden(layer: Layer) -> torch.Tensor:
+    hidden = layer.args[0] if layer.args else layer.kwargs["hidden_states"]
+    assert isinstance(hidden, torch.Tensor)
+    return hidden

@@ -1,0 +1,45 @@
+"""CUDA graphs: a step captured once and replayed without the host's Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_WARM_UP = 2  # runs before a capture: kernels compile, libraries make their handles
+
+
+class StepGraph:
+    """A captured step."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+        self._graph = graph
+        self._device = device
+
+    def replay(self) -> None:
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+
+
+def new_pool() -> Any:
+    """Memory that graphs may share which never run at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(step: Callable[[], None], device: torch.device, pool: Any) -> StepGraph:
+    """Capture ``step``, which must wait for nothing and read what changes from fixed buffers.
+
+    It is run a few times first, so it must do no harm then: every row idle, for one.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+    return StepGraph(graph, device)

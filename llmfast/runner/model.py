@@ -1,0 +1,377 @@
+"""A model's forward over a step: its own embedding, head and scalings, our blocks in between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model import attention
+from ..model.proof import Proof, cast_floats, compare, oracle_dtype
+from ..model.shadow import make_shadow, point_attention
+from ..model.swap import Operations
+from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
+from .blocks import BlockOperations, Run
+from .build import Blocks, build_blocks
+from .cache import BLOCK_SIZE, PagedCache
+from .paged import NAME, PLACE, PagedAttention
+from .step import Chunk, Step, make_step
+
+_LENGTHS = (27, 19)  # tokens of the sequences that a model is checked with
+_STEPS = 2  # of one token, behind the prefill
+CHECKED_LENGTH = max(_LENGTHS)
+
+
+class StepModel(Protocol):
+    """What the runner steps: a model over a paged cache."""
+
+    cache_shapes: list[tuple[int, int]]  # KV heads and head dimension of each layer
+    vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
+    proof: Proof  # of the logits of the whole model
+    all_ours: bool  # its layers are ours, so a step can always be captured
+
+    def __call__(self, step: Step, cache: PagedCache, rows: torch.Tensor) -> torch.Tensor:
+        """Write the step's keys and values to the cache, and compute logits.
+
+        Args:
+            step: T tokens.
+            cache: of :attr:`cache_shapes`.
+            rows: int64 [n], the tokens whose logits are wanted.
+
+        Returns:
+            Logits ``[n, vocabulary]`` in the model's dtype, as the model's forward gives them.
+        """
+        ...
+
+    def admit(self, length: int) -> int:
+        """What to add to the positions of a sequence that may reach ``length`` tokens."""
+        ...
+
+    def resize(self, max_length: int) -> None:
+        """Make room for sequences of another length; graphs captured before must not be used."""
+        ...
+
+    def restore(self) -> None:
+        """Undo what was changed of the user's model."""
+        ...
+
+    def describe(self) -> str:
+        """How it runs, for the report."""
+        ...
+
+
+def make_step_model(model: PreTrainedModel) -> StepModel:
+    """Blocks where every layer has a recipe, else the model's own layers with our attention.
+
+    Raises:
+        NotTraced: neither computes what the model does.
+    """
+    try:
+        return BlockModel(model)
+    except NotTraced as error:
+        reason = str(error)
+    try:
+        return ForwardModel(model, reason)
+    except NotTraced as error:
+        other = str(error)
+    raise NotTraced(reason if other == reason else f"{reason}; and {other}")
+
+
+class BlockModel:
+    """A model whose layers are recipes, run one step at a time.
+
+    The model's own forward does what comes before and after its layers (scaled embeddings, soft
+    caps, logits divided by a constant), in a shadow of it where the first layer stands for all.
+    """
+
+    all_ours = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_length: int = CHECKED_LENGTH,
+        *,
+        operations: BlockOperations | None = None,
+        proving: Operations | None = None,
+    ) -> None:
+        """Trace ``model``, choose and prove a recipe for each layer, and check the whole.
+
+        Args:
+            model: in evaluation mode. The weights of its merged projections become views.
+            max_length: the longest sequence there will be; :meth:`resize` changes it.
+            operations: of the blocks; None: the kernels, on the CPU their references.
+            proving: the operations that norms and MLPs are recognised with.
+
+        Raises:
+            NotTraced: a layer is built as no recipe is, or the whole does not compute the same.
+        """
+        self.operations = operations or BlockOperations()
+        traced = trace(model, proving or Operations())
+        self.built: Blocks = build_blocks(model, traced, max_length, self.operations)
+        self.cache_shapes = [
+            (b.attention.kv_heads, b.attention.head_dim) for b in self.built.blocks
+        ]
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.dtype, self.device = model.dtype, model.device
+        final = None if traced.final_norm is None else traced.final_norm[1]
+        self._loop = _BlockLoop(self.built, final)
+        self._forward = _Forward(_with_loop(traced, self._loop))
+        self.proof = _check(model, self)
+        self.resize(max_length)
+
+    @torch.no_grad()
+    def __call__(self, step: Step, cache: PagedCache, rows: torch.Tensor) -> torch.Tensor:
+        self._loop.run = Run(step, cache, self.built.tables, self.operations)
+        return self._forward(step, rows)
+
+    def admit(self, length: int) -> int:
+        rows = {table.admit(length) for table in self.built.tables}
+        if len(rows) > 1:
+            raise NotTraced("rotary tables of which only some change with the sequence's length")
+        return rows.pop() if rows else 0
+
+    def resize(self, max_length: int) -> None:
+        for table in self.built.tables:
+            table.resize(max_length)
+
+    def is_stale(self) -> bool:
+        """Whether the model's weights are no longer where this reads them."""
+        return any(merged.is_stale() for merged in self.built.merged)
+
+    def restore(self) -> None:
+        self.built.restore()
+
+    def describe(self) -> str:
+        recipes = ", ".join(self.built.recipes)
+        return f"{len(self.built.blocks)} blocks run the recipe {recipes}"
+
+
+class ForwardModel:
+    """A model's own forward over a step, with our attention over the paged cache in it.
+
+    For layers that no recipe describes (LayerNorms, mixtures of experts). Their Python is gone
+    where the step can be captured.
+    """
+
+    all_ours = False
+
+    def __init__(self, model: PreTrainedModel, reason: str = "asked for") -> None:
+        """
+        Args:
+            model: in evaluation mode; not changed.
+            reason: why no recipe is used, for the report.
+
+        Raises:
+            NotTraced: its attention is not one that ours can stand for, or something else than
+                attention carries state from token to token.
+        """
+        twin, calls = trace_attention(model)
+        for module in twin.modules():
+            kind = getattr(module, "rope_type", "default")
+            for name in kind.values() if isinstance(kind, dict) else (kind,):
+                if name == "longrope" or "dynamic" in str(name):
+                    raise NotTraced("its rotary frequencies change with the sequence's length")
+        point_attention(twin, dict.fromkeys(attention.NAMES.values(), NAME))
+        self._paged = PagedAttention()
+        for layer, call in enumerate(calls):
+            place = (self._paged, layer, call.window)
+            setattr(call.module, PLACE, place)
+        self.cache_shapes = [(call.kv_heads, call.head_dim) for call in calls]
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.dtype, self.device = model.dtype, model.device
+        self.reason = reason
+        self._forward = _Forward(twin)
+        self.proof = _check(model, self)
+
+    @torch.no_grad()
+    def __call__(self, step: Step, cache: PagedCache, rows: torch.Tensor) -> torch.Tensor:
+        self._paged.step, self._paged.cache = step, cache
+        return self._forward(step, rows)
+
+    def admit(self, length: int) -> int:
+        return 0
+
+    def resize(self, max_length: int) -> None:
+        pass
+
+    def restore(self) -> None:
+        pass
+
+    def describe(self) -> str:
+        return f"the model's own layers run with paged attention, since {self.reason}"
+
+
+class _Forward:
+    """A shadow's forward over the flat tokens of a step."""
+
+    def __init__(self, shadow: PreTrainedModel) -> None:
+        self._shadow = shadow
+        # finished masks of four dimensions are passed on as they are, so that none is made
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=shadow.device)
+
+    def __call__(self, step: Step, rows: torch.Tensor) -> torch.Tensor:
+        output = self._shadow(
+            input_ids=step.token_ids[None],
+            position_ids=step.positions[None],
+            attention_mask=self._mask,
+            use_cache=False,
+            logits_to_keep=rows,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+class _BlockLoop(nn.Module):
+    """Stands where the first layer stood, and runs all blocks and the final norm."""
+
+    run: Run | None = None
+
+    def __init__(self, built: Blocks, final: Norm | None) -> None:
+        super().__init__()
+        self.built = built
+        self.final = final
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        assert self.run is not None
+        x: torch.Tensor = hidden_states[0]
+        residual: torch.Tensor | None = None
+        for layer, block in enumerate(self.built.blocks):
+            x, residual = block(x, residual, self.run, layer)
+        if self.final is not None:
+            x = self.run.add_norm(x, residual, self.final)[0]
+        elif residual is not None:
+            x = x + residual
+        return x[None]
+
+
+class _Same(nn.Module):
+    """Stands where a layer or the final norm stood that the loop has done already."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _NoTables(nn.Module):
+    """Stands where a rotary module stood: the blocks have their own tables."""
+
+    def forward(self, *_: Any, **__: Any) -> tuple[None, None]:
+        return None, None
+
+
+def _with_loop(traced: Trace, loop: _BlockLoop) -> PreTrainedModel:
+    instead: dict[nn.Module, nn.Module] = {
+        layer.module: loop if i == 0 else _Same() for i, layer in enumerate(traced.layers)
+    }
+    instead |= {rotary.module: _NoTables() for rotary in traced.rotaries}
+    if traced.final_norm is not None:
+        instead[traced.final_norm[0]] = _Same()
+    for parent in list(traced.shadow.modules()):
+        for name, child in parent._modules.items():
+            if child in instead:
+                parent._modules[name] = instead[child]
+    return traced.shadow
+
+
+# -------------------------------------------------------------------------------- the whole check
+
+
+def _check(model: PreTrainedModel, ours: StepModel) -> Proof:
+    try:
+        proof = check_model(model, ours)
+        if not proof.holds:
+            raise NotTraced(f"the whole model computes something else: {proof}")
+    except BaseException as error:
+        ours.restore()
+        if isinstance(error, (NotTraced, torch.OutOfMemoryError, KeyboardInterrupt)):
+            raise
+        lines = str(error).splitlines() or [""]
+        raise NotTraced(f"a step raised {type(error).__name__}: {lines[0]}") from error
+    return proof
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, ours: StepModel) -> Proof:
+    """Logits of a prefill of two sequences and of two steps of decoding: ours against the model's.
+
+    The oracle is the model one precision up, made layer by layer, so that it takes the memory of
+    one layer only.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        torch.randint(vocabulary, (length,), generator=generator).to(model.device)
+        for length in _LENGTHS
+    ]
+
+    def logits_of(model: nn.Module) -> torch.Tensor:
+        return torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+
+    mine = run_sequences(ours, [row.tolist() for row in rows], _STEPS)
+    return compare(mine, logits_of(model), logits_of(_precise(model)))
+
+
+def run_sequences(
+    model: StepModel, sequences: Sequence[Sequence[int]], steps: int, prefill: int | None = None
+) -> torch.Tensor:
+    """Logits of every token of some sequences: prefilled, then the last ``steps`` one by one.
+
+    Args:
+        prefill: tokens of a chunk of the prefill at most; None: it is one chunk.
+    """
+    model.resize(max(map(len, sequences)))
+    blocks = [-(-len(s) // BLOCK_SIZE) for s in sequences]
+    cache = PagedCache(model.cache_shapes, sum(blocks), model.dtype, model.device)
+    places = [cache.allocate(len(s)) for s in sequences]
+    done = [0] * len(sequences)
+    parts: list[list[torch.Tensor]] = [[] for _ in sequences]
+    while any(d < len(s) for d, s in zip(done, sequences, strict=True)):
+        chunks, who = [], []
+        for i, tokens in enumerate(sequences):
+            first = done[i]
+            until = len(tokens) - steps
+            size = 1 if first >= until else min(until - first, prefill or until)
+            if first < len(tokens):
+                row = model.admit(max(map(len, sequences)))
+                chunks.append(Chunk(tokens[first : first + size], first, places[i], row))
+                who.append((i, size))
+                done[i] += size
+        step = make_step(chunks, cache.block_size, max(blocks), model.device)
+        logits = model(step, cache, torch.arange(len(step.token_ids), device=model.device))
+        for (i, _), part in zip(who, torch.split(logits, [size for _, size in who]), strict=True):
+            parts[i].append(part)
+    return torch.cat([torch.cat(p) for p in parts])
+
+
+def _precise(model: PreTrainedModel) -> PreTrainedModel:
+    """The model one precision up: each part is copied when it is called, and let go after."""
+    twin = make_shadow(model)
+    dtype = oracle_dtype(model.dtype)
+    for parent in list(twin.modules()):
+        config = vars(parent).get("config")
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # the others have no float64
+        for name, child in list(parent._modules.items()):
+            whole = child is not None and (isinstance(parent, nn.ModuleList) or not child._modules)
+            if whole and not isinstance(child, nn.ModuleList):
+                parent._modules[name] = _Precise(child, dtype)
+    return twin
+
+
+class _Precise(nn.Module):
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # no child: its parameters are not this one's
+        self.dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        precise = copy.deepcopy(self.__dict__["module"]).to(self.dtype)
+        return precise(*cast_floats(args, self.dtype), **cast_floats(kwargs, self.dtype))
