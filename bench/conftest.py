@@ -21,7 +21,7 @@ from llmfast.measure.timing import Failure, Impl, Timing, copy_bandwidth, copy_b
 
 ROOT = Path(__file__).parents[1]
 OURS = "llmfast"
-SECONDS = 0.4  # of one case, all implementations together
+SECONDS = 0.4  # of one case, all implementations together, unless --seconds says otherwise
 
 notes_key = pytest.StashKey[list[str]]()
 
@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results", metavar="DIR", help="write DIR/<suite>.json (default: bench/results/<gpu>)"
     )
+    group.addoption("--seconds", type=float, default=SECONDS, help="of one case")
     group.addoption(
         "--commit", help="commit of the sources, where the checkout has no history to ask"
     )
@@ -82,13 +83,14 @@ def bench_op(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[...
         bytes_moved: int | None = None,
         flops: float | None = None,
     ) -> dict[str, Timing | Failure]:
+        seconds = request.config.getoption("--seconds")
         case = format_case(parse_case(case) if isinstance(case, str) else case)
         if not recorder.has_ceiling:
             copy = copy_bandwidth()
             recorder.set_ceiling(copy.per_second(copy_bytes()), copy.rounds)
         torch.compiler.reset()  # a compiled peer is compiled for this case's shapes alone
         with torch.no_grad():
-            timings = time_in_graph(impls, make_inputs, bytes_per_set=bytes_moved, seconds=SECONDS)
+            timings = time_in_graph(impls, make_inputs, bytes_per_set=bytes_moved, seconds=seconds)
         for impl, timing in timings.items():
             if isinstance(timing, Failure):
                 note = f"{suite}: {case}: {impl} was not timed: {timing.reason}"

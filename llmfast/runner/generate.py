@@ -58,7 +58,6 @@ _LEFT = (
     "output_attentions",
     "output_hidden_states",
     "cache_implementation",
-    "is_assistant",
     "stop_strings",  # it gives a loop that is brought no tokenizer
     "token_healing",
 )

@@ -150,6 +150,7 @@ def test_a_row_that_has_stopped_yields_pads_and_writes_nothing(device):
     start(runner, sequences, 12, Sampling(stop_tokens=(stop, 1000), pad_token=99))
     blocks = [blocks[0] for blocks in runner._blocks]
     columns = [runner.report().clone()]
+    prompt = runner.cache.keys[0][blocks[0], :, :9].clone()
     for _ in range(11):
         runner.step()
         columns.append(runner.report().clone())
@@ -158,6 +159,7 @@ def test_a_row_that_has_stopped_yields_pads_and_writes_nothing(device):
     assert torch.equal(tokens[0, : first + 1], plain[0, : first + 1])
     assert tokens[0, first + 1 :].eq(99).all()
     assert torch.equal(tokens[1], plain[1])
+    assert torch.equal(runner.cache.keys[0][blocks[0], :, :9], prompt)
     written = runner.cache.keys[0][blocks].isfinite().all(-1).all(1).sum(1)
     assert written.tolist() == [9 + first, 5 + 11]  # the latest token is not in the cache yet
 
@@ -310,10 +312,36 @@ def test_a_graph_of_each_plan(plan, device, monkeypatch):
     written = torch.stack(runner.cache.keys).isfinite().any(-1).any(2).any(0).sum()
     assert int(written) == 9 + 70 + 1
     assert torch.equal(run(runner, sequences, 9, PLANS[plan], seeds), expected)
+    run(runner, [*sequences, sequences[0]], 9, PLANS[plan], [5, 6, 7, 8])
     assert len(captured) == 1
     run(runner, sequences[:1], 9, PLANS[plan], seeds[:1])
     run_logits(runner, sequences, 3)
     assert len(captured) == 3
+
+
+def test_what_is_compiled_after_a_warm_up_is_logged(device, monkeypatch, caplog):
+    names = []
+    prefill = Runner._prefill
+
+    def compiling(self, *args):
+        names.append("some_kernel")
+        return prefill(self, *args)
+
+    monkeypatch.setattr(Runner, "_compiled", lambda self: list(names))
+    runner = make_runner(device)
+    expected = run(runner, prompts(device, 9), 3, Sampling())
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "_prefill", compiling)
+        done = warm_up(runner, (1, 3), PLANS.values())
+    assert done.graphs == runner.num_graphs == 2 * len(PLANS) * runner.use_graphs
+    assert runner.cache.num_free == runner.cache.num_blocks and names
+    assert torch.equal(run(runner, prompts(device, 9), 3, Sampling()), expected)
+    assert not caplog.records
+    monkeypatch.setattr(Runner, "_prefill", compiling)
+    assert torch.equal(run(runner, prompts(device, 9), 3, Sampling()), expected)
+    assert [r.getMessage() for r in caplog.records] == [
+        "llmfast: compiled in the middle of a call: some_kernel"
+    ]
 
 
 def test_no_memory_for_a_graph(device, monkeypatch):
