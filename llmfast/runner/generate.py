@@ -169,7 +169,8 @@ def give_back(model: PreTrainedModel) -> None:
     taken = vars(model).get("generate")
     if isinstance(taken, partial) and taken.func is generate:
         del model.generate
-        taken.args[1].release()
+        with taken.args[1].entered():  # not in the middle of another thread's call
+            taken.args[1].release()
 
 
 def generate(model: PreTrainedModel, takeover: Takeover, *args: Any, **kwargs: Any) -> Any:

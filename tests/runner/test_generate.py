@@ -2,6 +2,9 @@
 
 import functools
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -381,3 +384,42 @@ def test_a_seed_repeats_and_another_differs(device):
     repeated = inputs["input_ids"][2:].expand(3, -1)
     rows = model.generate(repeated, max_new_tokens=12, do_sample=True)
     assert not torch.equal(rows[0], rows[1])  # each row has draws of its own
+
+
+# -------------------------------------------------------------------------------------- threads
+
+
+def test_threads_take_turns(device, started):
+    model, twin = shared_pair(device)
+    calls = [batch(device), batch(device, padding=(0, 1)), batch(device, padding=(2,), length=7)]
+    expected = [twin.generate(**inputs, max_new_tokens=12) for inputs in calls]
+    together = threading.Barrier(4)
+
+    def run(number):
+        together.wait()
+        return model.generate(**calls[number % 3], max_new_tokens=12)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, range(12)))
+    assert all(torch.equal(r, expected[i % 3]) for i, r in enumerate(results))
+    assert len(started) == 12
+
+
+def test_unpatch_waits_for_a_call_of_another_thread(device):
+    model, twin = make_pair("Llama", device)
+
+    class Unpatches(Recorder):
+        def put(self, value):
+            if len(self.chunks) == 2:
+                self.job = pool.submit(llmfast.unpatch, model)
+                time.sleep(0.1)  # it could have done harm by now
+            super().put(value)
+
+    ids = tokens(1, 9, device)
+    with ThreadPoolExecutor(1) as pool:
+        streamer = Unpatches()
+        ours = model.generate(ids, max_new_tokens=12, streamer=streamer)
+        streamer.job.result(timeout=30)
+    assert "generate" not in vars(model)
+    assert torch.equal(ours, twin.generate(ids, max_new_tokens=12))
+    check(model, twin, ids, max_new_tokens=12)

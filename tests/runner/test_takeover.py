@@ -3,9 +3,7 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -290,22 +288,6 @@ def test_logits_that_are_nan(how, device):
             model.generate(**inputs, max_new_tokens=8, **HOW[how])
         model.model.embed_tokens.weight[token] = kept
     assert_usable(model, twin, device)
-
-
-def test_threads_take_turns(device, started):
-    model, twin = shared_pair(device)
-    calls = [batch(device), batch(device, padding=(0, 1)), batch(device, padding=(2,), length=7)]
-    expected = [twin.generate(**inputs, max_new_tokens=12) for inputs in calls]
-    together = threading.Barrier(4)
-
-    def run(number):
-        together.wait()
-        return model.generate(**calls[number % 3], max_new_tokens=12)
-
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(run, range(12)))
-    assert all(torch.equal(r, expected[i % 3]) for i, r in enumerate(results))
-    assert len(started) == 12
 
 
 # ------------------------------------------------------------------------- copies and changes
