@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedModel
 
 from .errors import UserError
@@ -53,13 +54,19 @@ def patch(
     refuse(model)
     wanted = families_of(ops, model.device, (*MODULES, GENERATE))
     modules = tuple(family for family in wanted if family in MODULES)
-    report = swap_in(model, Operations(), families=modules, strict=strict)
-    if GENERATE in wanted:
-        try:
-            _take_over(model, report, strict)
-        except BaseException:
-            swap_out(model)
-            raise
+    with torch.inference_mode(False):  # what is made here outlives the mode
+        report = swap_in(model, Operations(), families=modules, strict=strict)
+        if GENERATE in wanted:
+            try:
+                _take_over(model, report, strict)
+            except BaseException:
+                swap_out(model)
+                raise
+    if not wanted:
+        report.notes.append(
+            "On the CPU nothing is swapped: the reference operations are not faster than the "
+            "model's own. ops='all' swaps them all the same."
+        )
     return report
 
 

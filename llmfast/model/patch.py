@@ -36,13 +36,14 @@ class Patch:
 
     report: Report
     swap: Swap
-    overridden: list[nn.Module] = field(default_factory=list)  # have a forward of ours
+    forwards: dict[nn.Module, Any] = field(default_factory=dict)  # that we put on instances
     watched: list[nn.Module] = field(default_factory=list)  # have an AttentionState
     configs: list[tuple[nn.Module, PreTrainedConfig]] = field(default_factory=list)  # the old ones
 
     def undo(self) -> None:
-        for module in self.overridden:
-            del module.forward
+        for module, ours in self.forwards.items():
+            if vars(module).get("forward") is ours:  # else somebody put another over it
+                del module.forward
         self.undo_attention()
 
     def undo_attention(self) -> None:
@@ -77,11 +78,6 @@ def swap_in(
         state.undo()
         raise
     setattr(model, PATCH, state)
-    if not families:
-        state.report.notes.append(
-            "On the CPU nothing is swapped: the reference operations are not faster than the "
-            "model's own. ops='all' swaps them all the same."
-        )
     state.report.notes.append(
         "torch.compile: works on a patched model; patch refuses a compiled one."
     )
@@ -223,7 +219,7 @@ def _prove_module(
 
     def swap(name: str, module: nn.Module) -> Entry:
         module.forward = best.bind(module, state.swap)
-        state.overridden.append(module)
+        state.forwards[module] = module.forward
         return Entry(
             name, type(module).__name__, best.operation, best.what, proof.error, proof.own_error
         )

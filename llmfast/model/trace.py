@@ -137,7 +137,8 @@ def _watch(model: PreTrainedModel, operations: Operations) -> tuple[PreTrainedMo
     vocabulary = model.get_input_embeddings().weight.shape[0]
     width = model.get_input_embeddings().weight.shape[1]
     length = max(TOKENS, -(-4096 // width))
-    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(vocabulary, (1, length), generator=generator, device="cpu")
     try:
         twin(input_ids=ids.to(model.device), use_cache=False)
     except Exception as error:

@@ -149,7 +149,11 @@ def _choose(layer: Layer, operations: BlockOperations) -> tuple[_Guess, Proof]:
             best, distance = guess, error
     if best is None:
         raise NotTraced(f"{name} is built as no recipe is")
-    proof = compare(_run(layer, best, operations), layer.output[0], oracle)
+    try:
+        ours = _run(layer, best, operations)
+    except (TypeError, ValueError, NotImplementedError) as error:  # of an operation's contract
+        raise NotTraced(str(error)) from error
+    proof = compare(ours, layer.output[0], oracle)
     if not proof.holds:
         raise NotTraced(f"{name} is not what {best.recipe} computes: {proof}")
     return best, proof

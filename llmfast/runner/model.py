@@ -303,10 +303,10 @@ def check_model(model: PreTrainedModel, ours: StepModel) -> Proof:
     one layer only.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     rows = [
-        torch.randint(vocabulary, (length,), generator=generator).to(model.device)
-        for length in _LENGTHS
+        torch.randint(vocabulary, (n,), generator=generator, device="cpu").to(model.device)
+        for n in _LENGTHS
     ]
 
     def logits_of(model: nn.Module) -> torch.Tensor:

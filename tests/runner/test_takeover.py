@@ -424,3 +424,21 @@ def test_unpatch_gives_everything_back(device):
     state = twin.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     check(model, twin, **batch(device), max_new_tokens=6)
+
+
+def test_a_forward_put_over_a_swapped_module_is_the_one_that_runs(device):
+    model, twin = make_pair("Llama", device)
+    for each in (model, twin):
+        norm = each.model.norm
+        norm.forward = lambda x, norm=norm: 2 * type(norm).forward(norm, x)
+    check(model, twin, tokens(1, 9, device), max_new_tokens=6)
+    llmfast.unpatch(model)
+    assert "forward" in vars(model.model.norm)  # it is not ours to take away
+
+
+def test_patch_within_inference_mode_leaves_ordinary_parameters(device):
+    model, twin = make("Llama", device), make("Llama", device)
+    with torch.inference_mode():
+        llmfast.patch(model, ops="all")
+        check(model, twin, tokens(1, 9, device), max_new_tokens=6)
+    assert not any(p.is_inference() for p in model.parameters())
