@@ -131,6 +131,57 @@ def paged_impls(causal: bool) -> dict[str, Callable[..., torch.Tensor]]:
     }
 
 
+ORDERS = {"heads-first": (0, 1, 2, 3), "tokens-first": (0, 2, 1, 3)}  # within a block
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("batch", "queries", "context"), [(1, 1, 8192), (64, 1, 4096), (2, 8192, 8192)]
+)
+def bench_layouts(bench_op, batch, queries, context, block_size, order):
+    """The block size and the order of heads and tokens in a block: docs/ops/kv_cache.md."""
+    dim, blocks = 128, batch * context // block_size
+
+    def cache():
+        shape = (blocks, KV_HEADS, block_size, dim)
+        lying = [shape[axis] for axis in ORDERS[order]]
+        return torch.randn(lying, device="cuda", dtype=torch.bfloat16).permute(ORDERS[order])
+
+    def make_inputs():
+        flat = torch.randn(batch * queries, HEADS, dim, device="cuda", dtype=torch.bfloat16)
+        table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
+        starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * queries
+        lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+        return flat, cache(), cache(), starts, lengths, table
+
+    def paged(flat, k_cache, v_cache, starts, lengths, table):
+        return paged_attention(
+            flat,
+            k_cache,
+            v_cache,
+            query_start=starts,
+            context_len=lengths,
+            block_table=table,
+            max_query_len=queries,
+        )
+
+    heads = f"heads={HEADS} kv_heads={KV_HEADS} dim={dim}"
+    layout = f"layout=paged-{block_size} order={order}"
+    if queries == 1:
+        case = f"{heads} kv=bf16 {layout} batch={batch} context={context}"
+    else:
+        case = f"{heads} seq={queries} batch={batch} tier=portable {layout}"
+    bench_op(
+        "attention_decode" if queries == 1 else "prefill",
+        case,
+        {"llmfast": paged},
+        make_inputs,
+        bytes_moved=2 * batch * KV_HEADS * context * dim * torch.bfloat16.itemsize,
+        flops=4 * batch * HEADS * queries * context * dim / 2,
+    )
+
+
 @pytest.mark.parametrize("seq", [2048, 8192])
 def bench_paged_prefill(bench_op, seq):
     batch, dim = TOKENS // seq, 128
