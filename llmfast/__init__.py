@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from .model.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
+    from .runner.warmup import warmup
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Report", "load", "patch", "patched", "unpatch"]
+__all__ = ["Loaded", "Report", "load", "patch", "patched", "unpatch", "warmup"]
 
 _HOMES = {
     "Loaded": ".model.load",
@@ -20,6 +21,7 @@ _HOMES = {
     "patch": ".patching",
     "patched": ".patching",
     "unpatch": ".patching",
+    "warmup": ".runner.warmup",
 }
 
 

@@ -276,10 +276,9 @@ def _print_stats(
 
 def _decoded_by(model: Any) -> str:
     """Who made the tokens of the model's latest ``generate``."""
-    from ..runner.generate import Takeover
+    from ..runner.generate import takeover_of
 
-    held = getattr(vars(model).get("generate"), "args", ())
-    takeover = next((part for part in held if isinstance(part, Takeover)), None)
+    takeover = takeover_of(model)
     if takeover is None or takeover.runner is None:
         return "transformers' own loop"
     return "llmfast's runner" + (", CUDA graphs" if takeover.runner.use_graphs else "")

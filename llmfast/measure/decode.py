@@ -292,13 +292,12 @@ def _taken_over(model: Any) -> Iterator[Takeover]:
     """
     import llmfast
 
-    from ..runner.generate import Takeover
+    from ..runner.generate import takeover_of
 
     # on the CPU patch swaps nothing unless it is told to
     report = llmfast.patch(model, ops=None if model.device.type == "cuda" else "generate")
     try:
-        taken = getattr(vars(model).get("generate"), "args", ())
-        takeover = next((arg for arg in taken if isinstance(arg, Takeover)), None)
+        takeover = takeover_of(model)
         if takeover is None:
             why = [note for note in report.notes if note.startswith("generate")]
             raise UserError(f"the runner does not run this model. {'; '.join(why)}")

@@ -164,13 +164,22 @@ def take_over(model: PreTrainedModel, blocks: StepModel) -> Takeover:
     return takeover
 
 
-def give_back(model: PreTrainedModel) -> None:
-    """Undo :func:`take_over`, if that is what the model's ``generate`` is from."""
+def takeover_of(model: PreTrainedModel) -> Takeover | None:
+    """What :func:`take_over` left on a model; None if its ``generate`` is not from here."""
     taken = vars(model).get("generate")
     if isinstance(taken, partial) and taken.func is generate:
+        takeover: Takeover = taken.args[1]
+        return takeover
+    return None
+
+
+def give_back(model: PreTrainedModel) -> None:
+    """Undo :func:`take_over`, if that is what the model's ``generate`` is from."""
+    takeover = takeover_of(model)
+    if takeover is not None:
         del model.generate
-        with taken.args[1].entered():  # not in the middle of another thread's call
-            taken.args[1].release()
+        with takeover.entered():  # not in the middle of another thread's call
+            takeover.release()
 
 
 def generate(model: PreTrainedModel, takeover: Takeover, *args: Any, **kwargs: Any) -> Any:

@@ -127,6 +127,7 @@ class Runner:
         self._seen: torch.Tensor | None = None  # bool [rows, vocabulary], with penalties only
         self._logits: torch.Tensor | None = None  # of the latest step whose tokens the host chooses
         self._graphs: dict[Plan, StepGraph] = {}
+        self._graph_bytes = 0  # the pool that they share, as it grew with each capture
         self._pool = new_pool() if self.use_graphs else None
         self.warm = False  # after a warm-up: what is compiled later is logged
         self._rows = 0
@@ -134,10 +135,14 @@ class Runner:
         self._plan = Plan(1, False, False, False, True)
 
     @property
-    def nbytes(self) -> int:
-        """What the runner holds beside the model: the cache and the state."""
-        state: int = sum(t.nbytes for t in vars(self._state).values())
-        return self.cache.nbytes + state + (0 if self._seen is None else self._seen.nbytes)
+    def memory(self) -> dict[str, int]:
+        """Bytes that the runner holds beside the model, by what they are for."""
+        extra = [t for t in (self._seen, self._logits) if t is not None]
+        return {
+            "cache": self.cache.nbytes,
+            "state": sum(t.nbytes for t in (*vars(self._state).values(), *extra)),
+            "graphs": self._graph_bytes,
+        }
 
     @property
     def num_graphs(self) -> int:
@@ -387,6 +392,7 @@ class Runner:
         if not self.use_graphs or plan in self._graphs:
             return
         started = time.perf_counter()
+        reserved = torch.cuda.memory_reserved(self.device)
         try:
             self._graphs[plan] = capture(lambda: self._decode(plan), self.device, self._pool)
         except torch.OutOfMemoryError as error:
@@ -405,6 +411,7 @@ class Runner:
             return
         finally:
             self._state.context.zero_()
+        self._graph_bytes += torch.cuda.memory_reserved(self.device) - reserved
         seconds = time.perf_counter() - started
         logger.info("llmfast: captured a step of %d rows in %.1f s", plan.rows, seconds)
 

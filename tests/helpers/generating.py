@@ -33,10 +33,6 @@ def shared_pair(device: torch.device, ops: Any = "all") -> tuple[Any, Any]:
     return make_pair("Llama", device, ops)
 
 
-def takeover_of(model: Any) -> Any:
-    return model.generate.args[1]
-
-
 def batch(
     device: torch.device,
     padding: tuple[int, ...] = (4, 9, 0),

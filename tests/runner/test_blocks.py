@@ -10,7 +10,8 @@ from llmfast.model.trace import NotTraced, trace
 from llmfast.runner.blocks import BlockOperations
 from llmfast.runner.build import build_blocks
 from llmfast.runner.cache import PagedCache
-from llmfast.runner.model import BlockModel, run_sequences
+from llmfast.runner.check import run_sequences
+from llmfast.runner.model import BlockModel
 from llmfast.runner.step import Chunk, make_step
 from tiny_models import make, tokens
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llmfast.model.trace import NotTraced
-from llmfast.runner.model import BlockModel, ForwardModel, make_step_model, run_sequences
+from llmfast.runner.check import run_sequences
+from llmfast.runner.model import BlockModel, ForwardModel, make_step_model
 from tiny_models import make, tokens
 
 OWN = ["GPTNeoX", "Cohere", "StableLm", "Starcoder2", "Mixtral", "Qwen3Moe", "Nemotron"]

@@ -5,7 +5,8 @@ import torch
 
 from llmfast.model.swap import Operations
 from llmfast.model.trace import trace
-from llmfast.runner.model import BlockModel, run_sequences
+from llmfast.runner.check import run_sequences
+from llmfast.runner.model import BlockModel
 from llmfast.runner.rope import RopeTable
 from tiny_models import make, tokens
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import llmfast
-from generating import batch, check, make_pair, takeover_of
+from generating import batch, check, make_pair
 from llmfast.errors import UserError
 from llmfast.runner import runner as runner_module
 from llmfast.runner.cache import BLOCK_SIZE
+from llmfast.runner.generate import takeover_of
 from llmfast.runner.model import BlockModel
 from llmfast.runner.runner import MAX_STOP_TOKENS, Runner, Sampling
 from llmfast.runner.warmup import warm_up
@@ -215,10 +216,11 @@ def test_a_runner_counts_its_bytes(device):
     assert runner.max_length == 128 and runner.cache.num_blocks == 4
     cache = 4 * BLOCK_SIZE * 2 * 16 * 4 * 2 * 2  # heads, dimensions, bytes, keys and values, layers
     assert runner.cache.nbytes == cache
-    before = runner.nbytes
-    assert cache < before < cache + 2**14
+    assert runner.memory["cache"] == cache
+    before = runner.memory["state"]
+    assert 0 < before < 2**14
     run(runner, prompts(device, 9), 2, Sampling(repetition_penalty=1.5))
-    assert runner.nbytes == before + 2 * 101
+    assert runner.memory["state"] == before + 2 * 101
 
 
 def test_a_batch_that_was_not_ended(device):

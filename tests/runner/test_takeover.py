@@ -18,11 +18,11 @@ from generating import (
     check,
     make_pair,
     shared_pair,
-    takeover_of,
     tokenizer,
 )
 from llmfast.errors import UserError
 from llmfast.runner import runner as runner_module
+from llmfast.runner.generate import takeover_of
 from tiny_models import make, tokens
 
 # --------------------------------------------------------------------- what goes to the original

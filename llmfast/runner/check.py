@@ -1,0 +1,125 @@
+"""The check of a whole model: wiring that a proof of single layers does not see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.proof import Proof, cast_floats, compare, oracle_dtype
+from ..model.shadow import make_shadow
+from ..model.trace import NotTraced
+from .cache import BLOCK_SIZE, PagedCache
+from .step import Chunk, make_step
+
+if TYPE_CHECKING:
+    from .model import StepModel
+
+_LENGTHS = (27, 19)  # tokens of the sequences
+_STEPS = 2  # of one token, behind the prefill
+CHECKED_LENGTH = max(_LENGTHS)
+
+
+def prove_whole(model: PreTrainedModel, ours: StepModel) -> Proof:
+    """Compare the logits of ``ours`` with the model's own; if it does not hold, undo ``ours``.
+
+    Raises:
+        NotTraced: they are not what the model computes, or a step raised.
+    """
+    try:
+        proof = check_model(model, ours)
+        if not proof.holds:
+            raise NotTraced(f"the whole model computes something else: {proof}")
+    except BaseException as error:
+        ours.restore()
+        if isinstance(error, (NotTraced, torch.OutOfMemoryError, KeyboardInterrupt)):
+            raise
+        lines = str(error).splitlines() or [""]
+        raise NotTraced(f"a step raised {type(error).__name__}: {lines[0]}") from error
+    return proof
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, ours: StepModel) -> Proof:
+    """Logits of a prefill of two sequences and of two steps of decoding: ours against the model's.
+
+    The oracle is the model one precision up, made layer by layer, so that it takes the memory of
+    one layer only.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator("cpu").manual_seed(1)
+    rows = [
+        torch.randint(vocabulary, (n,), generator=generator, device="cpu").to(model.device)
+        for n in _LENGTHS
+    ]
+
+    def logits_of(model: nn.Module) -> torch.Tensor:
+        return torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+
+    mine = run_sequences(ours, [row.tolist() for row in rows], _STEPS)
+    return compare(mine, logits_of(model), logits_of(_precise(model)))
+
+
+def run_sequences(
+    model: StepModel, sequences: Sequence[Sequence[int]], steps: int, prefill: int | None = None
+) -> torch.Tensor:
+    """Logits of every token of some sequences: prefilled, then the last ``steps`` one by one.
+
+    Args:
+        prefill: tokens of a chunk of the prefill at most; None: it is one chunk.
+    """
+    model.resize(max(map(len, sequences)))
+    blocks = [-(-len(s) // BLOCK_SIZE) for s in sequences]
+    cache = PagedCache(model.cache_shapes, sum(blocks), model.dtype, model.device)
+    places = [cache.allocate(len(s)) for s in sequences]
+    done = [0] * len(sequences)
+    parts: list[list[torch.Tensor]] = [[] for _ in sequences]
+    while any(d < len(s) for d, s in zip(done, sequences, strict=True)):
+        chunks, who = [], []
+        for i, tokens in enumerate(sequences):
+            first = done[i]
+            until = len(tokens) - steps
+            size = 1 if first >= until else min(until - first, prefill or until)
+            if first < len(tokens):
+                row = model.admit(max(map(len, sequences)))
+                chunks.append(Chunk(tokens[first : first + size], first, places[i], row))
+                who.append((i, size))
+                done[i] += size
+        step = make_step(chunks, cache.block_size, max(blocks), model.device)
+        logits = model(step, cache, torch.arange(len(step.token_ids), device=model.device))
+        for (i, _), part in zip(who, torch.split(logits, [size for _, size in who]), strict=True):
+            parts[i].append(part)
+    return torch.cat([torch.cat(p) for p in parts])
+
+
+def _precise(model: PreTrainedModel) -> PreTrainedModel:
+    """The model one precision up: each part is copied when it is called, and let go after."""
+    twin = make_shadow(model)
+    dtype = oracle_dtype(model.dtype)
+    for parent in list(twin.modules()):
+        config = vars(parent).get("config")
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # the others have no float64
+        for name, child in list(parent._modules.items()):
+            whole = child is not None and (isinstance(parent, nn.ModuleList) or not child._modules)
+            if whole and not isinstance(child, nn.ModuleList):
+                parent._modules[name] = _Precise(child, dtype)
+    return twin
+
+
+class _Precise(nn.Module):
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # no child: its parameters are not this one's
+        self.dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        precise = copy.deepcopy(self.__dict__["module"]).to(self.dtype)
+        return precise(*cast_floats(args, self.dtype), **cast_floats(kwargs, self.dtype))
