@@ -6,7 +6,6 @@ is settled by running it. No class name is looked at.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from llmfast_kernels.activation.reference import (
 )
 from llmfast_kernels.norm.reference import rms_norm_reference
 
-from .proof import MIN_VALUES, Proof, compare, oracle_dtype, relative_rms
+from .proof import MIN_VALUES, Proof, compare, oracle_dtype, precise_copy, relative_rms
 from .swap import Operations, Swap, original_forward, why_not
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
@@ -210,7 +209,7 @@ def choose(
     """
     x = proof_input(candidates[0].width, next(module.parameters()))
     higher = oracle_dtype(x.dtype)
-    oracle = copy.deepcopy(module).to(higher)(x.to(higher))
+    oracle = precise_copy(module, higher)(x.to(higher))
     original = module(x)
     if not isinstance(original, torch.Tensor) or original.shape != x.shape:
         raise ValueError("its forward does not return one tensor of its input's shape")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 MIN_VALUES = 4096  # output values that one proof compares at the least
 RELATIVE = 2.0  # ours may err this many times as much as the original
@@ -31,6 +33,12 @@ class Proof:
 def oracle_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a proof's oracle computes in: float64 for float32, else float32."""
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def precise_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``module`` in another dtype; configs, which take long to copy, are shared."""
+    configs = [getattr(m, "config", None) for m in module.modules()]
+    return copy.deepcopy(module, {id(config): config for config in configs}).to(dtype)
 
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:

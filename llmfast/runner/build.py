@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.modules import attributes
-from ..model.proof import Proof, cast_floats, compare, oracle_dtype, relative_rms
+from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy, relative_rms
 from ..model.trace import Layer, NotTraced, Trace
 from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
 from .cache import PagedCache
@@ -211,7 +210,7 @@ def _side_by_side(layers: list[nn.Linear]) -> Linear:
 def _oracle(layer: Layer) -> torch.Tensor:
     """What the layer gives one precision up, for the input that it was traced with."""
     higher = oracle_dtype(layer.output.dtype)
-    precise = copy.deepcopy(layer.module).to(higher)
+    precise = precise_copy(layer.module, higher)
     output = precise(*cast_floats(layer.args, higher), **cast_floats(layer.kwargs, higher))
     output = output[0] if isinstance(output, tuple) else output
     result: torch.Tensor = output[0]

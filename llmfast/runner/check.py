@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.proof import Proof, cast_floats, compare, oracle_dtype
+from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy
 from ..model.shadow import make_shadow
 from ..model.trace import NotTraced
 from .cache import BLOCK_SIZE, PagedCache
@@ -121,5 +120,5 @@ class _Precise(nn.Module):
         return getattr(self.__dict__["module"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        precise = copy.deepcopy(self.__dict__["module"]).to(self.dtype)
+        precise = precise_copy(self.__dict__["module"], self.dtype)
         return precise(*cast_floats(args, self.dtype), **cast_floats(kwargs, self.dtype))
