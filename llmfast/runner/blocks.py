@@ -137,10 +137,7 @@ class Run:
                     "unit_offset": part.q_norm.unit_offset,
                 }
             else:
-                q, k = (
-                    self.norm(q.contiguous(), part.q_norm),
-                    self.norm(k.contiguous(), part.k_norm),
-                )
+                q, k = self.norm(q, part.q_norm), self.norm(k, part.k_norm)
         cos = sin = None
         if part.rope is not None:
             cos, sin = self.tables[part.rope].cos, self.tables[part.rope].sin
