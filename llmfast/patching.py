@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,7 @@ def patch(
             family; with ``strict``, what was kept. The model is then as it was.
     """
     refuse(model)
+    started = time.perf_counter()
     wanted = families_of(ops, model.device, (*MODULES, GENERATE))
     modules = tuple(family for family in wanted if family in MODULES)
     with torch.inference_mode(False):  # what is made here outlives the mode
@@ -67,6 +69,7 @@ def patch(
             "On the CPU nothing is swapped: the reference operations are not faster than the "
             "model's own. ops='all' swaps them all the same."
         )
+    report.seconds = time.perf_counter() - started
     return report
 
 
