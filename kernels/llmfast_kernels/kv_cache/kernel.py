@@ -43,7 +43,7 @@ def choose_launch(head_dim: int, element_size: int) -> Launch:
     block_d = triton.next_power_of_2(head_dim)
     warp = 32 * _LANE_BYTES // element_size  # elements of keys that a warp takes at once
     rows = max(_WARPS * warp // block_d, 1)
-    return Launch(rows, block_d, num_warps=_WARPS)
+    return Launch(rows, block_d, num_warps=max(_WARPS, block_d // warp))
 
 
 @triton.jit
