@@ -79,7 +79,6 @@ class Trace:
     """A model's layers; the modules are those of a shadow, whose tensors are the model's."""
 
     shadow: PreTrainedModel
-    container: nn.ModuleList
     layers: list[Layer]
     final_norm: tuple[nn.Module, Norm] | None  # called right after the last layer
     rotaries: list[Rotary]  # no two the same
@@ -215,7 +214,7 @@ def _describe(twin: PreTrainedModel, events: list[Any], operations: Operations) 
     for layer in layers:
         if layer.rotary is not None and not any(layer.rotary.same(r) for r in distinct):
             distinct.append(layer.rotary)
-    return Trace(twin, container, layers, final, distinct)
+    return Trace(twin, layers, final, distinct)
 
 
 def _describe_layer(

@@ -15,7 +15,8 @@ class MergedLinears:
     """One tensor that holds the weights of several layers; the layers keep views of it.
 
     So merging takes no memory and the layers work as before. What moves their data elsewhere
-    (``.to()``, a deepcopy of the model) leaves this one stale: see :meth:`is_stale`.
+    (``.to()``, a deepcopy of the model) leaves this one stale; :class:`.generate.Takeover` looks
+    out for that.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -42,10 +43,6 @@ class MergedLinears:
             self._parameters.append((parameter, view))
             start += len(parameter)
         return merged
-
-    def is_stale(self) -> bool:
-        """Whether a layer's data is no longer where the merged tensor has it."""
-        return any(p.data_ptr() != view.data_ptr() for p, view in self._parameters)
 
     def restore(self) -> None:
         """Give each layer a tensor of its own again, with the values that it has now."""

@@ -135,10 +135,6 @@ class BlockModel:
         for table in self.built.tables:
             table.resize(max_length)
 
-    def is_stale(self) -> bool:
-        """Whether the model's weights are no longer where this reads them."""
-        return any(merged.is_stale() for merged in self.built.merged)
-
     def restore(self) -> None:
         self.built.restore()
 
