@@ -18,7 +18,7 @@ from llmfast_kernels import sample_tokens
 
 from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache
-from .graphs import StepGraph, capture, new_pool
+from .graphs import StepGraph, capture, held_memory, new_pool
 from .model import StepModel
 from .step import Step
 
@@ -127,8 +127,7 @@ class Runner:
         self._seen: torch.Tensor | None = None  # bool [rows, vocabulary], with penalties only
         self._logits: torch.Tensor | None = None  # of the latest step whose tokens the host chooses
         self._graphs: dict[Plan, StepGraph] = {}
-        self._graph_bytes = 0  # the pool that they share, as it grew with each capture
-        self._pool = new_pool() if self.use_graphs else None
+        self._pool = new_pool() if self.use_graphs else None  # that the graphs share
         self.warm = False  # after a warm-up: what is compiled later is logged
         self._rows = 0
         self._blocks: list[list[int]] = []
@@ -136,12 +135,21 @@ class Runner:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that the runner holds beside the model, by what they are for."""
-        extra = [t for t in (self._seen, self._logits) if t is not None]
+        """Bytes that the runner holds beside the model, by what they are for.
+
+        ``penalties``: which tokens a row has had. ``workspace``: what the allocator keeps for the
+        activations of a prefill.
+        """
+        graphs = workspace = 0
+        if self._pool is not None:
+            graphs, workspace = held_memory(self.device, self._pool)
+        state = [*vars(self._state).values(), *([] if self._logits is None else [self._logits])]
         return {
             "cache": self.cache.nbytes,
-            "state": sum(t.nbytes for t in (*vars(self._state).values(), *extra)),
-            "graphs": self._graph_bytes,
+            "state": sum(t.nbytes for t in state),
+            "penalties": 0 if self._seen is None else self._seen.nbytes,
+            "graphs": graphs,
+            "workspace": workspace,
         }
 
     @property
@@ -392,7 +400,6 @@ class Runner:
         if not self.use_graphs or plan in self._graphs:
             return
         started = time.perf_counter()
-        reserved = torch.cuda.memory_reserved(self.device)
         try:
             self._graphs[plan] = capture(lambda: self._decode(plan), self.device, self._pool)
         except torch.OutOfMemoryError as error:
@@ -411,7 +418,6 @@ class Runner:
             return
         finally:
             self._state.context.zero_()
-        self._graph_bytes += torch.cuda.memory_reserved(self.device) - reserved
         seconds = time.perf_counter() - started
         logger.info("llmfast: captured a step of %d rows in %.1f s", plan.rows, seconds)
 

@@ -88,7 +88,7 @@ def warm_up(
     *,
     progress: bool = False,
 ) -> WarmUp:
-    """Run prompts of every kind of length, and capture the graphs of some batch sizes.
+    """Capture the graphs of some batch sizes, and run prompts of every kind of length.
 
     Args:
         runner: idle.
@@ -98,8 +98,11 @@ def warm_up(
     """
     started = time.perf_counter()
     lengths = [n for n in _PROMPTS if n + 1 <= min(runner.max_length, PREFILL_TOKENS)]
-    jobs = [*((1, n) for n in lengths), *((n, 1) for n in rows)]
-    todo = [(sampling, *job) for sampling in samplings for job in jobs]
+    # captures first: each gives back the memory that the allocator has kept for a prefill
+    jobs = [(n, 1) for n in sorted({1, *rows})] + [(1, n) for n in lengths[1:]]
+    jobs.append(_largest_prefill(runner, max(rows)))
+    samplings = tuple(samplings)
+    todo = [(sampling, *job) for job in jobs for sampling in samplings]
     for sampling, batch, length in track(
         todo, description="compiling and capturing", disable=not progress, transient=True
     ):
@@ -113,3 +116,10 @@ def warm_up(
         torch.cuda.synchronize(runner.device)
     runner.warm = True
     return WarmUp(time.perf_counter() - started, runner.num_graphs, runner.memory)
+
+
+def _largest_prefill(runner: Runner, rows: int) -> tuple[int, int]:
+    """(rows, tokens of each) of the step that takes the most memory, as far as there is cache."""
+    room = runner.cache.num_blocks // rows * BLOCK_SIZE
+    tokens = min(PREFILL_TOKENS // rows, room, runner.max_length) - 1
+    return rows, max(tokens, 1)

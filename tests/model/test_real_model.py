@@ -10,6 +10,8 @@ from llmfast.measure.quality import perplexity
 from llmfast.measure.texts import read_text
 from llmfast.model.demo import launchers, prove_first_block
 from llmfast.model.patch import swap_in
+from llmfast.runner.check import run_sequences
+from llmfast.runner.generate import takeover_of
 
 QUESTION = "What is the capital of France?"
 
@@ -46,6 +48,18 @@ def test_it_answers_paris(model, embedded, question, dtype):
     assert not report.fallbacks
 
 
+def test_256_greedy_tokens_are_those_of_transformers(model, embedded, device):
+    ids = embedded.tokenizer(read_text("persuasion").text[:2000], return_tensors="pt").to(device)
+    ids = {name: tensor[:, :200] for name, tensor in ids.items()}
+    how = {"do_sample": False, "max_new_tokens": 256, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**ids, **how)
+    llmfast.patch(model, ops="all", strict=True)
+    assert takeover_of(model) is not None
+    got = model.generate(**ids, **how)
+    assert got.shape == expected.shape == (1, 456)
+    assert torch.equal(got, expected)
+
+
 @pytest.fixture
 def persuasion(embedded):
     """Its first 4,096 tokens."""
@@ -62,6 +76,29 @@ def test_perplexity_of_persuasion_is_that_of_transformers(model, persuasion):
     assert 5 < original.perplexity.value < 100  # a trained model reading English
     assert abs(swapped.perplexity.value / original.perplexity.value - 1) < 1e-3
     assert not report.fallbacks
+
+
+@pytest.mark.gpu
+def test_log_probabilities_of_the_runner_in_bfloat16(model, persuasion, device):
+    """Teacher-forced over 4,096 tokens, the last 32 of each window decoded one by one.
+
+    By the relative rule: at most twice transformers' own error against float32.
+    """
+    windows = persuasion.view(4, 1024).to(device)
+
+    def of_tokens(logits):
+        chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, windows[:, 1:, None])
+        return chosen.double().flatten()
+
+    with torch.no_grad():
+        exact = of_tokens(model(windows).logits)
+        original = of_tokens(model.bfloat16()(windows).logits)
+        llmfast.patch(model, strict=True)
+        steps = takeover_of(model).blocks
+        ours = of_tokens(run_sequences(steps, windows.tolist(), 32).view(4, 1024, -1))
+    assert exact.abs().mean() > 1  # nats: a text that it does not know by heart
+    error, own_error = ((x - exact).square().mean().sqrt() for x in (ours, original))
+    assert 0 < error <= 2 * own_error
 
 
 @pytest.mark.gpu

@@ -217,10 +217,9 @@ def test_a_runner_counts_its_bytes(device):
     cache = 4 * BLOCK_SIZE * 2 * 16 * 4 * 2 * 2  # heads, dimensions, bytes, keys and values, layers
     assert runner.cache.nbytes == cache
     assert runner.memory["cache"] == cache
-    before = runner.memory["state"]
-    assert 0 < before < 2**14
+    assert runner.memory["penalties"] == 0 < runner.memory["state"] < 2**14
     run(runner, prompts(device, 9), 2, Sampling(repetition_penalty=1.5))
-    assert runner.memory["state"] == before + 2 * 101
+    assert runner.memory["penalties"] == 2 * 101
 
 
 def test_a_batch_that_was_not_ended(device):

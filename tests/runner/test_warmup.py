@@ -44,6 +44,8 @@ def test_the_memory_plan_adds_up(device):
     assert done.memory["weights"] == sum(p.nbytes for p in model.parameters())
     # keys and values of 2 layers with 2 heads of 16, of 2 sequences of 128 tokens, in float32
     assert done.memory["cache"] == 2 * 2 * 2 * 16 * 2 * 128 * 4
+    assert min(done.memory.values()) >= 0
+    assert (done.memory["graphs"] > 0) == (device.type == "cuda")
     assert str(done).count("GiB") == 1 and "weights" in str(done)
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device) - before
