@@ -24,7 +24,6 @@ UNITS = {
     "peak_over_weights_cache_gib": "GiB",
     "roofline_share": "1",
     "gpu_busy_share": "1",
-    "time_ratio": "1",  # our time over the peer's, round by round: below 1 is faster
     "perplexity": "1",
     "perplexity_ratio": "1",
     "kl_to_dense": "nat",
@@ -66,12 +65,7 @@ SUITES: dict[str, Suite] = {
         "attention of a whole prompt, causal", ("tflops",), "pytest bench/bench_attention.py"
     ),
     "sampling": Suite("the choice of the next token", ("us",), "pytest bench/bench_sampling.py"),
-    "generate": Suite(
-        "model.generate, patched and not",
-        ("tok_per_s", "time_ratio"),
-        "pytest bench/bench_model.py",
-    ),
-    "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_model.py"),
+    "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_patch.py"),
     "decode": Suite("token by token generation", _DECODE, "llmfast bench decode"),
     "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
     "throughput": Suite("many requests at once", ("out_tok_per_s", "gpu_busy_share")),

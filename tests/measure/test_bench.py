@@ -4,11 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import llmfast
-from llmfast.measure.record import Recorder
 from llmfast.measure.results import parse_case, read
 from llmfast.measure.suites import SUITES
 
@@ -118,59 +114,6 @@ def test_bench_op_records_each_metric_of_the_suite(pytester):
     assert rows["cudnn"].value == pytest.approx(1000.0)
     (run,) = read(out / "ceilings.json")
     assert [row.case for row in run.rows] == ["op=copy"]
-
-
-def test_generate_is_timed_patched_and_unpatched_in_turn(monkeypatch, tmp_path, env):
-    bench = load(ROOT / "bench/bench_model.py")
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    state = []  # whether the model was patched, call by call of generate
-
-    def patch(model):
-        return real_patch(model, ops="all")
-
-    def seconds(model, prompt):
-        state.append(any("forward" in vars(module) for module in model.modules()))
-        assert real_seconds(model, prompt) > 0
-        return 0.5 if state[-1] else 1.0
-
-    real_patch, real_seconds = llmfast.patch, bench.seconds_of_generate
-    monkeypatch.setattr(llmfast, "patch", patch, raising=False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for name, value in {
-        "make_model": lambda: model,
-        "seconds_of_generate": seconds,
-        "PROMPT": 8,
-        "NEW": 4,
-        "ROUNDS": 3,
-    }.items():
-        monkeypatch.setattr(bench, name, value)
-
-    recorder = Recorder(tmp_path, env)
-    bench.bench_generate(recorder)
-    recorder.write()
-    # two batches each; patched first in every other round, from the warm-up on
-    assert state == [True, True, False, False, False, False, True, True] * 2
-    (run,) = read(tmp_path / "generate.json")
-    case = "shape=llama-3.1-8b weights=bf16 batch={} prompt=8 new=4"
-    assert {(row.case, row.impl, row.metric): row.value for row in run.rows} == {
-        (case.format(batch), impl, metric): value
-        for batch in (1, 32)
-        for impl, metric, value in (
-            ("llmfast", "tok_per_s", 8 * batch),
-            ("transformers", "tok_per_s", 4 * batch),
-            ("llmfast", "time_ratio", 0.5),
-        )
-    }
 
 
 def test_without_a_gpu_the_benchmarks_skip_with_the_reason(pytester):

@@ -27,7 +27,7 @@ def results(tmp_path, make_run, make_row, copy_row, env):
     write(tmp_path / "h100/norm.json", (old, new))
     rate = {"metric": "tok_per_s", "unit": "tok/s", "case": "shape=llama-3.1-8b batch=1"}
     write(
-        tmp_path / "h100/generate.json",
+        tmp_path / "h100/decode.json",
         (make_run(make_row(50.0, **rate), make_row(25.0, impl="transformers", **rate)),),
     )
     write(tmp_path / "h100/ceilings.json", (make_run(copy_row),))
@@ -56,7 +56,7 @@ def test_the_page_shows_figures_shares_and_ratios(results):
 
 def test_runs_are_never_mixed(results):
     page = render(results)
-    section = page[page.index("### norm") : page.index("### generate")]
+    section = page[page.index("### norm") : page.index("### decode")]
     lines = [line for line in section.splitlines() if "tokens=64" in line]
     assert lines == ["| `op=rms_norm tokens=64` | 7.000 [6.000, 8.000] |"]
     assert section.count("NVIDIA H100 80GB HBM3, driver 580.1") == 2
