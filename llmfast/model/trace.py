@@ -20,7 +20,7 @@ from . import attention, shadow
 from .modules import Candidate, attributes, choose, mlp_candidates, norm_candidates
 from .swap import Operations, Swap
 
-TOKENS = 64  # of the watched forward: more where a layer is so narrow that a proof wants more
+TOKENS = 80  # of the watched forward, past a block of the cache; more where a layer is narrow
 
 
 class NotTraced(Exception):

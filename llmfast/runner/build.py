@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -15,13 +15,10 @@ from ..model.modules import attributes
 from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy, relative_rms
 from ..model.trace import Layer, NotTraced, Trace
 from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
-from .cache import PagedCache
+from .cache import BLOCK_SIZE, PagedCache
 from .merge import MergedLinears
 from .rope import RopeTable
 from .step import Chunk, make_step
-
-_LAST = 3  # tokens of a proof's second step
-_BLOCK_SIZE = 16  # of a proof's cache
 
 
 @dataclass
@@ -171,7 +168,10 @@ def _guesses(layer: Layer) -> Iterator[_Guess]:
 
 @torch.no_grad()
 def _run(layer: Layer, guess: _Guess, operations: BlockOperations) -> torch.Tensor:
-    """The layer's output by a block, in two steps over a shuffled paged cache."""
+    """The layer's output by a block: two chunks of a prefill and a decoded token.
+
+    The cache is shuffled, its blocks of the runner's own size: a GPU then compiles what steps run.
+    """
     hidden = _hidden(layer)[0]
     length, device = len(hidden), hidden.device
     tables, first_row = [], 0
@@ -182,16 +182,14 @@ def _run(layer: Layer, guess: _Guess, operations: BlockOperations) -> torch.Tens
     block = _block(
         layer, guess, 0 if tables else None, _side_by_side(layer.qkv), _side_by_side(layer.gate)
     )
-    count = -(-length // _BLOCK_SIZE)
+    count = -(-length // BLOCK_SIZE)
     call = layer.call
-    cache = PagedCache(
-        [(call.kv_heads, call.head_dim)], count, hidden.dtype, device, block_size=_BLOCK_SIZE
-    )
+    cache = PagedCache([(call.kv_heads, call.head_dim)], count, hidden.dtype, device)
     places = list(range(count))[::-1]
     parts = []
-    for start, stop in ((0, length - _LAST), (length - _LAST, length)):
+    for start, stop in pairwise((0, length // 2, length - 1, length)):
         chunk = Chunk([0] * (stop - start), start, places, first_row)
-        step = make_step([chunk], _BLOCK_SIZE, count, device)
+        step = make_step([chunk], BLOCK_SIZE, count, device)
         run = Run(step, cache, tables, operations)
         x, residual = block(hidden[start:stop], None, run, 0)
         parts.append(x if residual is None else x + residual)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,13 +29,26 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+@dataclass
+class _Captures:
+    """Where a device's steps are captured: on one stream, since libraries keep memory for each."""
+
+    stream: torch.cuda.Stream
+    kept: int = 0  # bytes
+
+
+@cache
+def _captures(device: torch.device) -> _Captures:
+    return _Captures(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
 def held_memory(device: torch.device, pool: Any) -> tuple[int, int]:
-    """Bytes of the graphs of a pool, and those that the allocator keeps for what is not live now.
+    """Bytes of the graphs of a pool, and of workspace: the libraries', and what is free for reuse.
 
     Asked of the allocator's segments: a capture also gives memory back, so that what is reserved
     before and after says nothing of a graph.
     """
-    graphs = workspace = 0
+    graphs, workspace = 0, _captures(device).kept
     for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
         if segment["device"] != device.index:
             continue
@@ -50,13 +65,15 @@ def capture(step: Callable[[], None], device: torch.device, pool: Any) -> StepGr
     It is run a few times first, so it must do no harm then: every row idle, for one.
     """
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        captures = _captures(device)
+        before = torch.cuda.memory_allocated(device)
+        captures.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(captures.stream):
             for _ in range(_WARM_UP):
                 step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(captures.stream)
+        captures.kept += torch.cuda.memory_allocated(device) - before
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=captures.stream):
             step()
     return StepGraph(graph, device)

@@ -137,8 +137,8 @@ class Runner:
     def memory(self) -> dict[str, int]:
         """Bytes that the runner holds beside the model, by what they are for.
 
-        ``penalties``: which tokens a row has had. ``workspace``: what the allocator keeps for the
-        activations of a prefill.
+        ``penalties``: which tokens a row has had. ``workspace``: what libraries and
+        the allocator keep for the next step.
         """
         graphs = workspace = 0
         if self._pool is not None:
