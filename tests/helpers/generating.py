@@ -20,8 +20,8 @@ from tiny_models import make, tokens
 EOS = [12, 92]  # in 12 greedy tokens of a batch(): of one row each; the third has neither
 
 
-def make_pair(kind: str, device: torch.device, ops: Any = "all") -> tuple[Any, Any]:
-    model, twin = make(kind, device), make(kind, device)
+def make_pair(kind: str, device: torch.device, ops: Any = "all", **changes: Any) -> tuple[Any, Any]:
+    model, twin = make(kind, device, **changes), make(kind, device, **changes)
     llmfast.patch(model, ops=ops)
     assert "generate" in vars(model)
     return model, twin
