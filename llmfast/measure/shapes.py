@@ -155,6 +155,37 @@ def random_model(shape: str, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype).eval()
 
 
+@dataclass(frozen=True)
+class LinearSizes:
+    """(out_features, in_features) of the linear layers of a decoder, as the runner merges them."""
+
+    qkv: tuple[int, int]
+    out: tuple[int, int]
+    gate_up: tuple[int, int]
+    down: tuple[int, int]
+    head: tuple[int, int]
+
+    @property
+    def block(self) -> tuple[tuple[int, int], ...]:
+        """Those of a block, in the order in which it runs them."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+def linear_sizes(config: Any) -> LinearSizes:
+    """The sizes of a transformers configuration with gated MLPs."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or width // heads
+    middle = config.intermediate_size
+    return LinearSizes(
+        qkv=((heads + 2 * kv_heads) * dim, width),
+        out=(width, heads * dim),
+        gate_up=(2 * middle, width),
+        down=(width, middle),
+        head=(config.vocab_size, width),
+    )
+
+
 def config_of(shape: str) -> Any:
     """The transformers configuration of a shape."""
     from transformers import AutoConfig

@@ -57,7 +57,11 @@ SUITES: dict[str, Suite] = {
     "activation": Suite("gated activations", _OPS, "pytest bench/bench_activation.py"),
     "rope": Suite("rotary position embedding", _OPS, "pytest bench/bench_rope.py"),
     "kv_cache": Suite("writes to the cache", _OPS, "pytest bench/bench_kv_cache.py"),
-    "linear": Suite("the four linear layers of a block", ("us_per_block",)),
+    "linear": Suite(
+        "the four linear layers of a block",
+        ("us_per_block", "gb_per_s"),
+        "pytest bench/bench_linear.py",
+    ),
     "attention_decode": Suite(
         "attention of one new token over a long context", _OPS, "pytest bench/bench_attention.py"
     ),

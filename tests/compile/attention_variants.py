@@ -160,7 +160,6 @@ VARIANTS = [
     _prefill("sm_80", "fp32", 128, "softcap offset keys"),
     _prefill("sm_80", "bf16", 256, "paged=16 sinks lse"),
     _prefill("sm_100", "bf16", 128, "paged=16 window softcap"),
-    _prefill("sm_100", "fp32", 256, "full offset sinks"),
     _decode("sm_90", "bf16", 128, 1, "split"),
     _decode("sm_90", "bf16", 128, 1, "paged=64 sinks lse"),
     _decode("sm_90", "fp16", 64, 3, "split paged=64 window"),
@@ -169,7 +168,6 @@ VARIANTS = [
     _decode("sm_80", "fp16", 112, 1, "split window sinks"),
     _decode("sm_100", "bf16", 128, 1, "split paged=64"),
     _decode("sm_100", "bf16", 64, 3, "full varlen lse"),
-    _decode("sm_100", "fp32", 64, 8, "split softcap window"),
     _merge("sm_90", "bf16", 128, 64, "lse"),
     _merge("sm_100", "fp16", 80, 16, "varlen lse"),
 ]

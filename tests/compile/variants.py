@@ -90,7 +90,6 @@ NORM = [
     _norm("rms_norm", "fp16", 4096, "sm_80", few_rows=True, unit_offset=False),
     _norm("rms_norm", "bf16", 128, "sm_90", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "sm_80", few_rows=False, unit_offset=False),
-    _norm("rms_norm", "fp32", 897, "sm_100", few_rows=True, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "gfx942", few_rows=False, unit_offset=False),
     _norm("rms_norm", "fp16", 128, "gfx942", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "gfx942", few_rows=False, unit_offset=True),
@@ -103,7 +102,6 @@ ACTIVATION = [
     _activation("gelu", "fp16", 14336, "sm_100", merged=True),
     _activation("silu", "bf16", 14336, "gfx942", merged=False),
     _activation("gelu_tanh", "fp16", 14336, "gfx942", merged=True),
-    _activation("gelu", "fp32", 1023, "gfx942", merged=True),
 ]
 
 

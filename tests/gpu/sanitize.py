@@ -36,6 +36,16 @@ def activations(dtype: torch.dtype) -> None:
             op(randn(rows, 2 * cols, dtype=dtype))
 
 
+def linears(dtype: torch.dtype) -> None:
+    for tokens, k, n in itertools.product((1, 3, 17), (67, 576), (33, 1536)):
+        x, bias = randn(tokens, k, dtype=dtype), randn(2 * n, dtype=dtype)
+        weight = randn(2 * n, k, dtype=dtype)
+        ops.dense_linear(x, weight, bias, residual=randn(tokens, 2 * n, dtype=dtype))
+        ops.dense_linear(x, weight)
+        ops.gated_linear(x, weight, bias, activation="gelu_tanh")
+        ops.gated_linear(x, weight)
+
+
 def attentions(dtype: torch.dtype) -> None:
     lengths = ((1, 333), (3, 67), (131, 259), (5, 3))
     for (queries, keys), head_dim in itertools.product(lengths, (64, 80)):
@@ -143,6 +153,7 @@ def main(names: list[str]) -> None:
     for dtype in [getattr(torch, name) for name in names] or DTYPES:
         norms(dtype)
         activations(dtype)
+        linears(dtype)
         attentions(dtype)
         paged_attentions(dtype)
         ropes(dtype)

@@ -32,6 +32,21 @@ def choose_launch(n_cols: int) -> Launch:
 
 
 @triton.jit
+def activate(gate, ACT: tl.constexpr):
+    """The activation of float32 ``gate``. ACT: "silu", "gelu_tanh" or "gelu"."""
+    # where exp overflows to inf the quotient is 0, as it should be; nothing becomes NaN
+    if ACT == "silu":
+        act = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x**3)
+        act = gate / (1.0 + tl.exp(-gate * (1.5957691216057308 + 0.07135481627269 * gate * gate)))
+    else:
+        tl.static_assert(ACT == "gelu")
+        act = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))  # sqrt(1 / 2)
+    return act
+
+
+@triton.jit
 def _act_mul_kernel(
     gate_ptr,  # [n_rows, n_cols]; with up in [n_rows, n_cols:2 * n_cols] if MERGED
     up_ptr,  # [n_rows, n_cols], read only if not MERGED
@@ -58,16 +73,7 @@ def _act_mul_kernel(
     gate = tl.load(gate_row + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_row + cols, mask=mask, other=0.0).to(tl.float32)
 
-    # where exp overflows to inf the quotient is 0, as it should be; nothing becomes NaN
-    if ACT == "silu":
-        act = gate / (1.0 + tl.exp(-gate))
-    elif ACT == "gelu_tanh":
-        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x**3)
-        act = gate / (1.0 + tl.exp(-gate * (1.5957691216057308 + 0.07135481627269 * gate * gate)))
-    else:
-        tl.static_assert(ACT == "gelu")
-        act = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))  # sqrt(1 / 2)
-    y = act.to(dtype).to(tl.float32) * up
+    y = activate(gate, ACT).to(dtype).to(tl.float32) * up
     tl.store(y_ptr + row * n_cols + cols, y.to(dtype), mask=mask)
 
 

@@ -1,0 +1,81 @@
+"""The four linear layers of a decoder block against cuBLAS, for few tokens, in one graph.
+
+pytest bench/bench_linear.py
+"""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from llmfast.measure.shapes import config_of, linear_sizes
+from llmfast_kernels import dense_linear, gated_linear, silu_mul
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
+
+each_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}tokens")
+
+
+def sizes(shape):
+    return linear_sizes(config_of(shape)).block
+
+
+def make_inputs(shape, tokens, dtype):
+    def randn(*size):
+        return torch.randn(size, device="cuda", dtype=dtype)
+
+    xs = [randn(tokens, k) for _, k in sizes(shape)]
+    return *xs, *(randn(n, k) / k**0.5 for n, k in sizes(shape))
+
+
+def block_of(layer):
+    """The layers alone, each on an input of its own."""
+
+    def run(*tensors):
+        return [layer(x, weight) for x, weight in zip(tensors[:4], tensors[4:], strict=True)]
+
+    return run
+
+
+def fused(x, attended, h, middle, qkv, out, gate_up, down):
+    """With what follows in a block: the residual's sums and the gated activation."""
+    return (
+        dense_linear(x, qkv),
+        dense_linear(attended, out, residual=x),
+        gated_linear(h, gate_up),
+        dense_linear(middle, down, residual=h),
+    )
+
+
+def apart(x, attended, h, middle, qkv, out, gate_up, down):
+    return (
+        linear(x, qkv),
+        linear(attended, out).add_(x),
+        silu_mul(linear(h, gate_up)),
+        linear(middle, down).add_(h),
+    )
+
+
+@each_tokens
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-8b", "mistral-7b"])
+def bench_block(bench_op, shape, dtype, tokens):
+    bench_op(
+        "linear",
+        f"shape={shape} weights={NAMES[dtype]} tokens={tokens}",
+        {"llmfast": block_of(dense_linear), "cublas": block_of(linear)},
+        lambda: make_inputs(shape, tokens, dtype),
+        bytes_moved=sum(n * k for n, k in sizes(shape)) * dtype.itemsize,
+    )
+
+
+@each_tokens
+def bench_block_with_epilogues(bench_op, tokens):
+    shape, dtype = "llama-3.1-8b", torch.bfloat16
+    bench_op(
+        "linear",
+        f"shape={shape} weights=bf16 tokens={tokens} with=epilogues",
+        {"llmfast": fused, "cublas": apart},
+        lambda: make_inputs(shape, tokens, dtype),
+        bytes_moved=sum(n * k for n, k in sizes(shape)) * dtype.itemsize,
+    )

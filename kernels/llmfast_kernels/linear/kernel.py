@@ -1,0 +1,228 @@
+"""Linear layers of few tokens in Triton. Arguments are checked by op.py; here they are good.
+
+Every weight is read once and every other tensor is small beside it, so that the time is that of
+reading the weights. A program takes some rows of the weight whole: nothing is added up between
+programs, and the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional
+
+from ..activation.kernel import activate, launch_gelu_mul, launch_gelu_tanh_mul, launch_silu_mul
+from ..relaunch import Relaunch, aligned
+from .launch import MAX_TOKENS, Launch, block_m, choose_launch, table_of
+
+_GATED = {
+    "silu": launch_silu_mul,
+    "gelu_tanh": launch_gelu_tanh_mul,
+    "gelu": launch_gelu_mul,
+}
+
+
+@triton.jit
+def _rounded(sums, bias_ptr, rows, dtype: tl.constexpr):
+    """What a linear layer returns of float32 sums, as float32; ``rows`` are within the weight."""
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + rows).to(tl.float32)
+    return sums.to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _gemv_kernel(
+    x_ptr,  # [k]
+    weight_ptr,  # [n, k]; with ACT [2 * n, k], the gate's rows first
+    bias_ptr,  # [n], with ACT [2 * n]; None if absent
+    residual_ptr,  # [n] or None
+    y_ptr,  # [n], written
+    n,
+    k,
+    ACT: tl.constexpr,  # None, or what the gate goes through
+    EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    dtype = y_ptr.dtype.element_ty
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: rows times columns may pass 2**31
+    lanes = tl.arange(0, BLOCK_K)
+    row_ptrs = weight_ptr + rows[:, None] * k
+    n_times_k = n.to(tl.int64) * k
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        cols = start + lanes
+        if EVEN_K:
+            x = tl.load(x_ptr + cols).to(tl.float32)
+            w = tl.load(row_ptrs + cols[None, :], eviction_policy="evict_first")
+        else:
+            x = tl.load(x_ptr + cols, mask=cols < k, other=0.0).to(tl.float32)
+            mask = (cols < k)[None, :]
+            w = tl.load(row_ptrs + cols[None, :], mask, 0.0, eviction_policy="evict_first")
+        sums += w.to(tl.float32) * x[None, :]
+        if ACT is not None:
+            up_ptrs = row_ptrs + n_times_k + cols[None, :]
+            if EVEN_K:
+                u = tl.load(up_ptrs, eviction_policy="evict_first")
+            else:
+                u = tl.load(up_ptrs, mask, 0.0, eviction_policy="evict_first")
+            up_sums += u.to(tl.float32) * x[None, :]
+    y = _rounded(tl.sum(sums, 1), bias_ptr, rows, dtype)
+    if ACT is not None:
+        up = _rounded(tl.sum(up_sums, 1), bias_ptr, rows + n, dtype)
+        y = activate(y, ACT).to(dtype).to(tl.float32) * up
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + rows).to(tl.float32)
+    tl.store(y_ptr + out, y.to(dtype), mask=out < n)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n"])
+def _tiles_kernel(
+    x_ptr,  # [n_tokens, k]
+    weight_ptr,  # [n, k]; with ACT [2 * n, k], the gate's rows first
+    bias_ptr,  # [n], with ACT [2 * n]; None if absent
+    residual_ptr,  # [n_tokens, n] or None
+    y_ptr,  # [n_tokens, n], written
+    n_tokens,
+    n,
+    k,
+    ACT: tl.constexpr,  # None, or what the gate goes through
+    EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
+    BLOCK_M: tl.constexpr,  # n_tokens or more
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    dtype = y_ptr.dtype.element_ty
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: as above
+    tokens = tl.arange(0, BLOCK_M)[None, :]
+    is_token = tokens < n_tokens
+    lanes = tl.arange(0, BLOCK_K)
+    n_times_k = n.to(tl.int64) * k
+    # the weight stands first: its rows fill the matrix units, however few tokens there are
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        cols = start + lanes
+        weight_ptrs = weight_ptr + rows * k + cols[None, :]
+        x_ptrs = x_ptr + tokens * k + cols[:, None]
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=is_token, other=0.0)
+            w = tl.load(weight_ptrs, eviction_policy="evict_first")
+        else:
+            x = tl.load(x_ptrs, mask=is_token & (cols < k)[:, None], other=0.0)
+            mask = (cols < k)[None, :]
+            w = tl.load(weight_ptrs, mask, 0.0, eviction_policy="evict_first")
+        sums = tl.dot(w, x, sums)
+        if ACT is not None:
+            if EVEN_K:
+                u = tl.load(weight_ptrs + n_times_k, eviction_policy="evict_first")
+            else:
+                u = tl.load(weight_ptrs + n_times_k, mask, 0.0, eviction_policy="evict_first")
+            up_sums = tl.dot(u, x, up_sums)
+    y = _rounded(sums, bias_ptr, rows, dtype)
+    if ACT is not None:
+        up = _rounded(up_sums, bias_ptr, rows + n, dtype)
+        y = activate(y, ACT).to(dtype).to(tl.float32) * up
+    at = tokens * n + rows
+    mask = is_token & (out < n)[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(dtype), mask=mask)
+
+
+_gemv, _tiles = Relaunch(_gemv_kernel), Relaunch(_tiles_kernel)
+
+
+def launch_dense_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    _launch: Launch | None = None,
+) -> torch.Tensor:
+    return _run(None, x, weight, bias, residual, _launch)
+
+
+def launch_gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str = "silu",
+    _launch: Launch | None = None,
+) -> torch.Tensor:
+    return _run(activation, x, weight, bias, None, _launch)
+
+
+def _run(
+    act: str | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    launch: Launch | None,
+) -> torch.Tensor:
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            return _run(act, x, weight, bias, residual, launch)
+    *leading, k = x.shape
+    n = len(weight) if act is None else len(weight) // 2
+    n_tokens = x.numel() // k
+    if launch is None:
+        launch = _choose(act, x, n, k, n_tokens)
+    if launch.tier == "cublas":
+        y = functional.linear(x, weight, bias)
+        if act is not None:
+            return _GATED[act](y)
+        return y if residual is None else y.add_(residual)
+    y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
+    tensors = (x, weight, bias, residual, y)
+    even_k = k % launch.block_k == 0
+    key = None
+    if aligned(*(t for t in tensors if t is not None)):
+        absent, alike = (bias is None, residual is None), (k % 16 == 0, k == 1)
+        key = (x.get_device(), x.dtype, act, even_k, *absent, *alike, launch, block_m(n_tokens))
+    grid = (-(-n // launch.block_n),)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    tile = (launch.block_n, launch.block_k)
+    if launch.tier == "gemv":
+        _gemv(grid, key, (*tensors, n, k, act, even_k, *tile), **options)
+    else:
+        sizes = (n_tokens, n, k)
+        _tiles(grid, key, (*tensors, *sizes, act, even_k, block_m(n_tokens), *tile), **options)
+    return y
+
+
+def _choose(act: str | None, x: torch.Tensor, n: int, k: int, n_tokens: int) -> Launch:
+    if x.element_size() != 2 or not 0 < n_tokens <= MAX_TOKENS:
+        return Launch("cublas")
+    operation = "dense_linear" if act is None else "gated_linear"
+    if not x.is_cuda:  # Triton's interpreter: as an H100 without a table
+        return choose_launch(operation, n, k, n_tokens, shared_memory=227 * 1024)
+    index = x.get_device()
+    return choose_launch(
+        operation,
+        n,
+        k,
+        n_tokens,
+        shared_memory=shared_memory_of(index),
+        table=table_of(_name_of(index)),
+    )
+
+
+_name_of = cache(torch.cuda.get_device_name)
+
+
+@cache
+def shared_memory_of(index: int) -> int:
+    """Bytes of shared memory that a program may use on a GPU."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    size: int = properties["max_shared_mem"]
+    return size

@@ -1,0 +1,168 @@
+"""How a linear layer is laid on programs: from a table measured on this GPU, or by a heuristic.
+
+A table is a JSON file for one GPU, which ``llmfast tune`` makes. Those in ``tables/`` come with
+the package; one in the user's cache goes before them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("llmfast")
+
+MAX_TOKENS = 128  # more are no longer bound by the weights' bytes
+SCHEMA = 1
+OPERATIONS = ("dense_linear", "gated_linear")
+PACKAGED = Path(__file__).with_name("tables")
+OWN = Path.home() / ".cache/llmfast/linear"  # what `llmfast tune` wrote on this machine
+
+# (operation, out_features of the result, in_features, tokens rounded up to a power of 2)
+Key = tuple[str, int, int, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``gemv``: one token, summed by lanes. ``tiles``: tensor cores. ``cublas``: not ours."""
+
+    tier: str
+    block_n: int = 0  # rows of the weight that a program takes
+    block_k: int = 0  # columns of them at a time
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def fits(self, tokens: int, gated: bool, shared_memory: int) -> bool:
+        """Whether the stages of a program fit in ``shared_memory`` bytes."""
+        if self.tier != "tiles":
+            return True
+        rows = self.block_n * (2 if gated else 1) + block_m(tokens)
+        return rows * self.block_k * 2 * self.num_stages <= shared_memory
+
+
+class BadTable(ValueError):
+    """A table that is damaged, or another GPU's."""
+
+
+def bucket(tokens: int) -> int:
+    """``tokens`` rounded up to a power of 2: what a table distinguishes."""
+    return 1 << (tokens - 1).bit_length()
+
+
+def block_m(tokens: int) -> int:
+    """Tokens of a tile; a dot takes 16 at the least."""
+    return max(16, bucket(tokens))
+
+
+def choose_launch(
+    operation: str,
+    n: int,
+    k: int,
+    tokens: int,
+    *,
+    shared_memory: int,
+    table: dict[Key, Launch] | None = None,
+) -> Launch:
+    """Pick the launch for ``tokens`` tokens of ``k`` features to ``n``. Pure: it asks no device.
+
+    Args:
+        operation: one of ``OPERATIONS``.
+        n: features of the result, so half the rows of a gated layer's weight.
+        tokens: at least 1.
+        shared_memory: what one program may use, in bytes.
+        table: of this GPU.
+    """
+    if tokens > MAX_TOKENS:
+        return Launch("cublas")
+    measured = (table or {}).get((operation, n, k, bucket(tokens)))
+    if measured is not None:
+        return measured
+    return _heuristic(n, k, tokens, operation == "gated_linear", shared_memory)
+
+
+def _heuristic(n: int, k: int, tokens: int, gated: bool, shared_memory: int) -> Launch:
+    if tokens == 1:
+        block_k = min(2048, 1 << (k - 1).bit_length())
+        return Launch("gemv", 2 if gated else 4, block_k, num_warps=8 if block_k >= 1024 else 4)
+    if tokens > 16:
+        return Launch("cublas")
+    # enough programs for every multiprocessor, and enough bytes on their way in each
+    block_n, block_k = (64, 128) if n >= 6144 and not gated else (32, 256)
+    for num_stages in (5, 4, 3, 2):
+        launch = Launch("tiles", block_n, block_k // (2 if gated else 1), 4, num_stages)
+        if launch.fits(tokens, gated, shared_memory):
+            break
+    return launch
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def table_name(gpu: str) -> str:
+    """The file name of a GPU's table."""
+    return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split()) + ".json"
+
+
+@cache
+def table_of(gpu: str) -> dict[Key, Launch] | None:
+    """The table of a GPU by its name; None where there is none. A bad one is logged, once."""
+    for folder in (OWN, PACKAGED):
+        path = folder / table_name(gpu)
+        if not path.is_file():
+            continue
+        try:
+            return read_table(path, gpu)
+        except BadTable as error:
+            logger.warning("llmfast: %s; launches are chosen without it", error)
+    return None
+
+
+def read_table(path: Path, gpu: str) -> dict[Key, Launch]:
+    """Read a table.
+
+    Raises:
+        BadTable: the file is no table of this GPU.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadTable(f"linear: {path} cannot be read: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise BadTable(f"linear: {path} is no table of schema {SCHEMA}; make one: llmfast tune")
+    if data.get("gpu") != gpu:
+        raise BadTable(f"linear: {path} is of {data.get('gpu')!r}, this GPU is {gpu!r}")
+    try:
+        return dict(_entry(entry) for entry in data["launches"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadTable(f"linear: {path} is damaged: {error!r}; make one: llmfast tune") from error
+
+
+def _entry(entry: dict[str, Any]) -> tuple[Key, Launch]:
+    operation, (n, k, tokens) = entry["operation"], (entry[name] for name in ("n", "k", "tokens"))
+    launch = Launch(**{field.name: entry[field.name] for field in fields(Launch)})
+    numbers = (n, k, tokens, launch.block_n, launch.block_k, launch.num_warps, launch.num_stages)
+    if operation not in OPERATIONS or launch.tier not in ("gemv", "tiles", "cublas"):
+        raise ValueError(f"{operation}, {launch.tier}")
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers}")
+    if launch.tier != "cublas":
+        powers = (launch.block_n, launch.block_k, launch.num_warps)
+        if not all(number > 0 and number & (number - 1) == 0 for number in powers):
+            raise ValueError(f"{launch}")
+    if launch.tier == "gemv" and tokens != 1:
+        raise ValueError(f"{launch} for {tokens} tokens")
+    return (operation, n, k, tokens), launch
+
+
+def write_table(path: Path, gpu: str, launches: dict[Key, Launch]) -> None:
+    """Write a table; a line for each entry, so that a difference shows what changed."""
+    lines = [
+        json.dumps(dict(zip(("operation", "n", "k", "tokens"), key, strict=True)) | asdict(launch))
+        for key, launch in sorted(launches.items())
+    ]
+    head = json.dumps({"schema": SCHEMA, "gpu": gpu})[:-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + ', "launches": [\n ' + ",\n ".join(lines) + "\n]}\n")
