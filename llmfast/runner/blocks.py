@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn import functional
 
 import llmfast_kernels
 from llmfast_kernels.activation import reference as activation
@@ -29,6 +29,7 @@ from .step import Step
 class BlockOperations:
     """The operations of a block. The default ones choose by the tensors' device."""
 
+    dense_linear: Callable[..., torch.Tensor] = functional.linear
     rms_norm: Callable[..., torch.Tensor] = llmfast_kernels.rms_norm
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] = llmfast_kernels.add_rms_norm
     rope_write_kv: Callable[..., torch.Tensor] = llmfast_kernels.rope_write_kv
@@ -51,13 +52,10 @@ REFERENCES = BlockOperations(
 
 @dataclass(frozen=True)
 class Linear:
-    """``x @ weight.T + bias``."""
+    """What ``x @ weight.T + bias`` is computed of."""
 
     weight: torch.Tensor  # [out_features, in_features]
     bias: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,9 @@ class Run:
     tables: list[RopeTable]
     operations: BlockOperations
 
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        return self.operations.dense_linear(x, layer.weight, layer.bias)
+
     def norm(self, x: torch.Tensor, by: Norm) -> torch.Tensor:
         return self.operations.rms_norm(x, by.weight, eps=by.eps, unit_offset=by.unit_offset)
 
@@ -126,7 +127,7 @@ class Run:
     def attention(self, x: torch.Tensor, part: Attention, layer: int) -> torch.Tensor:
         step, tokens, dim = self.step, len(x), part.head_dim
         q_width, kv_width = part.heads * dim, part.kv_heads * dim
-        q, k, v = torch.split(part.qkv(x), [q_width, kv_width, kv_width], dim=1)
+        q, k, v = torch.split(self.linear(x, part.qkv), [q_width, kv_width, kv_width], dim=1)
         head_norms: dict[str, Any] = {}
         if part.q_norm is not None and part.k_norm is not None:
             if len(part.q_norm.weight) == dim:
@@ -169,11 +170,11 @@ class Run:
             softcap=part.softcap,
             sinks=part.sinks,
         )
-        return part.out(attended.view(tokens, q_width))
+        return self.linear(attended.view(tokens, q_width), part.out)
 
     def mlp(self, x: torch.Tensor, part: GatedMLP) -> torch.Tensor:
         act = getattr(self.operations, part.activation)
-        return part.down(act(part.gate_up(x)))
+        return self.linear(act(self.linear(x, part.gate_up)), part.down)
 
 
 # ------------------------------------------------------------------------------------ the recipes

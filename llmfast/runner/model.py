@@ -13,7 +13,7 @@ from ..model.proof import Proof
 from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
-from .blocks import BlockOperations, Run
+from .blocks import BlockOperations, Linear, Run
 from .build import Blocks, build_blocks
 from .cache import PagedCache
 from .check import CHECKED_LENGTH, prove_whole
@@ -241,6 +241,19 @@ class _BlockLoop(nn.Module):
         return x[None]
 
 
+class _Head(nn.Module):
+    """Stands where the output embedding stood."""
+
+    def __init__(self, loop: _BlockLoop, layer: nn.Linear) -> None:
+        super().__init__()
+        self._loop, self._layer = loop, layer
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert self._loop.run is not None
+        data = Linear(self._layer.weight, self._layer.bias)
+        return self._loop.run.linear(hidden_states, data)
+
+
 class _Same(nn.Module):
     """Stands where a layer or the final norm stood that the loop has done already."""
 
@@ -262,6 +275,9 @@ def _with_loop(traced: Trace, loop: _BlockLoop) -> PreTrainedModel:
     instead |= {rotary.module: _NoTables() for rotary in traced.rotaries}
     if traced.final_norm is not None:
         instead[traced.final_norm[0]] = _Same()
+    head = traced.shadow.get_output_embeddings()
+    if type(head) is nn.Linear:
+        instead[head] = _Head(loop, head)
     for parent in list(traced.shadow.modules()):
         for name, child in parent._modules.items():
             if child in instead:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import llmfast_kernels
 from llmfast.model.shadow import make_shadow
 from llmfast.model.swap import Operations
 from llmfast.model.trace import NotTraced, trace
@@ -157,6 +158,23 @@ def test_a_shadow_shares_tensors_and_nothing_else(device):
     assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
     assert model.config.vocab_size != 7
     logits(model, tokens(1, 3, device))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Phi3", "Gemma2"])
+def test_every_linear_layer_is_the_operation_s(kind, device):
+    calls = []
+
+    def counted(x, weight, bias=None):
+        calls.append(tuple(weight.shape))
+        return llmfast_kernels.dense_linear(x, weight, bias)
+
+    model = make(kind, device)
+    steps = BlockModel(model, 64, operations=BlockOperations(dense_linear=counted))
+    assert steps.proof.holds
+    calls.clear()
+    rows = run_sequences(steps, [tokens(1, 9, device)[0].tolist()], 1)
+    assert len(calls) == 2 * (4 * len(model.model.layers) + 1)  # of a block, and the head; 2 steps
+    assert calls[-1] == (rows.shape[1], model.config.hidden_size)
 
 
 def test_a_wrong_operation_is_not_proved(device):
