@@ -33,6 +33,8 @@ def _linear(
     if launch.tier == "tiles":
         signature["n_tokens"] = "i32"
         constexprs["BLOCK_M"] = block_m(tokens)
+    else:
+        constexprs["STAGES"] = launch.num_stages
     return Variant(
         name=f"linear/{launch.tier} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
         kernel=f"llmfast_kernels.linear.kernel:_{launch.tier}_kernel",

@@ -46,6 +46,7 @@ def _gemv_kernel(
     EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles of the weight on their way; 1: straight to registers
 ):
     dtype = y_ptr.dtype.element_ty
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,7 +56,7 @@ def _gemv_kernel(
     n_times_k = n.to(tl.int64) * k
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, k, BLOCK_K):
+    for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         cols = start + lanes
         if EVEN_K:
             x = tl.load(x_ptr + cols).to(tl.float32)
@@ -190,13 +191,18 @@ def _run(
         absent, alike = (bias is None, residual is None), (k % 16 == 0, k == 1)
         key = (x.get_device(), x.dtype, act, even_k, *absent, *alike, launch, block_m(n_tokens))
     grid = (-(-n // launch.block_n),)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    tile = (launch.block_n, launch.block_k)
+    tile, stages = (launch.block_n, launch.block_k), launch.num_stages
     if launch.tier == "gemv":
-        _gemv(grid, key, (*tensors, n, k, act, even_k, *tile), **options)
+        constexprs = (act, even_k, *tile, stages)
+        _gemv(grid, key, (*tensors, n, k, *constexprs), num_warps=launch.num_warps)
     else:
-        sizes = (n_tokens, n, k)
-        _tiles(grid, key, (*tensors, *sizes, act, even_k, block_m(n_tokens), *tile), **options)
+        _tiles(
+            grid,
+            key,
+            (*tensors, n_tokens, n, k, act, even_k, block_m(n_tokens), *tile),
+            num_warps=launch.num_warps,
+            num_stages=stages,
+        )
     return y
 
 

@@ -33,13 +33,13 @@ class Launch:
     block_n: int = 0  # rows of the weight that a program takes
     block_k: int = 0  # columns of them at a time
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 3  # of the loop over columns; 1: no weight waits in shared memory
 
     def fits(self, tokens: int, gated: bool, shared_memory: int) -> bool:
         """Whether the stages of a program fit in ``shared_memory`` bytes."""
-        if self.tier != "tiles":
-            return True
-        rows = self.block_n * (2 if gated else 1) + block_m(tokens)
+        if self.tier == "cublas" or (self.tier == "gemv" and self.num_stages == 1):
+            return True  # nothing is staged
+        rows = self.block_n * (2 if gated else 1) + (block_m(tokens) if self.tier == "tiles" else 1)
         return rows * self.block_k * 2 * self.num_stages <= shared_memory
 
 
@@ -86,7 +86,7 @@ def choose_launch(
 def _heuristic(n: int, k: int, tokens: int, gated: bool, shared_memory: int) -> Launch:
     if tokens == 1:
         block_k = min(2048, 1 << (k - 1).bit_length())
-        return Launch("gemv", 2 if gated else 4, block_k, num_warps=8 if block_k >= 1024 else 4)
+        return Launch("gemv", 2 if gated else 4, block_k, 8 if block_k >= 1024 else 4, num_stages=1)
     if tokens > 16:
         return Launch("cublas")
     # enough programs for every multiprocessor, and enough bytes on their way in each
@@ -150,7 +150,7 @@ def _entry(entry: dict[str, Any]) -> tuple[Key, Launch]:
         raise ValueError(f"{numbers}")
     if launch.tier != "cublas":
         powers = (launch.block_n, launch.block_k, launch.num_warps)
-        if not all(number > 0 and number & (number - 1) == 0 for number in powers):
+        if launch.num_stages < 1 or not all(p > 0 and p & (p - 1) == 0 for p in powers):
             raise ValueError(f"{launch}")
     if launch.tier == "gemv" and tokens != 1:
         raise ValueError(f"{launch} for {tokens} tokens")
