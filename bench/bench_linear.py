@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from llmfast.measure.shapes import config_of, linear_sizes
-from llmfast_kernels import dense_linear, gated_linear, silu_mul
+from llmfast_kernels import dense_linear, gated_linear, int4_linear, pack_int4, silu_mul
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -66,6 +66,39 @@ def bench_block(bench_op, shape, dtype, tokens):
         {"llmfast": block_of(dense_linear), "cublas": block_of(linear)},
         lambda: make_inputs(shape, tokens, dtype),
         bytes_moved=sum(n * k for n, k in sizes(shape)) * dtype.itemsize,
+    )
+
+
+@each_tokens
+@pytest.mark.parametrize("group_size", [128, 64])
+def bench_int4_block(bench_op, group_size, tokens):
+    """Beside cuBLAS on the same weights in 16 bits."""
+    shape, dtype = "llama-3.1-8b", torch.bfloat16
+    block = sizes(shape)
+
+    def inputs():
+        dense = make_inputs(shape, tokens, dtype)
+        packed = [
+            pack_int4(torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8))
+            for n, k in block
+        ]
+        scales = [
+            torch.rand(n, k // group_size, device="cuda").to(dtype) / k**0.5 for n, k in block
+        ]
+        return *dense, *packed, *scales
+
+    def int4(*tensors):
+        return [
+            int4_linear(x, packed, scales, group_size=group_size)
+            for x, packed, scales in zip(tensors[:4], tensors[8:12], tensors[12:], strict=True)
+        ]
+
+    bench_op(
+        "linear",
+        f"shape={shape} weights=int4-g{group_size} tokens={tokens}",
+        {"llmfast": int4, "cublas": lambda *tensors: block_of(linear)(*tensors[:8])},
+        inputs,
+        bytes_moved=sum(n * k for n, k in block) // 2 * (group_size + 4) // group_size,
     )
 
 

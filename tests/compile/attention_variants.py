@@ -169,5 +169,4 @@ VARIANTS = [
     _decode("sm_100", "bf16", 128, 1, "split paged=64"),
     _decode("sm_100", "bf16", 64, 3, "full varlen lse"),
     _merge("sm_90", "bf16", 128, 64, "lse"),
-    _merge("sm_100", "fp16", 80, 16, "varlen lse"),
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
+from llmfast_kernels.linear.int4_kernel import choose_int4_launch
+from llmfast_kernels.linear.int4_layout import CHUNK
 from llmfast_kernels.linear.launch import block_m, choose_launch
 
 
@@ -47,7 +49,47 @@ def _linear(
     )
 
 
+def _int4(
+    dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, zeros: bool
+) -> Variant:
+    launch = choose_int4_launch(n, tokens)
+    pointer, groups = f"*{dtype}:16", -(-k // group)
+    signature = {
+        "x_ptr": pointer,
+        "packed_ptr": "*i32:16",
+        "scales_ptr": pointer,
+        "y_ptr": pointer,
+        "n_tokens": "i32",
+        "n": "i32",
+        "k": "i32" if k % 16 else "i32:16",
+        "groups": "i32" if groups % 16 else "i32:16",
+    }
+    constexprs: dict[str, object] = {
+        "bias_ptr": None,
+        "residual_ptr": None,
+        "GROUP": group,
+        "EVEN_K": k % CHUNK == 0,
+        "BLOCK_M": block_m(tokens),
+        "BLOCK_N": launch.block_n,
+    }
+    if zeros:
+        signature["zeros_ptr"] = "*u8:16"
+    else:
+        constexprs["zeros_ptr"] = None
+    return Variant(
+        name=f"linear/int4-g{group}{' zeros' if zeros else ''} {dtype} {tokens}x{k}x{n}",
+        kernel="llmfast_kernels.linear.int4_kernel:_int4_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        targets=(target,),
+    )
+
+
 VARIANTS = [
+    _int4("bf16", 1, 6144, 4096, 128, "sm_90", zeros=False),
+    _int4("fp16", 64, 1536, 576, 64, "sm_80", zeros=True),
     _linear("bf16", 1, 6144, 4096, "sm_90", act=None, bias=True),
     _linear("fp16", 1, 1536, 576, "sm_80", act="silu", bias=False),
     _linear("bf16", 16, 4096, 14336, "sm_90", act=None, bias=False),

@@ -113,7 +113,6 @@ VARIANTS = [
     _variant("weigh", "sm_100", "fp32", 1, "all"),
     _variant("weigh", "sm_80", "fp16", 64, "draw"),
     _variant("draw", "sm_90", "bf16", 1, "all"),
-    _variant("draw", "sm_80", "fp32", 64, "draw"),
     _logprobs("chunk_logprobs", "sm_90", "fp32"),
     _logprobs("logprobs", "sm_80", "bf16"),
 ]

@@ -36,6 +36,22 @@ def activations(dtype: torch.dtype) -> None:
             op(randn(rows, 2 * cols, dtype=dtype))
 
 
+def int4_linears(dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return
+    for tokens, k, group_size in itertools.product((1, 17), (200, 256), (32, 128)):
+        codes = torch.randint(0, 16, (67, k), dtype=torch.uint8, device="cuda")
+        groups = (67, -(-k // group_size))
+        ops.int4_linear(
+            randn(tokens, k, dtype=dtype),
+            ops.pack_int4(codes),
+            randn(*groups, dtype=dtype),
+            torch.randint(0, 16, groups, dtype=torch.uint8, device="cuda"),
+            group_size=group_size,
+            residual=randn(tokens, 67, dtype=dtype),
+        )
+
+
 def linears(dtype: torch.dtype) -> None:
     for tokens, k, n in itertools.product((1, 3, 17), (67, 576), (33, 1536)):
         x, bias = randn(tokens, k, dtype=dtype), randn(2 * n, dtype=dtype)
@@ -154,6 +170,7 @@ def main(names: list[str]) -> None:
         norms(dtype)
         activations(dtype)
         linears(dtype)
+        int4_linears(dtype)
         attentions(dtype)
         paged_attentions(dtype)
         ropes(dtype)

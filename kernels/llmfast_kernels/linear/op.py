@@ -42,7 +42,7 @@ def dense_linear(
     """
     _check("dense_linear", x, weight, bias)
     if residual is not None:
-        _check_like("dense_linear", "residual", residual, (*x.shape[:-1], len(weight)), x)
+        check_like("dense_linear", "residual", residual, (*x.shape[:-1], len(weight)), x)
     if not x.is_cuda:
         return dense_linear_reference(x, weight, bias, residual=residual)
     from .kernel import launch_dense_linear  # imports Triton, which a machine without CUDA may lack
@@ -110,18 +110,25 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
             f"{op}: weight must be (out_features, {x.shape[-1]}), as x's last dimension is; "
             f"got shape {tuple(weight.shape)}"
         )
-    _check_like(op, "weight", weight, tuple(weight.shape), x)
+    check_like(op, "weight", weight, tuple(weight.shape), x)
     if bias is not None:
-        _check_like(op, "bias", bias, (len(weight),), x)
+        check_like(op, "bias", bias, (len(weight),), x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None):
         raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
 
 
-def _check_like(
-    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor
+def check_like(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    x: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    """Raise if a tensor is not contiguous, of ``shape``, on x's device and of x's or ``dtype``."""
+    if tensor.dtype != (dtype or x.dtype):
+        wanted = f"be {dtype}" if dtype else f"have x's dtype {x.dtype}"
+        raise TypeError(f"{op}: {name} must {wanted}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape or tensor.device != x.device or not tensor.is_contiguous():
         raise ValueError(
             f"{op}: {name} must be {shape}, contiguous, on {x.device}; got {tuple(tensor.shape)} "

@@ -10,6 +10,7 @@ from ..activation.reference import (
     gelu_tanh_mul_reference,
     silu_mul_reference,
 )
+from .int4_layout import dequantize_int4
 
 ACTIVATIONS = {
     "silu": silu_mul_reference,
@@ -37,3 +38,20 @@ def gated_linear_reference(
     activation: str = "silu",
 ) -> torch.Tensor:
     return ACTIVATIONS[activation](functional.linear(x, weight, bias))
+
+
+def int4_linear_reference(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, exact)
+    y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
+    y = y.to(x.dtype)
+    return y if residual is None else y + residual

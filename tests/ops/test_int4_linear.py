@@ -1,0 +1,272 @@
+"""Linear layers with four-bit weights: the layout, and the kernel against float64."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from llmfast_kernels.linear import int4_linear, pack_int4, unpack_int4
+from llmfast_kernels.linear.int4_kernel import (
+    MAX_TOKENS,
+    Int4Launch,
+    choose_int4_launch,
+    launch_int4_linear,
+)
+from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
+from llmfast_kernels.linear.reference import int4_linear_reference
+
+SMALL = Int4Launch(16, 2, 2)
+BAND = 4096  # elements on either side of a tensor under guard; more than any program's overhang
+# tokens, k, n, group size: odd rows, k on either side of a chunk, groups cut short, all columns
+SHAPES = [
+    (1, 128, 16, 128),
+    (1, 576, 5, 64),
+    (3, 256, 33, 32),
+    (2, 200, 20, 128),
+    (5, 72, 17, 32),
+    (1, 320, 16, 320),
+    (17, 96, 31, 96),
+    (1, 1, 1, 32),
+]
+
+on_cuda = torch.cuda.is_available()
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+each_kind = pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+
+
+def skip_bfloat16_in_the_interpreter(device, dtype):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
+
+
+def make(shape, dtype, device="cpu", zeros=True, more=True, seed=0):
+    """The operation's arguments by name; results are about 1."""
+    tokens, k, n, group_size = shape
+    gen = torch.Generator().manual_seed(seed)
+    groups = -(-k // group_size)
+    args = {
+        "x": torch.randn(tokens, k, generator=gen).to(dtype),
+        "packed": pack_int4(torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)),
+        "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 5 / k**0.5).to(dtype),
+    }
+    if zeros:
+        args["zeros"] = torch.randint(0, 16, (n, groups), generator=gen, dtype=torch.uint8)
+    if more:
+        args["bias"] = torch.randn(n, generator=gen).to(dtype)
+        args["residual"] = torch.randn(tokens, n, generator=gen).to(dtype)
+    return {name: t.to(device) for name, t in args.items()} | {"group_size": group_size}
+
+
+def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, residual=None):
+    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, torch.float64)
+    y = linear(x.double(), weight, None if bias is None else bias.double())
+    return y if residual is None else y + residual.double()
+
+
+def assert_as_good(ours, reference, exact):
+    """The relative rule: at most twice the reference's own error, or four epsilons."""
+    assert ours.dtype == reference.dtype and ours.shape == reference.shape
+    error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
+    floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
+    assert error <= max(2 * own, floor)  # false for NaN too
+
+
+# --------------------------------------------------------------------------------------- layout
+
+
+def test_where_a_code_lies():
+    """As the module's docstring says: column 32 p + 2 c + h in word c, from bit 16 h + 4 p on."""
+    for column in (0, 1, 2, 31, 32, 33, 63, 96, 127, 128, 200):
+        codes = torch.zeros(2, 256, dtype=torch.uint8)
+        codes[1, column] = 15
+        packed = pack_int4(codes)
+        assert packed.dtype == torch.int32 and packed.shape == (2, 32)
+        chunk, rest = divmod(column, CHUNK)
+        pair, rest = divmod(rest, 32)
+        word, half = divmod(rest, 2)
+        wanted = torch.zeros(2, 32, dtype=torch.int64)
+        bits = 15 << (16 * half + 4 * pair)
+        wanted[1, 16 * chunk + word] = bits - 2**32 if bits >= 2**31 else bits
+        assert torch.equal(packed.long(), wanted)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(n=st.integers(1, 9), k=st.integers(1, 300), seed=st.integers(0, 99))
+def test_pack_and_unpack_are_inverse(n, k, seed):
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)
+    packed = pack_int4(codes)
+    assert packed.is_contiguous() and packed.shape == (n, -(-k // CHUNK) * 16)
+    assert torch.equal(unpack_int4(packed, k), codes)
+
+
+def test_bad_codes_are_named():
+    with pytest.raises(TypeError, match=r"^pack_int4: codes must be torch.uint8, got torch.int32"):
+        pack_int4(torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"^pack_int4: .*below 16; .*\(2, 3\) with a 16"):
+        pack_int4(torch.full((2, 3), 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"^pack_int4: .*\(3,\)"):
+        pack_int4(torch.zeros(3, dtype=torch.uint8))
+
+
+# --------------------------------------------------------------------------------------- kernel
+
+
+@each_shape
+@each_kind
+def test_reference_is_the_formula(shape, zeros):
+    args = make(shape, torch.float64, zeros=zeros)
+    codes = unpack_int4(args["packed"], shape[1])
+    got = int4_linear_reference(**args)
+    group_size = args["group_size"]
+    for t in range(min(shape[0], 2)):
+        for row in range(min(shape[2], 3)):
+            total = args["bias"][row] + args["residual"][t, row]
+            for column in range(shape[1]):
+                g = column // group_size
+                zero = int(args["zeros"][row, g]) if zeros else 8
+                weight = args["scales"][row, g] * (int(codes[row, column]) - zero)
+                total = total + weight * args["x"][t, column]
+            torch.testing.assert_close(got[t, row], total)
+
+
+@each_shape
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
+def test_kernel_matches_float64(shape, dtype, zeros, more, device):
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    args = make(shape, dtype, device, zeros, more)
+    got = launch_int4_linear(**args, _launch=SMALL)
+    assert got.is_contiguous()
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # no example changes a fixture
+)
+@given(
+    tokens=st.integers(1, 20),
+    k=st.integers(1, 300),
+    n=st.integers(1, 40),
+    group_size=st.sampled_from([32, 64, 128, 0]),
+    zeros=st.booleans(),
+)
+def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, zeros):
+    args = make((tokens, k, n, group_size or k), torch.float16, device, zeros)
+    got = launch_int4_linear(**args, _launch=SMALL)
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+
+
+@each_dtype
+def test_every_code_and_zero_point_is_exact(dtype, device):
+    """One column at a time, a scale of 1: the weight itself comes out."""
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    codes = torch.arange(16, dtype=torch.uint8).repeat(16, 1)
+    args = {
+        "packed": pack_int4(codes).to(device),
+        "scales": torch.ones(16, 1, device=device, dtype=dtype),
+        "zeros": torch.arange(16, dtype=torch.uint8)[:, None].to(device),
+        "x": torch.eye(16, device=device, dtype=dtype),
+        "group_size": 16,
+    }
+    got = launch_int4_linear(**args, _launch=SMALL)
+    wanted = codes.T.double() - torch.arange(16)[None, :]
+    assert torch.equal(got.cpu().double(), wanted)
+
+
+def test_nothing_outside_the_tensors_is_read_or_written(device, monkeypatch):
+    def guarded(values, band):
+        buffer = torch.full((values.numel() + 2 * BAND,), band, dtype=values.dtype, device=device)
+        inner = buffer[BAND:-BAND].view(values.shape)
+        inner.copy_(values)
+        return buffer, inner
+
+    outputs = []
+
+    def guarded_empty(shape, dtype, device):
+        nans = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        buffer, inner = guarded(nans, band=7.0)
+        outputs.append(buffer)
+        return inner
+
+    args = make((3, 200, 33, 64), torch.float16, device)
+    reference, exact = int4_linear_reference(**args), in_float64(**args)
+    for name, value in args.items():
+        if isinstance(value, torch.Tensor):
+            # a stray read makes NaN, or numbers that are far off
+            band = float("nan") if value.is_floating_point() else 119
+            args[name] = guarded(value, band)[1]
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    assert_as_good(launch_int4_linear(**args, _launch=SMALL), reference, exact)
+    (buffer,) = outputs
+    assert buffer.numel() == prod(reference.shape) + 2 * BAND
+    assert (buffer[:BAND] == 7).all() and (buffer[-BAND:] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 31, 64, 100, 128])
+@each_kind
+@each_dtype
+def test_the_operation_at_a_model_s_shapes(tokens, zeros, dtype):
+    shapes = ((4096, 6144, 128), (14336, 4096, 64), (576, 1536, 32), (4096, 64, 4096))
+    for k, n, group_size in shapes:
+        args = make((tokens, k, n, group_size), dtype, "cuda", zeros)
+        assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))
+
+
+def test_op_runs_its_implementation(device):
+    args = make((3, 128, 40, 64), torch.float16, device)
+    run = launch_int4_linear if device.type == "cuda" else int4_linear_reference
+    assert torch.equal(int4_linear(**args), run(**args))
+    args = make((6, 128, 40, 64), torch.float16, device, more=False)
+    args["x"] = args["x"].view(2, 3, 128)
+    assert int4_linear(**args).shape == (2, 3, 40)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, MAX_TOKENS])
+@pytest.mark.parametrize("n", [1, 63, 64, 28672])
+def test_launches_fit_every_gpu(n, tokens):
+    launch = choose_int4_launch(n, tokens)
+    stage = launch.block_n * CHUNK // 2 + max(16, tokens) * CHUNK * 2
+    assert stage * launch.num_stages <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.ones(3, 128).int()}, TypeError, "x must be float16 or bfloat16"),
+        ({"x": torch.ones(3, 130).half()}, ValueError, r"packed must be \(40, 32\)"),
+        ({"x": torch.ones(128, 3).half().t()}, ValueError, r"x must be contiguous.*\(1, 3\)"),
+        ({"group_size": 48}, ValueError, "group_size must be 32, 64, 128 or k = 128; got 48"),
+        ({"packed": torch.ones(40, 16)}, TypeError, "packed must be torch.int32"),
+        ({"packed": torch.ones(40).int()}, ValueError, r"packed must be \(n, words\)"),
+        ({"scales": torch.ones(40, 3).half()}, ValueError, r"scales must be \(40, 2\).*\(40, 3\)"),
+        ({"scales": torch.ones(40, 2)}, TypeError, "scales must have x's dtype torch.float16"),
+        ({"zeros": torch.ones(40, 2)}, TypeError, "zeros must be torch.uint8"),
+        ({"bias": torch.ones(39).half()}, ValueError, r"bias must be \(40,\)"),
+        ({"residual": torch.ones(40).half()}, ValueError, r"residual must be \(3, 40\)"),
+        (
+            {"scales": torch.ones(40, 2, dtype=torch.half, requires_grad=True)},
+            RuntimeError,
+            "no backward",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(change, error, says):
+    args = make((3, 128, 40, 64), torch.float16) | change
+    with pytest.raises(error, match=f"^int4_linear: .*{says}"):
+        int4_linear(**args)
+
+
+def test_too_many_tokens_are_refused_by_the_launcher(device):
+    args = make((MAX_TOKENS + 1, 32, 4, 32), torch.float16, device)
+    with pytest.raises(NotImplementedError, match=r"^int4_linear: at most 128 tokens"):
+        launch_int4_linear(**args)
