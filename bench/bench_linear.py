@@ -72,7 +72,7 @@ def bench_block(bench_op, shape, dtype, tokens):
 @each_tokens
 @pytest.mark.parametrize("group_size", [128, 64])
 def bench_int4_block(bench_op, group_size, tokens):
-    """Beside cuBLAS on the same weights in 16 bits."""
+    """Beside cuBLAS on 16-bit weights of the same shapes."""
     shape, dtype = "llama-3.1-8b", torch.bfloat16
     block = sizes(shape)
 
