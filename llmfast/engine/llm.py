@@ -521,7 +521,8 @@ class LLM:
             found = dict([*choice.top, (token, choice.logprob)])
             answer.logprobs.append({t: Logprob(lp, self._piece(t)) for t, lp in found.items()})
         if token in answer.stop_tokens:
-            answer.stop_reason = None if token in self._end_tokens else token
+            ends = token in self._end_tokens and not params.ignore_eos
+            answer.stop_reason = None if ends else token
             self._finish(request, answer, "stop")
             return
         text = self._texts.get(answer)
