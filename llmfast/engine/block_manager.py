@@ -145,21 +145,3 @@ class BlockManager:
         if content is not None:
             del self._cached[content[0]]
             self._content[block] = None
-
-    # ------------------------------------------------------------------------------- checks
-
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that the books agree with the blocks of all running sequences. For tests."""
-        users = [0] * self.num_blocks
-        for blocks in tables:
-            assert len(set(blocks)) == len(blocks)
-            for block in blocks:
-                users[block] += 1
-        assert users == self._users
-        free = [*self._empty, *self._idle]
-        assert len(set(free)) == len(free)
-        assert set(free) == {block for block, count in enumerate(users) if not count}
-        assert all(self._content[block] is None for block in self._empty)
-        assert all(self._content[block] is not None for block in self._idle)
-        held = {c[0]: block for block, c in enumerate(self._content) if c is not None}
-        assert held == self._cached

@@ -104,7 +104,8 @@ class LLM:
             UserError: the model cannot be loaded or run, or its cache does not fit.
             ValueError: an argument that is out of range.
         """
-        max_num_batched_tokens = max_num_batched_tokens or max(MAX_TOKENS_OF_A_STEP, max_num_seqs)
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = max(MAX_TOKENS_OF_A_STEP, max_num_seqs)
         for name, value in (
             ("max_model_len", max_model_len),
             ("max_num_seqs", max_num_seqs),
@@ -123,6 +124,10 @@ class LLM:
         if isinstance(model, (str, os.PathLike)):
             model, loaded_tokenizer = load(model, device=device, dtype=dtype)
             tokenizer = loaded_tokenizer if tokenizer is None else tokenizer
+        elif dtype is not None or device is not None:
+            raise ValueError(
+                "LLM: dtype and device are of a model that is loaded; this one was given"
+            )
         try:
             refuse(model)
         except UserError as error:
@@ -152,8 +157,10 @@ class LLM:
             # one choice for all requests, so that they can share blocks
             self._first_row = self._model.admit(longest)
             self._cache = self._make_cache(num_blocks, block_size)
-        except BaseException:
+        except BaseException as error:
             self._model.restore()
+            if isinstance(error, NotTraced):
+                raise UserError(f"LLM: {type(model).__name__} cannot be run: {error}") from None
             raise
         logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
         self._blocks = BlockManager(num_blocks, block_size, caching=enable_prefix_caching)

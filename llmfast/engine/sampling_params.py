@@ -114,7 +114,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and not math.isnan(value)  # type: ignore[arg-type]
+    return _is_integer(value) or (isinstance(value, float) and not math.isnan(value))
 
 
 def _wrong(name: str, wanted: str, got: object) -> ValueError:

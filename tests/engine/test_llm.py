@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llmfast
+from block_books import check_books
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
 from llmfast.errors import UserError
@@ -38,7 +39,7 @@ def check_empty(llm):
     assert not llm._requests and not llm._owners and not llm._texts
     assert not llm._scheduler.running and not llm._scheduler._waiting
     assert not llm._scheduler._computing
-    llm._blocks.check([])
+    check_books(llm._blocks, [])
     assert llm._blocks.num_free == llm._blocks.num_blocks
 
 
@@ -318,6 +319,7 @@ def test_unknown_arguments_raise():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be 1 or more; got 0"),
         ({"max_num_seqs": 0}, "max_num_seqs must be 1 or more; got 0"),
         ({"num_blocks": 0}, "num_blocks must be 1 or more; got 0"),
         ({"block_size": 24}, "block_size must be 16, 32, 64, 128 or 256; got 24"),
@@ -621,6 +623,8 @@ def test_models_that_it_cannot_run():
     llmfast.patch(model, ops="all")
     with pytest.raises(UserError, match="LLM: this model is patched already"):
         LLM(model)
+    with pytest.raises(ValueError, match="dtype and device are of a model that is loaded"):
+        LLM(model_of(), dtype="float32")
     with pytest.raises(UserError, match="no such file"):
         LLM("/no/such/model")
 
