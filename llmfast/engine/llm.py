@@ -17,13 +17,10 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.load import load
-from ..model.patch import evaluating, refuse
-from ..model.trace import NotTraced
-from ..runner.cache import BLOCK_SIZE, PagedCache
-from ..runner.model import make_step_model
-from ..runner.step import Chunk, make_step
+from ..model.patch import refuse
+from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
-from .memory import count_blocks
+from .executor import Executor
 from .request import (
     FINISHED,
     RUNNING,
@@ -37,7 +34,7 @@ from .request import (
 from .request import Sequence as Tokens
 from .sampler import Choice, choose
 from .sampling_params import SamplingParams
-from .scheduler import Plan, Scheduler
+from .scheduler import Scheduler
 from .text import Detokenizer, find_stop, held_back
 
 logger = logging.getLogger("llmfast")
@@ -134,35 +131,17 @@ class LLM:
             raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
         self.tokenizer = tokenizer
         self._end_tokens = _end_tokens(model, tokenizer)
-        longest = _longest(model, max_model_len)
-        try:
-            with torch.inference_mode(False), evaluating(model):
-                self._model = make_step_model(model)
-        except NotTraced as error:
-            raise UserError(f"LLM: {type(model).__name__} cannot be run: {error}") from None
-        try:
-            if num_blocks is None:
-                num_blocks = count_blocks(
-                    self._model,
-                    block_size=block_size,
-                    utilization=gpu_memory_utilization,
-                    max_model_len=longest,
-                    max_num_seqs=max_num_seqs,
-                    max_num_batched_tokens=max_num_batched_tokens,
-                )
-            if max_model_len is None:
-                longest = min(longest, num_blocks * block_size)
-            self.max_model_len = longest
-            self._model.resize(longest)
-            # one choice for all requests, so that they can share blocks
-            self._first_row = self._model.admit(longest)
-            self._cache = self._make_cache(num_blocks, block_size)
-        except BaseException as error:
-            self._model.restore()
-            if isinstance(error, NotTraced):
-                raise UserError(f"LLM: {type(model).__name__} cannot be run: {error}") from None
-            raise
-        logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
+        self._executor = Executor(
+            model,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            utilization=gpu_memory_utilization,
+            block_size=block_size,
+            num_blocks=num_blocks,
+        )
+        self.max_model_len = self._executor.max_model_len
+        num_blocks = self._executor.num_blocks
         self._blocks = BlockManager(num_blocks, block_size, caching=enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
@@ -174,16 +153,6 @@ class LLM:
         self._aborted: set[str] = set()
         self._count = 0
         self._closed = False
-
-    def _make_cache(self, num_blocks: int, block_size: int) -> PagedCache:
-        model = self._model
-        try:
-            return PagedCache(model.cache_shapes, num_blocks, model.dtype, model.device, block_size)
-        except RuntimeError:  # the allocator's
-            raise UserError(
-                f"LLM: a cache of {num_blocks} blocks of {block_size} tokens does not fit in the "
-                f"memory of {model.device}; lower num_blocks or gpu_memory_utilization"
-            ) from None
 
     # -------------------------------------------------------------------------- for callers
 
@@ -295,13 +264,7 @@ class LLM:
             return
         self._drop(list(self._requests.values()))
         self._closed = True
-        self._model.restore()
-        device = self._model.device
-        self._cache.keys.clear()
-        self._cache.values.clear()
-        del self._model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._executor.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -390,7 +353,7 @@ class LLM:
 
     def _check(self, request: Request, params: SamplingParams) -> None:
         """Raise UserError if a request cannot be run."""
-        ids, vocabulary = request.prompt_ids, self._model.vocabulary
+        ids, vocabulary = request.prompt_ids, self._executor.vocabulary
         if not ids:
             raise UserError("the prompt is empty; it wants at least one token")
         if len(ids) >= self.max_model_len:
@@ -478,7 +441,7 @@ class LLM:
                 metrics.cached_tokens = sequence.cached_tokens or 0
         ready = [s for s, count in plan.counts.items() if count == s.remaining]
         try:
-            logits = self._forward(plan, ready)
+            logits = self._executor.run(plan, ready)
             answers = [self._owners[sequence][1] for sequence in ready]
             choices = choose(logits, answers) if ready else []
             for sequence, count in plan.counts.items():
@@ -490,26 +453,6 @@ class LLM:
                 if sequence.state == RUNNING:
                     self._scheduler.preempt(sequence)
             raise
-
-    def _forward(self, plan: Plan, ready: Sequence[Tokens]) -> torch.Tensor:
-        """Logits ``[len(ready), vocabulary]`` of the last token of each."""
-        device = self._model.device
-        if plan.copies:
-            source, target = torch.tensor(plan.copies, device=device).T
-            for tensor in (*self._cache.keys, *self._cache.values):
-                tensor[target] = tensor[source]
-        chunks, last, end = [], {}, 0
-        for sequence, count in plan.counts.items():
-            start = sequence.computed
-            own = sequence.tokens[start : start + count]
-            chunks.append(Chunk(own, start, sequence.blocks, self._first_row))
-            end += count
-            last[sequence] = end - 1
-        width = max(len(chunk.blocks) for chunk in chunks)
-        step = make_step(chunks, self._cache.block_size, width, device)
-        step.max_context_len = max(c.start + len(c.token_ids) for c in chunks)
-        rows = torch.tensor([last[s] for s in ready], dtype=torch.int64, device=device)
-        return self._model(step, self._cache, rows)
 
     def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
         """Append a token, and see whether the answer ends with it."""
@@ -622,11 +565,3 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     if given is None:
         return set()
     return {given} if isinstance(given, int) else set(given)
-
-
-def _longest(model: PreTrainedModel, wanted: int | None) -> int:
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if made_for is not None and wanted is not None and wanted > made_for:
-        raise UserError(f"LLM: max_model_len is {wanted}; the model was made for {made_for} tokens")
-    longest: int = wanted or made_for or 2048
-    return longest

@@ -14,6 +14,7 @@ import llmfast
 from block_books import check_books
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
+from llmfast.engine.executor import Executor
 from llmfast.errors import UserError
 from tiny_models import make, tokens
 
@@ -29,7 +30,7 @@ def model_of(kind="Llama"):
 def engine(kind="Llama", model=None, **kwargs):
     kwargs = {"num_blocks": 40, "block_size": 16, **kwargs}
     llm = LLM(model_of(kind) if model is None else model, **kwargs)
-    for tensor in (*llm._cache.keys, *llm._cache.values):
+    for tensor in (*llm._executor.cache.keys, *llm._executor.cache.values):
         tensor.fill_(torch.nan)  # so that what is read without having been written shows
     return llm
 
@@ -178,15 +179,16 @@ def test_a_cache_that_runs_out_changes_nothing():
         check_empty(llm)
 
 
-def test_a_prefix_is_computed_once():
-    forward, steps = LLM._forward, []
+def test_a_prefix_is_computed_once(monkeypatch):
+    steps = []
+    with engine(num_blocks=60) as llm:
+        run = llm._executor.run
 
-    class Counting(LLM):
-        def _forward(self, plan, ready):
+        def count(plan, ready):
             steps.append(sum(plan.counts.values()))
-            return forward(self, plan, ready)
+            return run(plan, ready)
 
-    with Counting(model_of(), num_blocks=60, block_size=16) as llm:
+        monkeypatch.setattr(llm._executor, "run", count)
         prompts = [[*LONG[:48], 5 + i] for i in range(4)]
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2), False)
         assert steps[:2] == [49, 4]
@@ -407,12 +409,12 @@ def test_nothing_left_to_choose():
         check_empty(llm)
 
 
-@pytest.mark.parametrize("where", ["_forward", "_take"])
+@pytest.mark.parametrize("where", [(Executor, "run"), (LLM, "_take")], ids=["run", "take"])
 def test_a_step_that_raises_leaves_the_engine_usable(where, monkeypatch):
     with engine() as llm:
         stream = llm.stream(PROMPTS[4], PARAMS[4])
         next(stream)
-        original, calls = getattr(LLM, where), []
+        original, calls = getattr(*where), []
 
         def fail(self, *args):
             calls.append(args)
@@ -421,7 +423,7 @@ def test_a_step_that_raises_leaves_the_engine_usable(where, monkeypatch):
             return original(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(LLM, where, fail)
+            patch.setattr(*where, fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
         assert len(llm._requests) == 1  # the stream's
@@ -599,7 +601,7 @@ def test_closing_frees_the_cache_and_leaves_the_model_as_it_was():
         expected = llm.generate([LONG[:9]], GREEDY, use_tqdm=False)
         stream = llm.stream([LONG[:9]], GREEDY)
         next(stream)
-        cache = [weakref.ref(t) for t in (*llm._cache.keys, *llm._cache.values)]
+        cache = [weakref.ref(t) for t in (*llm._executor.cache.keys, *llm._executor.cache.values)]
         assert all(ref() is not None for ref in cache)
     assert not [ref for ref in cache if ref() is not None]
     llm.close()
@@ -631,4 +633,4 @@ def test_models_that_it_cannot_run():
 
 def test_the_size_of_a_cache_on_the_cpu():
     with LLM(make("Llama"), max_num_seqs=3, max_model_len=100) as llm:
-        assert llm._cache.num_blocks == 3 * 2 and llm._cache.block_size == 64
+        assert llm._executor.cache.num_blocks == 3 * 2 and llm._executor.cache.block_size == 64
