@@ -16,6 +16,7 @@ from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
 from llmfast.engine.executor import Executor
 from llmfast.errors import UserError
+from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make, tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -70,6 +71,47 @@ def test_greedy_is_what_transformers_generates(kind):
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.prompt_token_ids == prompt
         assert answers(output) == [(greedy_of(model_of(kind), prompt, 20), "length", None)]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"temperature": 1.0},
+        {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 0.9, "repetition_penalty": 1.6},
+        {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 1.1},
+        {"temperature": 0.0, "repetition_penalty": 1.8, "logit_bias": {5: 3.0, 70: -float("inf")}},
+    ],
+    ids=lambda kwargs: "-".join(kwargs),
+)
+def test_tokens_are_those_of_the_models_logits_and_the_parameters(kwargs):
+    """Penalties count prompt and output apart; a draw is of the seed and the token's number."""
+    prompt, seed, length = ids(19)[0], 77, 25
+    with engine(max_num_batched_tokens=8) as llm:
+        params = SamplingParams(seed=seed, max_tokens=length, **kwargs)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    got = output.outputs[0].token_ids
+    given = {name: torch.tensor([kwargs[name]]) for name in kwargs if name != "logit_bias"}
+    seen = torch.zeros(1, 101, dtype=torch.bool)
+    seen[0, prompt] = True
+    bias = torch.zeros(1, 101)
+    for token, by in kwargs.get("logit_bias", {}).items():
+        bias[0, token] = by
+    for number in range(length):
+        with torch.no_grad():
+            logits = model_of()(torch.tensor([prompt + got[:number]])).logits[0, -1:]
+        sampled = sample_tokens_reference(
+            logits,
+            **given,
+            bias=bias,
+            prompt_seen=seen,
+            output_counts=torch.tensor(got[:number], dtype=torch.int64)
+            .bincount(minlength=101)[None]
+            .int(),
+            seeds=torch.tensor([seed]),
+            positions=torch.tensor([number]),
+        )
+        assert got[number] == int(sampled.tokens)
 
 
 # ------------------------------------------------------------------- alone and in any company
@@ -258,6 +300,10 @@ def test_end_tokens_stop_and_min_tokens_bar_them():
         assert run(ignore_eos=True, stop_token_ids=[end]) == (plain[: first + 1], "stop", end)
         barred, _, _ = run(min_tokens=7)
         assert len(barred) >= 7 and end not in barred[:7] and barred[:first] == plain[:first]
+        for least in (0, 3):
+            favoured, reason, _ = run(min_tokens=least, logit_bias={end: 1000.0})
+            assert len(favoured) == least + 1 and favoured.index(end) == least
+            assert reason == "stop"
 
 
 def test_max_tokens_none_goes_as_far_as_the_model():
@@ -409,16 +455,18 @@ def test_nothing_left_to_choose():
         check_empty(llm)
 
 
-@pytest.mark.parametrize("where", [(Executor, "run"), (LLM, "_take")], ids=["run", "take"])
-def test_a_step_that_raises_leaves_the_engine_usable(where, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "nth"), [((Executor, "run"), 1), ((Executor, "run"), 4), ((LLM, "_take"), 3)]
+)
+def test_a_step_that_raises_leaves_the_engine_usable(where, nth, monkeypatch):
     with engine() as llm:
-        stream = llm.stream(PROMPTS[4], PARAMS[4])
-        next(stream)
+        stream = llm.stream(PROMPTS[7], PARAMS[4])
+        next(stream)  # the next step copies a block for two more answers
         original, calls = getattr(*where), []
 
         def fail(self, *args):
             calls.append(args)
-            if len(calls) == 4:
+            if len(calls) == nth:
                 raise RuntimeError("out of luck")
             return original(self, *args)
 
@@ -428,7 +476,7 @@ def test_a_step_that_raises_leaves_the_engine_usable(where, monkeypatch):
                 llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
         assert len(llm._requests) == 1  # the stream's
         *_, output = stream
-        assert_as_alone(output, 4, 4)
+        assert_as_alone(output, 7, 4)
         check_empty(llm)
         (output,) = llm.generate(PROMPTS[3], PARAMS[3], use_tqdm=False)
         assert_as_alone(output, 3, 3)
