@@ -6,17 +6,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.llm import LLM
+    from .engine.request import CompletionOutput, RequestOutput
+    from .engine.sampling_params import SamplingParams
     from .model.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
     from .runner.warmup import warmup
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Report", "load", "patch", "patched", "unpatch", "warmup"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Loaded",
+    "Report",
+    "RequestOutput",
+    "SamplingParams",
+    "load",
+    "patch",
+    "patched",
+    "unpatch",
+    "warmup",
+]
 
 _HOMES = {
+    "LLM": ".engine.llm",
+    "CompletionOutput": ".engine.request",
     "Loaded": ".model.load",
     "Report": ".model.report",
+    "RequestOutput": ".engine.request",
+    "SamplingParams": ".engine.sampling_params",
     "load": ".model.load",
     "patch": ".patching",
     "patched": ".patching",

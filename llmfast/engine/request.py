@@ -1,0 +1,136 @@
+"""A request, its sequences, and what the caller gets of it. No torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from .sampling_params import SamplingParams
+
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability under the raw logits."""
+
+    logprob: float
+    decoded_token: str | None  # None without a tokenizer
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making: the prompt, and what has been chosen so far."""
+
+    tokens: list[int]  # prompt and output
+    prompt_len: int
+    limit: int  # of len(tokens); it ends there
+    parent: Sequence | None = None  # the first answer to the same prompt
+    # the scheduler's
+    arrival: int = 0
+    state: str = WAITING
+    computed: int = 0  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the full blocks of tokens
+    awaits: bytes | None = None  # the digest of a block that another sequence is computing
+    cached_tokens: int | None = None  # found in the cache when it was first admitted
+    preemptions: int = 0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next can be chosen; 1 for a sequence that decodes."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def shared(self) -> int:
+        """Tokens that answers to the same prompt share: the last gives each its own logits."""
+        return self.prompt_len - 1
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+
+@dataclass(eq=False)
+class Answer:
+    """A sequence, with what the scheduler need not know of it."""
+
+    index: int
+    sequence: Sequence
+    params: SamplingParams
+    seed: int
+    stop_tokens: frozenset[int]
+    num_output: int = 0
+    text: str = ""
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer, as far as it is."""
+
+    index: int
+    text: str  # "" without a tokenizer
+    token_ids: list[int]
+    cumulative_logprob: float | None  # None without logprobs
+    logprobs: list[dict[int, Logprob]] | None  # of each token: it, and the most likely ones
+    finish_reason: str | None  # "stop", "length", "abort" or "error"; None: not finished
+    stop_reason: int | str | None = None  # the stop token or text; None: an end token of the model
+    error: str | None = None  # what went wrong, with finish_reason "error"
+
+
+@dataclass
+class RequestMetrics:
+    """Seconds, by a clock that only tells differences; None: has not happened."""
+
+    arrival: float = field(default_factory=time.perf_counter)
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    preemptions: int = 0  # how often an answer lost its blocks and was computed again
+
+    @property
+    def queue_time(self) -> float | None:
+        """From arrival to the first step."""
+        return None if self.first_scheduled is None else self.first_scheduled - self.arrival
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def total_time(self) -> float | None:
+        return None if self.finished is None else self.finished - self.arrival
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its answers."""
+
+    request_id: str
+    prompt: str | None  # None if it was given as token ids
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+
+
+@dataclass(eq=False)
+class Request:
+    """What the engine keeps of a request until it is finished."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    answers: list[Answer]
+    metrics: RequestMetrics
+    changed: bool = False  # since a stream last looked
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)

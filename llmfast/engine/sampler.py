@@ -1,0 +1,133 @@
+"""From logits and requests to tokens: the parameters of each row, as the kernel wants them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from llmfast_kernels import sample_tokens
+
+from .request import Answer
+from .sampling_params import SamplingParams
+
+
+class Choice(NamedTuple):
+    """What a row got."""
+
+    token: int
+    status: int  # of llmfast_kernels.sample_tokens; 0: the token is good
+    logprob: float | None
+    top: list[tuple[int, float]]  # the most likely tokens, as many as were asked for
+
+
+@torch.no_grad()
+def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Choice]:
+    """Choose a token for each answer from its row of ``logits``.
+
+    A row depends on its own logits, parameters, tokens, seed and number alone.
+
+    Args:
+        logits: ``[len(answers), vocabulary]``, raw.
+
+    Raises:
+        whatever :func:`llmfast_kernels.sample_tokens` raises.
+    """
+    params = [answer.params for answer in answers]
+    wanted = [p.logprobs for p in params if p.logprobs is not None]
+    sampled = sample_tokens(
+        logits.contiguous(),
+        **_drawing(answers, params, logits.device),
+        **_penalties(answers, params, logits),
+        bias=_bias(answers, params, logits),
+        logprobs=max(wanted) if wanted else None,
+    )
+    tokens, status = sampled.tokens.tolist(), sampled.status.tolist()
+    own: list[Any] = [None] * len(answers)
+    tops: list[list[tuple[int, float]]] = [[] for _ in answers]
+    if sampled.logprobs is not None:
+        own = sampled.logprobs.tolist()
+    if sampled.top_tokens is not None and sampled.top_logprobs is not None:
+        rows = zip(sampled.top_tokens.tolist(), sampled.top_logprobs.tolist(), strict=True)
+        tops = [
+            list(zip(ids[: p.logprobs or 0], values, strict=False))
+            for p, (ids, values) in zip(params, rows, strict=True)
+        ]
+    return [Choice(*row) for row in zip(tokens, status, own, tops, strict=True)]
+
+
+def _drawing(
+    answers: Sequence[Answer], params: Sequence[SamplingParams], device: torch.device
+) -> dict[str, torch.Tensor]:
+    if all(p.temperature == 0 for p in params):
+        return {}
+    given: dict[str, torch.Tensor] = {
+        "temperature": _column(params, lambda p: p.temperature, device),
+        "seeds": torch.tensor([a.seed for a in answers], device=device),
+        "positions": torch.tensor([a.num_output for a in answers], device=device),
+    }
+    if any(p.top_k > 0 for p in params):
+        most = 2**31 - 1
+        given["top_k"] = torch.tensor([min(p.top_k, most) for p in params], device=device)
+    if any(p.top_p < 1 for p in params):
+        given["top_p"] = _column(params, lambda p: p.top_p, device)
+    if any(p.min_p > 0 for p in params):
+        given["min_p"] = _column(params, lambda p: p.min_p, device)
+    return given
+
+
+def _penalties(
+    answers: Sequence[Answer], params: Sequence[SamplingParams], logits: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    rows = [
+        row
+        for row, p in enumerate(params)
+        if (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0, 0, 1)
+    ]
+    if not rows:
+        return {}
+    device = logits.device
+    seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
+    counts = torch.zeros(logits.shape, dtype=torch.int32, device=device)
+    for row in rows:
+        sequence = answers[row].sequence
+        seen[row, torch.tensor(sequence.tokens[: sequence.prompt_len], device=device)] = True
+        output = torch.tensor(sequence.output, dtype=torch.int64, device=device)
+        counts[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+    return {
+        "repetition_penalty": _column(params, lambda p: p.repetition_penalty, device),
+        "presence_penalty": _column(params, lambda p: p.presence_penalty, device),
+        "frequency_penalty": _column(params, lambda p: p.frequency_penalty, device),
+        "prompt_seen": seen,
+        "output_counts": counts,
+    }
+
+
+def _bias(
+    answers: Sequence[Answer], params: Sequence[SamplingParams], logits: torch.Tensor
+) -> torch.Tensor | None:
+    """The bias of each row; end tokens are barred before ``min_tokens``."""
+    biases: dict[int, dict[int, float]] = {}
+    for row, (answer, p) in enumerate(zip(answers, params, strict=True)):
+        bias = dict(p.logit_bias or {})
+        if answer.num_output < p.min_tokens:
+            bias |= dict.fromkeys(answer.stop_tokens, -math.inf)
+        if bias:
+            biases[row] = bias
+    if not biases:
+        return None
+    result = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+    for row, bias in biases.items():
+        tokens = torch.tensor(list(bias), device=logits.device)
+        result[row, tokens] = torch.tensor(list(bias.values()), device=logits.device)
+    return result
+
+
+def _column(
+    params: Sequence[SamplingParams],
+    value: Callable[[SamplingParams], float],
+    device: torch.device,
+) -> torch.Tensor:
+    return torch.tensor([value(p) for p in params], dtype=torch.float32, device=device)

@@ -1,0 +1,121 @@
+"""How the tokens of one request are chosen, and when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LARGEST = 3.0e38  # the sampler computes in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The parameters of a request, with the names and defaults that vLLM uses.
+
+    Attributes:
+        n: answers to the prompt, each drawn on its own.
+        temperature: what logits are divided by; 0 is greedy.
+        top_p: keep the most likely tokens while those above them sum to less; 0 < top_p <= 1.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        min_p: keep what has at least this share of the largest probability, 0 to 1.
+        presence_penalty: taken from the logits of tokens in the output, -2 to 2.
+        frequency_penalty: taken for each time that a token is in the output, -2 to 2.
+        repetition_penalty: positive logits of tokens in prompt or output are divided by it,
+            negative ones multiplied; more than 0.
+        seed: the same seed repeats the draws, whatever else runs; None: from the engine's seed.
+        stop: texts that end the answer; they are not part of its text.
+        stop_token_ids: tokens that end it, beside the model's own end tokens. The token is in
+            ``token_ids``, not in the text.
+        ignore_eos: go on after the model's own end tokens.
+        min_tokens: before so many tokens nothing ends the answer; end tokens are barred.
+        max_tokens: the longest answer; None: as far as the model and the cache go.
+        logprobs: for each token of the answer, log-probabilities of it and of so many most likely
+            ones, of the raw logits. None: none.
+        logit_bias: added to the logits of tokens; -inf bars one.
+
+    Raises:
+        ValueError: a value that is not allowed.
+        TypeError: a parameter that there is not.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._integer("n", 1)
+        self._number("temperature", "0 or more", lambda x: 0 <= x)
+        self._number("top_p", "more than 0 and at most 1", lambda x: 0 < x <= 1)
+        self._integer("top_k", -1)
+        self._number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
+        self._number("presence_penalty", "from -2 to 2", lambda x: -2 <= x <= 2)
+        self._number("frequency_penalty", "from -2 to 2", lambda x: -2 <= x <= 2)
+        self._number("repetition_penalty", "more than 0", lambda x: 0 < x)
+        self._integer("seed", -(2**63), 2**63 - 1, optional=True)
+        if not isinstance(self.ignore_eos, bool):
+            raise _wrong("ignore_eos", "True or False", self.ignore_eos)
+        self._integer("min_tokens", 0)
+        self._integer("max_tokens", 1, optional=True)
+        self._integer("logprobs", 0, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _wrong("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
+            raise _wrong("stop", "a text that is not empty, or a list of them", self.stop)
+        object.__setattr__(self, "stop", tuple(stop))
+        ids = self.stop_token_ids or ()
+        if not isinstance(ids, Sequence) or not all(_is_integer(i) and i >= 0 for i in ids):
+            raise _wrong("stop_token_ids", "a list of token ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping) or not all(
+            _is_integer(token) and token >= 0 and _is_number(by) and by <= _LARGEST
+            for token, by in bias.items()
+        ):
+            wanted = "a dictionary from token ids to finite numbers or -inf"
+            raise _wrong("logit_bias", wanted, self.logit_bias)
+        object.__setattr__(self, "logit_bias", dict(bias))
+
+    def _integer(
+        self, name: str, low: int, high: int | None = None, *, optional: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not _is_integer(value) or value < low or (high is not None and value > high):
+            upper = " or more" if high is None else f" to {high}"
+            none = " or None" if optional else ""
+            raise _wrong(name, f"an integer, {low}{upper}{none}", value)
+
+    def _number(self, name: str, wanted: str, allowed: Any) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or abs(value) > _LARGEST or not allowed(value):
+            raise _wrong(name, f"a number, {wanted}", value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and not math.isnan(value))
+
+
+def _wrong(name: str, wanted: str, got: object) -> ValueError:
+    return ValueError(f"SamplingParams: {name} must be {wanted}; got {got!r}")

@@ -1,0 +1,223 @@
+"""What runs in the next step: first come, first served, within a budget of tokens.
+
+A sequence is a list of tokens, of which the first ``computed`` have their keys and values in the
+cache. A step computes some more of them: one for a sequence that decodes, a chunk of a prompt, or
+all that a preemption threw away. When a step has computed the last, a token can be sampled. So
+prefill, chunks, decoding and recomputation are one thing. No torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+from .block_manager import BlockManager
+from .request import FINISHED, RUNNING, WAITING, Sequence
+
+
+@dataclass
+class Plan:
+    """One step."""
+
+    counts: dict[Sequence, int] = field(default_factory=dict)  # tokens to compute of each
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks, from and to, before it
+
+
+class Scheduler:
+    """Decodes run first, then prompts that have begun, then those that wait.
+
+    A waiting sequence is admitted when the cache has room for all its tokens and one more block
+    for each running sequence. When a sequence that decodes finds no block, the youngest gives up
+    its blocks and waits again; the oldest never does, so work always gets done.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        """
+        Args:
+            max_num_seqs: sequences that run at the same time at most.
+            max_num_batched_tokens: tokens of a step at most.
+        """
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[Sequence] = []  # oldest first
+        self._waiting: list[tuple[int, Sequence]] = []  # a heap; those that finished are skipped
+        self._arrivals = 0
+        # digests of prompt blocks that a running sequence will have computed before long
+        self._computing: dict[bytes, Sequence] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            UserError: it may get longer than the whole cache.
+        """
+        wanted = self.blocks.blocks_for(sequence.limit - 1)  # the last token is never computed
+        if wanted > self.blocks.num_blocks:
+            size = self.blocks.block_size
+            raise UserError(
+                f"the request may reach {sequence.limit} tokens, which take {wanted} blocks of "
+                f"{size}; the cache has {self.blocks.num_blocks}: lower max_tokens, or give the "
+                "cache more memory"
+            )
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+
+    def schedule(self) -> Plan:
+        """Choose the next step. The caller runs it, then calls :meth:`advance` for each sequence.
+
+        The plan is empty only if nothing is left to do.
+        """
+        plan = Plan()
+        budget = self.max_num_batched_tokens
+        preempted = False
+        for sequence in list(self.running):
+            if not budget:
+                break
+            if sequence.state != RUNNING or sequence.remaining != 1:
+                continue
+            while sequence.state == RUNNING and not self._grow(sequence):
+                self.preempt(self.running[-1])  # no older than this one, so not in the plan yet
+                preempted = True
+            if sequence.state == RUNNING:
+                plan.counts[sequence] = 1
+                budget -= 1
+        for sequence in self.running:
+            if budget and sequence.remaining > 1:
+                plan.counts[sequence] = min(sequence.remaining, budget)
+                budget -= plan.counts[sequence]
+        if not preempted:
+            self._admit(plan, budget)
+        return plan
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """The keys and values of ``count`` more tokens are in the cache."""
+        size = self.blocks.block_size
+        first = sequence.computed // size
+        sequence.computed += count
+        if not self.blocks.caching:
+            return
+        self.blocks.extend_digests(sequence.digests, sequence.tokens)
+        for i in range(first, sequence.computed // size):
+            digest = sequence.digests[i]
+            own = sequence.tokens[i * size : (i + 1) * size]
+            self.blocks.register(sequence.blocks[i], digest, own)
+            if self._computing.get(digest) is sequence:
+                del self._computing[digest]
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it waits, in its old place, and is computed again."""
+        self._stop(sequence, forget=False)
+        sequence.state = WAITING
+        sequence.preemptions += 1
+        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+
+    def finish(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """Let a sequence go, wherever it is.
+
+        Args:
+            forget: its blocks must not be found as a prefix: they may hold NaN.
+        """
+        if sequence.state == RUNNING:
+            self._stop(sequence, forget=forget)
+        sequence.state = FINISHED
+        while self._waiting and self._waiting[0][1].state == FINISHED:
+            heapq.heappop(self._waiting)
+
+    def _stop(self, sequence: Sequence, *, forget: bool) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence.blocks, forget=forget)
+        sequence.blocks = []
+        sequence.computed = 0
+        for digest in sequence.digests:
+            if self._computing.get(digest) is sequence:
+                del self._computing[digest]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give it the block that its next token goes to, if there is one."""
+        if sequence.computed < len(sequence.blocks) * self.blocks.block_size:
+            return True
+        if not self.blocks.num_free:
+            return False
+        sequence.blocks += self.blocks.allocate(1)
+        return True
+
+    # ---------------------------------------------------------------------------- admission
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        later: list[
+            tuple[int, Sequence]
+        ] = []  # whose prefix is being computed: those behind may go first
+        while self._waiting and budget and len(self.running) < self.max_num_seqs:
+            if len(later) == self.max_num_seqs:  # so that a step does not look at thousands
+                break
+            entry = heapq.heappop(self._waiting)
+            sequence = entry[1]
+            if sequence.state == FINISHED:
+                continue
+            if self._must_wait(sequence):
+                later.append(entry)
+                continue
+            if not self._place(sequence, plan):
+                later.append(entry)
+                break
+            sequence.state = RUNNING
+            bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+            plan.counts[sequence] = min(sequence.remaining, budget)
+            budget -= plan.counts[sequence]
+        for entry in later:
+            heapq.heappush(self._waiting, entry)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing what this one would compute too."""
+        parent = sequence.parent
+        if parent is not None and parent.state == RUNNING:
+            return parent.computed < sequence.shared
+        if not self.blocks.caching or sequence.awaits in self._computing:
+            return sequence.awaits in self._computing
+        self.blocks.extend_digests(sequence.digests, sequence.tokens)
+        digests = self._usable_digests(sequence)
+        known = len(self.blocks.match(digests, sequence.tokens))
+        end = known
+        while end < len(digests) and digests[end] in self._computing:
+            end += 1
+        sequence.awaits = digests[end - 1] if end > known else None
+        return end > known
+
+    def _place(self, sequence: Sequence, plan: Plan) -> bool:
+        """Give it blocks for all its tokens, those of a known prefix shared; False: no room."""
+        blocks = self.blocks
+        total = blocks.blocks_for(len(sequence.tokens))
+        spare = len(self.running)
+        parent = sequence.parent
+        if parent is not None and parent.state == RUNNING:
+            full = sequence.shared // blocks.block_size
+            if blocks.num_free < total - full + spare:
+                return False
+            sequence.blocks, copy = blocks.fork(parent.blocks, sequence.shared)
+            if copy is not None:
+                plan.copies.append(copy)
+            known = sequence.shared
+        else:
+            hits = blocks.match(self._usable_digests(sequence), sequence.tokens)
+            if blocks.num_free < total - len(hits) + blocks.idle_among(hits) + spare:
+                return False
+            blocks.share(hits)
+            sequence.blocks = hits
+            known = len(hits) * blocks.block_size
+        sequence.blocks += blocks.allocate(total - len(sequence.blocks))
+        sequence.computed = known
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = known
+        for digest in sequence.digests[known // blocks.block_size :]:
+            self._computing.setdefault(digest, sequence)
+        return True
+
+    def _usable_digests(self, sequence: Sequence) -> list[bytes]:
+        """Of the blocks that may be shared: the last token is computed anew, for its logits."""
+        return sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.block_size]

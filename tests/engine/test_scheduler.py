@@ -1,0 +1,399 @@
+"""Block manager and scheduler against a cache in Python that knows what each slot should hold."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from block_books import check_books
+from llmfast.engine.block_manager import BlockManager
+from llmfast.engine.request import FINISHED, RUNNING, WAITING, Sequence
+from llmfast.engine.scheduler import Scheduler
+from llmfast.errors import UserError
+
+
+class Cache:
+    """Runs plans: a slot holds the tokens up to it, as keys and values depend on them all."""
+
+    def __init__(self, num_blocks=8, block_size=4, seqs=4, budget=8, caching=True):
+        self.blocks = BlockManager(num_blocks, block_size, caching=caching)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget)
+        self.slots = {}
+
+    def add(self, prompt, max_tokens=4, parent=None):
+        sequence = Sequence(list(prompt), len(prompt), len(prompt) + max_tokens, parent)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def plan(self):
+        """Schedule, and check everything about the plan."""
+        blocks, size, slots = self.blocks, self.blocks.block_size, self.slots
+        waiting = [s for _, s in self.scheduler._waiting if s.state != FINISHED]
+        left = bool(self.scheduler.running or waiting)
+        plan = self.scheduler.schedule()
+        assert bool(plan.counts) == left
+        check_books(blocks, [s.blocks for s in self.scheduler.running])
+        assert sum(plan.counts.values()) <= self.scheduler.max_num_batched_tokens
+        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        arrivals = [s.arrival for s in self.scheduler.running]
+        assert arrivals == sorted(arrivals)
+        for source, target in plan.copies:
+            for offset in range(size):
+                slots[target, offset] = slots.get((source, offset))
+        written = {}
+        for sequence, count in plan.counts.items():
+            assert sequence.state == RUNNING and 1 <= count <= sequence.remaining
+            assert len(sequence.blocks) * size >= sequence.computed + count
+            for place in range(sequence.computed, sequence.computed + count):
+                block = sequence.blocks[place // size]
+                assert written.setdefault(block, sequence) is sequence
+                assert blocks._users[block] == 1 and blocks._content[block] is None
+                slots[block, place % size] = tuple(sequence.tokens[: place + 1])
+        for sequence, count in plan.counts.items():
+            for place in range(sequence.computed + count):
+                found = slots[sequence.blocks[place // size], place % size]
+                assert found == tuple(sequence.tokens[: place + 1])
+        return plan
+
+    def step(self, choose=lambda sequence: 0):
+        """Run a step; the sequences that got a token."""
+        chosen = []
+        plan = self.plan()
+        for sequence, count in plan.counts.items():
+            self.scheduler.advance(sequence, count)
+            if sequence.remaining == 0:
+                sequence.tokens.append(choose(sequence))
+                chosen.append(sequence)
+                if len(sequence.tokens) == sequence.limit:
+                    self.scheduler.finish(sequence)
+        return chosen
+
+    def counts(self, *sequences):
+        """Plan a step, run it, and say how many tokens of each were in it."""
+        before = [s.computed for s in sequences]
+        self.step()
+        return [s.computed - b for s, b in zip(sequences, before, strict=True)]
+
+    def run(self, *sequences):
+        for step in range(10_000):
+            if all(s.state == FINISHED for s in sequences):
+                return step
+            self.step()
+        raise AssertionError("never ends")
+
+    def check_empty(self):
+        assert not self.scheduler.running and not self.scheduler._computing
+        assert self.blocks.num_free == self.blocks.num_blocks
+        check_books(self.blocks, [])
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(2, 12),
+        block_size=st.integers(1, 4),
+        seqs=st.integers(1, 5),
+        budget=st.integers(1, 12),
+        caching=st.booleans(),
+    )
+    def start(self, **sizes):
+        self.cache = Cache(**sizes)
+        self.sequences = []
+
+    @property
+    def alive(self):
+        return [s for s in self.sequences if s.state != FINISHED]
+
+    @rule(
+        data=st.data(),
+        own=st.lists(st.integers(0, 1), min_size=1, max_size=8),
+        max_tokens=st.integers(1, 12),
+        n=st.sampled_from([1, 1, 2, 3]),
+    )
+    def arrive(self, data, own, max_tokens, n):
+        prompt = own
+        if self.sequences and data.draw(st.booleans()):
+            tokens = data.draw(st.sampled_from(self.sequences)).tokens
+            prompt = tokens[: data.draw(st.integers(0, len(tokens)))] + own
+        parent = None
+        for _ in range(n):
+            try:
+                sequence = self.cache.add(prompt, max_tokens, parent)
+            except UserError:
+                total = len(prompt) + max_tokens - 1
+                assert total > self.cache.blocks.num_blocks * self.cache.blocks.block_size
+                return
+            parent = parent or sequence
+            self.sequences.append(sequence)
+
+    @rule(data=st.data(), steps=st.integers(1, 8))
+    def run(self, data, steps):
+        bits = data.draw(st.integers(0, 2**16))
+        for step in range(steps):
+            self.cache.step(lambda s, step=step: (bits >> (step + s.arrival) % 16) & 1)
+
+    @rule()
+    def a_step_that_raises(self):
+        for sequence in self.cache.plan().counts:
+            self.cache.scheduler.preempt(sequence)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), forget=st.booleans())
+    def abort(self, data, forget):
+        self.cache.scheduler.finish(data.draw(st.sampled_from(self.alive)), forget=forget)
+
+    @invariant()
+    def books_agree(self):
+        if hasattr(self, "cache"):
+            running = self.cache.scheduler.running
+            check_books(self.cache.blocks, [s.blocks for s in running])
+            assert {id(s) for s in running} == {id(s) for s in self.alive if s.state == RUNNING}
+            assert all(not s.blocks and not s.computed for s in self.alive if s not in running)
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            self.cache.run(*self.sequences)
+            self.cache.check_empty()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+# ------------------------------------------------------------------------------ block manager
+
+
+def test_blocks_are_given_and_let_go():
+    blocks = BlockManager(4, 16)
+    assert [blocks.blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    first = blocks.allocate(3)
+    with pytest.raises(ValueError, match="wants 2 blocks, 1 are free"):
+        blocks.allocate(2)
+    blocks.release(first)
+    assert blocks.num_free == 4
+    with pytest.raises(AssertionError, match="let go twice"):
+        blocks.release(first)
+
+
+def fill(blocks, tokens):
+    """Blocks that hold ``tokens``, registered; and the digests."""
+    digests = []
+    blocks.extend_digests(digests, tokens)
+    got = blocks.allocate(len(digests))
+    for i, digest in enumerate(digests):
+        blocks.register(got[i], digest, tokens[i * blocks.block_size :][: blocks.block_size])
+    return got, digests
+
+
+def test_a_prefix_is_found_block_by_block():
+    blocks = BlockManager(8, 2)
+    held, digests = fill(blocks, [1, 2, 3, 4, 5, 6])
+    blocks.release(held)
+    other = []
+    blocks.extend_digests(other, [1, 2, 3, 4, 7, 7, 8])
+    assert len(other) == 3 and other[:2] == digests[:2]
+    assert blocks.match(other, [1, 2, 3, 4, 7, 7, 8]) == held[:2]
+    assert blocks.match(digests[1:], [3, 4, 5, 6]) == held[1:]  # by digest alone, so of a chain
+    moved = []
+    blocks.extend_digests(moved, [3, 4])
+    assert blocks.match(moved, [3, 4]) == []
+
+
+def test_equal_digests_of_other_tokens_are_no_hit():
+    blocks = BlockManager(2, 2)
+    _, digests = fill(blocks, [1, 2])
+    assert blocks.match(digests, [1, 3]) == []
+
+
+def test_the_least_recently_used_block_goes_first_and_tails_before_heads():
+    blocks = BlockManager(4, 1)
+    old, old_digests = fill(blocks, [1, 2])
+    new, new_digests = fill(blocks, [3, 4])
+    blocks.release(old)
+    blocks.release(new)
+    blocks.allocate(1)
+    assert blocks.match(old_digests, [1, 2]) == old[:1]
+    blocks.share(old[:1])  # used again: now the youngest
+    blocks.release(old[:1])
+    blocks.allocate(2)
+    assert blocks.match(new_digests, [3, 4]) == []
+    assert blocks.match(old_digests, [1, 2]) == old[:1]
+
+
+def test_what_is_held_twice_is_found_once_and_stays_found():
+    blocks = BlockManager(4, 1)
+    first, digests = fill(blocks, [1])
+    second, _ = fill(blocks, [1])
+    assert blocks.match(digests, [1]) == first
+    blocks.release(second)
+    blocks.release(first)
+    assert blocks.match(digests, [1]) == first
+    check_books(blocks, [])
+
+
+def test_forgotten_blocks_are_not_found():
+    blocks = BlockManager(4, 1)
+    held, digests = fill(blocks, [1, 2])
+    blocks.share(held[:1])
+    blocks.release(held, forget=True)
+    assert blocks.match(digests, [1, 2]) == []
+    check_books(blocks, [held[:1]])
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_last():
+    blocks = BlockManager(8, 4)
+    table = blocks.allocate(3)
+    twin, copy = blocks.fork(table, 10)
+    assert twin[:2] == table[:2] and copy == (table[2], twin[2]) and twin[2] not in table
+    even, copy = blocks.fork(table, 8)
+    assert even == table[:2] and copy is None
+    check_books(blocks, [table, twin, even])
+    blocks.allocate(blocks.num_free)
+    with pytest.raises(ValueError):
+        blocks.fork(table, 10)
+    assert blocks._users[table[0]] == 3
+
+
+# ---------------------------------------------------------------------------------- scheduler
+
+
+def test_decodes_run_first_then_begun_prompts_then_new_ones():
+    cache = Cache(num_blocks=20, budget=8)
+    old = cache.add([1] * 3)
+    assert cache.counts(old) == [3]
+    long = cache.add([2] * 12)
+    short = cache.add([3] * 4)
+    assert cache.counts(old, long, short) == [1, 7, 0]
+    assert cache.counts(old, long, short) == [1, 5, 2]
+    assert cache.counts(long, short) == [1, 2]
+
+
+def test_no_more_than_max_num_seqs_run():
+    cache = Cache(num_blocks=20, seqs=2, budget=30)
+    sequences = [cache.add([i] * 3, max_tokens=2) for i in range(3)]
+    assert cache.counts(*sequences) == [3, 3, 0]
+    cache.step()
+    assert cache.counts(sequences[2]) == [3]
+
+
+def test_the_youngest_is_preempted_and_computed_again():
+    cache = Cache(num_blocks=4, block_size=2, budget=16, caching=False)
+    old, young = cache.add([1], max_tokens=7), cache.add([2], max_tokens=5)
+    while not young.preemptions:
+        assert cache.counts(old) == [1]  # it is never held up
+    assert (old.state, young.state, young.computed) == (RUNNING, WAITING, 0)
+    cache.run(old, young)
+    assert young.preemptions == 1 and old.preemptions == 0
+    assert len(old.tokens) == 8 and len(young.tokens) == 6
+    cache.check_empty()
+
+
+def test_requests_that_share_a_prefix_being_computed_wait_for_it():
+    cache = Cache(num_blocks=40, block_size=4, budget=9, seqs=8)
+    prefix = list(range(16))
+    first = cache.add([*prefix, 50])
+    others = [cache.add([*prefix, 51 + i]) for i in range(3)]
+    stranger = cache.add([90] * 5)
+    assert cache.counts(first, *others, stranger) == [9, 0, 0, 0, 0]
+    # the first has its last 8 tokens, the stranger goes past those that wait
+    assert cache.counts(first, *others, stranger) == [8, 0, 0, 0, 1]
+    plan = cache.plan()
+    assert [plan.counts[s] for s in (first, *others)] == [1, 1, 1, 1]
+    assert [s.cached_tokens for s in others] == [16, 16, 16]
+
+
+def test_when_who_computes_the_prefix_is_gone_another_does():
+    cache = Cache(num_blocks=40, block_size=4, budget=4)
+    first, second = cache.add([1] * 17), cache.add([1] * 17)
+    assert cache.counts(first, second) == [4, 0]
+    cache.scheduler.finish(first)
+    assert cache.counts(second) == [4 + 4]  # one block was found
+    cache.run(second)
+    cache.check_empty()
+
+
+def test_a_prompt_of_whole_blocks_computes_its_last_block_for_the_logits():
+    cache = Cache(num_blocks=8, block_size=4)
+    first = cache.add([1] * 8, max_tokens=1)
+    cache.run(first)
+    again = cache.add([1] * 8, max_tokens=1)
+    assert cache.counts(again) == [0]  # 4 found, 4 computed, and it is finished
+    assert again.cached_tokens == 4
+
+
+def test_without_caching_nothing_is_found():
+    cache = Cache(num_blocks=8, block_size=4, caching=False)
+    cache.run(cache.add([1] * 8))
+    again = cache.add([1] * 8)
+    cache.run(again)
+    assert again.cached_tokens == 0
+    cache.check_empty()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("length", [1, 7, 8, 9])
+def test_answers_to_one_prompt_share_it(length, caching):
+    cache = Cache(num_blocks=20, block_size=4, budget=16, caching=caching)
+    first = cache.add([1] * length)
+    twins = [cache.add([1] * length, parent=first) for _ in range(2)]
+    if length > 1:
+        assert cache.counts(first, *twins) == [length, 0, 0]
+    plan = cache.plan()
+    assert [plan.counts[t] for t in twins] == [1, 1]
+    assert len(plan.copies) == (0 if (length - 1) % 4 == 0 else 2)
+    full = (length - 1) // 4
+    assert all(t.blocks[:full] == first.blocks[:full] for t in twins)
+
+
+def test_a_waiting_request_leaves_a_block_for_each_that_runs():
+    cache = Cache(num_blocks=4, block_size=2, budget=16, caching=False)
+    old = cache.add([1] * 3, max_tokens=6)
+    young = cache.add([2] * 3, max_tokens=1)
+    assert cache.counts(old, young) == [3, 0]  # all four blocks would be taken
+    young = cache.add([3], max_tokens=1)
+    cache.run(old, young)
+    assert young.preemptions == 0
+
+
+def test_answers_whose_first_is_gone_go_on_alone():
+    cache = Cache(num_blocks=20, block_size=4, budget=4, caching=False)
+    first = cache.add([1] * 9)
+    twin = cache.add([1] * 9, parent=first)
+    cache.step()
+    cache.scheduler.finish(first)
+    cache.run(twin)
+    assert twin.cached_tokens == 0 and len(twin.tokens) == 13
+    cache.check_empty()
+
+
+def test_a_request_too_large_for_the_cache():
+    cache = Cache(num_blocks=3, block_size=4)
+    wanted = r"may reach 14 tokens, which take 4 blocks of 4; the cache has 3: lower max_tokens"
+    with pytest.raises(UserError, match=wanted):
+        cache.add([1] * 8, max_tokens=6)
+    fits = cache.add([1] * 8, max_tokens=5)
+    cache.run(fits)
+    assert len(fits.tokens) == 13
+    cache.check_empty()
+
+
+def test_ten_thousand_waiting_requests_cost_a_step_little():
+    """Those that share a prefix too: a step looks at few of them."""
+    cache = Cache(num_blocks=100, block_size=4, seqs=4, budget=4)
+    prefix = [1] * 40
+    sequences = [cache.add([*prefix, i], max_tokens=1) for i in range(10_000)]
+    looks = []
+    must_wait = cache.scheduler._must_wait
+    cache.scheduler._must_wait = lambda s: looks.append(s) or must_wait(s)
+    for _ in range(20):
+        cache.step()
+    assert len(looks) <= 20 * 8
+    for sequence in sequences[100:]:
+        cache.scheduler.finish(sequence)
+    cache.run(*sequences)
+    cache.check_empty()
+    assert not cache.scheduler._waiting
