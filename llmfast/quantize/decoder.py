@@ -28,7 +28,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers in ``layer`` by name. Subclasses are left out: they may compute otherwise."""
+    """The linear layers in ``layer`` by name. Subclasses, which may compute otherwise, are not."""
     return {name: part for name, part in layer.named_modules() if type(part) is nn.Linear}
 
 

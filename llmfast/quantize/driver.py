@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
+from .decoder import capture, decoder_layers, gathering, linears, run_layer
 from .folds import Fold, find_folds
 from .methods import (
     AwqSettings,
@@ -44,6 +44,12 @@ class Quantized:
     folded: dict[str, torch.Tensor] = field(default_factory=dict)
     plain: dict[str, str] = field(default_factory=dict)
 
+    def add(self, prefix: str, layer: Quantized) -> None:
+        """Take over what became of the layer ``prefix``, whose names are within the layer."""
+        self.weights.update({f"{prefix}.{name}": w for name, w in layer.weights.items()})
+        self.folded.update({f"{prefix}.{name}": value for name, value in layer.folded.items()})
+        self.plain.update({f"{prefix}.{name}": why for name, why in layer.plain.items()})
+
 
 @torch.no_grad()
 def quantize(
@@ -73,7 +79,7 @@ def quantize(
         symmetric: no zero points.
         calibration: token ids, int64 ``[sequences, tokens]``, or ``[tokens]`` of one text, which is
             cut into sequences of ``window`` tokens (what is left over at its end is not used).
-            GPTQ and AWQ want as many tokens as the widest of the layers has inputs. Not for nearest.
+            GPTQ and AWQ want as many tokens as the widest layer has inputs; nearest wants none.
         window: tokens of a sequence.
         scale_dtype: what scales are stored in.
         gptq_settings: damping and order of GPTQ.
@@ -120,12 +126,7 @@ def quantize(
             found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
         with _replaced(_values(layer, found)):
             hidden = [run_layer(layer, x, call) for x, call in zip(hidden, calls, strict=True)]
-        for part, into in (
-            (found.weights, result.weights),
-            (found.folded, result.folded),
-            (found.plain, result.plain),
-        ):
-            into.update({f"{prefix}.{index}.{name}": value for name, value in part.items()})  # type: ignore[attr-defined]
+        result.add(f"{prefix}.{index}", found)
         if on_progress is not None:
             on_progress("quantizing layers", index + 1, len(layers))
     return result
@@ -291,6 +292,3 @@ def _sequences(
             f" {int(ids.max())}"
         )
     return ids.long()
-
-
-__all__ = ["Call", "Quantized", "quantize", "simulate"]

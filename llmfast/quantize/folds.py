@@ -69,7 +69,7 @@ def find_folds(layer: nn.Module, hidden: torch.Tensor, call: Call) -> list[Fold]
 def _watch(
     layer: nn.Module, hidden: torch.Tensor, call: Call
 ) -> tuple[list[tuple[torch.Tensor, list[str]]], dict[str, torch.Tensor], torch.Tensor]:
-    """The inputs of the linear layers, each with who has it; outputs by name; the layer's output."""
+    """The inputs of linear layers, each with who has it; outputs by name; the layer's output."""
     groups: list[tuple[torch.Tensor, list[str]]] = []
     outputs: dict[str, torch.Tensor] = {}
     names = {module: name for name, module in layer.named_modules() if module is not layer}

@@ -319,6 +319,7 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             continue
+        upper: torch.Tensor
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
             return upper
