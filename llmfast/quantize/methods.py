@@ -197,7 +197,7 @@ def gptq(
 
     inverse = torch.argsort(order)
     g_idx = None
-    if settings.act_order and not static:
+    if settings.act_order and not static and size < k:
         g_idx = group_of[inverse].to(torch.int32)
     return _pack(codes[:, inverse], scales, zeros, size, scheme, g_idx)
 
