@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .methods import InputStatistics
@@ -54,8 +55,8 @@ class Captured:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, layers: nn.ModuleList, ids: torch.Tensor) -> Captured:
-    """Run ``model`` on ``ids [batch, tokens]`` and note how its layers are called.
+def capture(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> Captured:
+    """Run ``model`` without its head on ``ids [batch, tokens]`` and note how layers are called.
 
     Raises:
         UserError: a layer's input is not the output of the layer before it.
@@ -84,7 +85,7 @@ def capture(model: nn.Module, layers: nn.ModuleList, ids: torch.Tensor) -> Captu
         [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
         + [layer.register_forward_hook(after) for layer in layers]
     ):
-        model(input_ids=ids, use_cache=False)
+        model.base_model(input_ids=ids, use_cache=False)
     if not found or len(found[0].calls) != len(layers):
         raise UserError(f"quantize: {type(model).__name__} does not run each of its layers once")
     return found[0]

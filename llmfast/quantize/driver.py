@@ -18,6 +18,7 @@ from .methods import (
     GptqSettings,
     InputStatistics,
     Scheme,
+    awq_round,
     awq_scales,
     gptq,
     nearest,
@@ -37,7 +38,7 @@ class Quantized:
 
     ``weights``: the quantized weights by the name of their linear layer. ``folded``: other
     parameters that have to be replaced along with them, by name (AWQ: norms, biases). ``plain``:
-    linear layers that the method could not do and that were rounded to nearest, each with why.
+    linear layers for which the method could not do all of its work, each with what and why.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -83,7 +84,7 @@ def quantize(
         window: tokens of a sequence.
         scale_dtype: what scales are stored in.
         gptq_settings: damping and order of GPTQ.
-        awq_settings: the exponents that AWQ tries.
+        awq_settings: the exponents and clips that AWQ tries.
         on_progress: called as ``on_progress("quantizing layers", done, total)``.
 
     Raises:
@@ -210,6 +211,7 @@ def _awq_layer(
     parts = linears(layer)
     modules = dict(layer.named_modules())
     weights = {name: part.weight.float() for name, part in parts.items()}
+    scales: dict[str, torch.Tensor] = {}
     for fold in folds:
         s = awq_scales(
             [weights[name] for name in fold.consumers],
@@ -220,6 +222,7 @@ def _awq_layer(
         )
         for name in fold.consumers:
             weights[name] = weights[name] * s
+            scales[name] = s
         for name, parameter in modules[fold.producer].named_parameters():
             full = f"{fold.producer}.{name}"
             if fold.producer in weights and name == "weight":
@@ -227,11 +230,16 @@ def _awq_layer(
             else:
                 before = found.folded.get(full, parameter.data)
                 found.folded[full] = fold.divided(name, before, s).to(parameter.dtype)
-    scaled = {name for fold in folds for name in fold.consumers}
     for name, weight in weights.items():
-        found.weights[name] = nearest(weight, scheme)
-        if name not in scaled:
-            found.plain[name] = "no module before it can take the inverse of the scales"
+        if name not in statistics:
+            found.weights[name] = nearest(weight, scheme)
+            found.plain[name] = "no token of the calibration reached it"
+            continue
+        found.weights[name] = awq_round(
+            weight, statistics[name], scheme, settings, scales=scales.get(name)
+        )
+        if name not in scales:
+            found.plain[name] = "clipped only: no module before it takes the inverse of the scales"
     return found
 
 

@@ -1,4 +1,4 @@
-"""How codes and scales are found: rounding to nearest, GPTQ, and AWQ's scales of inputs.
+"""How codes and scales are found: rounding to nearest, GPTQ, AWQ.
 
 Every function is of a weight, of what is known about the layer's inputs, and of settings; none
 knows models. Statistics come from :class:`InputStatistics`.
@@ -81,9 +81,15 @@ class GptqSettings:
 
 @dataclass(frozen=True)
 class AwqSettings:
-    """The exponents alpha that AWQ tries: 0 leaves the weight as it is."""
+    """What AWQ tries.
 
-    alphas: Sequence[float] = field(default_factory=lambda: tuple(i / 20 for i in range(20)))
+    Args:
+        alphas: exponents of the inputs' magnitudes; 0 leaves the weight as it is.
+        clips: shares of a group's range to which its weights are clipped; 1 clips none.
+    """
+
+    alphas: Sequence[float] = field(default_factory=lambda: tuple(i / 10 for i in range(10)))
+    clips: Sequence[float] = field(default_factory=lambda: tuple(1 - i / 20 for i in range(10)))
 
 
 class InputStatistics:
@@ -176,6 +182,8 @@ def gptq(
         scales, zeros = _find_scales(w.view(n, k // size, size), scheme)
         group_of = group_of[order]
 
+    group_at: list[int] = group_of.tolist()  # as Python numbers: no wait for a GPU in the loop
+
     w = w[:, order]
     codes = torch.empty_like(w)
     for start in range(0, k, settings.block):
@@ -188,7 +196,7 @@ def gptq(
                 if j + size > end:
                     ahead[:, end - j :] -= errors[:, : j - start] @ factor[start:j, end : j + size]
                 scales[:, j // size], zeros[:, j // size] = _find_scales(ahead, scheme)
-            scale, zero = scales[:, group_of[j]], zeros[:, group_of[j]]
+            scale, zero = scales[:, group_at[j]], zeros[:, group_at[j]]
             codes[:, j] = _round(w[:, j], scale, zero, scheme.bits)
             rounded = (codes[:, j] - zero) * scale
             errors[:, j - start] = (w[:, j] - rounded) / factor[j, j]
@@ -256,6 +264,68 @@ def awq_scales(
         if error < least:
             best, least = s, error
     return best
+
+
+def awq_round(
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    scheme: Scheme,
+    settings: AwqSettings | None = None,
+    *,
+    scales: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Round ``weight [n, k]`` to nearest, each group clipped to the range that serves it best.
+
+    Of the clips tried each group takes the one with the least squared error of its own part of the
+    layer's output on the calibration.
+
+    Args:
+        weight: already multiplied by ``scales``.
+        statistics: of the inputs before they are divided by ``scales``.
+        scheme: what to round to.
+        settings: the clips.
+        scales: what :func:`awq_scales` found, ``[k]``; None: ones.
+
+    Raises:
+        UserError: a weight or statistic that is not finite, or no tokens.
+        ValueError: the group size does not divide k, or statistics of another width.
+    """
+    settings = settings or AwqSettings()
+    w = _check_weight("awq", weight)
+    n, k = w.shape
+    size = scheme.group(k)
+    _check_statistics("awq", statistics, k)
+    gram = statistics.gram.to(w.device)
+    if scales is not None:
+        gram = gram / torch.outer(scales, scales)
+    # of each group with itself: [groups, size, size]
+    gram = gram.view(k // size, size, k // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    groups = w.view(n, k // size, size)
+    best, zeros = _find_scales(groups, scheme)
+    least = _group_errors(groups, best, zeros, gram, scheme)
+    for clip in settings.clips:
+        tried, tried_zeros = _find_scales(groups * clip, scheme)
+        error = _group_errors(groups, tried, tried_zeros, gram, scheme)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, tried, best)
+        zeros = torch.where(better, tried_zeros, zeros)
+    codes = _round(groups, best[..., None], zeros[..., None], scheme.bits)
+    return _pack(codes.view(n, k), best, zeros, size, scheme)
+
+
+def _group_errors(
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    gram: torch.Tensor,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """The squared error ``[n, groups]`` of each group's part of the output."""
+    scales, zeros = scales[..., None], zeros[..., None]
+    error = (_round(groups, scales, zeros, scheme.bits) - zeros) * scales - groups
+    error = error.transpose(0, 1)  # [groups, n, size]
+    return ((error @ gram) * error).sum(-1).T
 
 
 def _output_error(w: torch.Tensor, q: QuantizedWeight, gram: torch.Tensor) -> float:

@@ -88,6 +88,22 @@ class QuantizedWeight:
             w -= 2 ** (self.bits - 1)
         return w.mul_(scales).to(dtype)
 
+    def rows(self, index: torch.Tensor) -> QuantizedWeight:
+        """The outputs ``index`` (int64) in that order, as a weight of its own."""
+
+        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return QuantizedWeight(
+            codes=self.codes[index],
+            bits=self.bits,
+            group_size=self.group_size,
+            scales=self.scales[index],
+            zeros=pick(self.zeros),
+            minima=pick(self.minima),
+            g_idx=self.g_idx,
+        )
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on ``device``."""
 

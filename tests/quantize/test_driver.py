@@ -179,7 +179,7 @@ def test_awq_without_rounding_is_the_same_model(kind: str):
         assert kl(model, right) > 1e-3
 
 
-def test_awq_says_what_it_left_to_plain_rounding():
+def test_awq_says_what_it_could_only_clip():
     found = quantize(tiny_models.make("Phi3"), method="awq", group_size=32, calibration=IDS)
     assert {name.split(".")[-1] for name in found.plain} == {"o_proj", "down_proj"}
     assert all("inverse of the scales" in why for why in found.plain.values())

@@ -56,6 +56,17 @@ def test_float64_is_computed_in_float64():
     assert not torch.equal(w.dequantize().double(), exact)
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+def test_rows_are_those_of_the_values(kind):
+    extra = {
+        "zeros": {"zeros": torch.tensor([[0, 1], [2, 15]], dtype=torch.uint8)},
+        "minima": {"minima": torch.tensor([[0.25, 1], [2, 15]], dtype=torch.float16)},
+    }.get(kind, {})
+    w = make(g_idx=torch.tensor([0, 1] * 32).int(), **extra)
+    index = torch.tensor([1, 0, 1])
+    assert torch.equal(w.rows(index).dequantize(), w.dequantize()[index])
+
+
 def test_moved_is_the_same():
     w = make(zeros=torch.ones(2, 2).byte(), g_idx=torch.tensor([0, 1] * 32).int())
     assert torch.equal(w.to("cpu").dequantize(), w.dequantize())
