@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..model.shadow import PATCH
 from .decoder import capture, decoder_layers, gathering, linears, run_layer
 from .folds import Fold, find_folds
 from .methods import (
@@ -90,7 +91,8 @@ def quantize(
     Raises:
         UserError: a choice that is not listed above, weights that are not finite, a group size that
             does not divide a layer's inputs, a calibration that is missing, too short or holds ids
-            that are no tokens of the model.
+            that are no tokens of the model, a model in training mode or changed by
+            ``llmfast.patch``.
 
     Papers: GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978.
     """
@@ -137,12 +139,13 @@ def quantize(
 def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
     """Within it, ``model`` computes with the dequantized weights, in its own dtype.
 
-    The parameters stay the same objects and get their values back at the end. A model that
-    ``llmfast.patch`` has changed holds its weights a second time and must not be given.
+    The parameters stay the same objects and get their values back at the end.
 
     Raises:
-        UserError: a name or a shape that is not the model's; nothing is changed then.
+        UserError: a name or a shape that is not the model's, or a model that ``llmfast.patch`` has
+            changed; nothing is changed then.
     """
+    _check_unpatched("simulate", model)
     with _replaced(_values(model, quantized)):
         yield
 
@@ -243,9 +246,15 @@ def _awq_layer(
     return found
 
 
+def _check_unpatched(what: str, model: nn.Module) -> None:
+    if PATCH in vars(model):  # it may compute with merged copies of its weights
+        raise UserError(f"{what}: the model is patched; call llmfast.unpatch(model) first")
+
+
 def _check_model(
     model: PreTrainedModel, prefix: str, layers: nn.ModuleList, scheme: Scheme
 ) -> None:
+    _check_unpatched("quantize", model)
     if model.training:
         raise UserError("quantize: the model is in training mode; call model.eval() first")
     for index, layer in enumerate(layers):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import llmfast
 import tiny_models
 from llmfast.errors import UserError
 from llmfast.quantize.decoder import capture, decoder_layers, gathering, linears, run_layer
@@ -275,6 +276,18 @@ def test_weights_that_are_not_finite_are_refused_by_name(method: str):
     nan(model)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj: .* infinity or NaN"):
         quantize(model, method=method, group_size=32, calibration=IDS)
+
+
+def test_a_patched_model_is_refused():
+    model = tiny_models.make()
+    found = quantize(model, group_size=32)
+    with llmfast.patched(model, ops=["norm"]):
+        with pytest.raises(UserError, match=r"quantize: .* llmfast\.unpatch"):
+            quantize(model, group_size=32)
+        with pytest.raises(UserError, match=r"simulate: .*"), simulate(model, found):
+            pass
+    with simulate(model, found):
+        pass
 
 
 def test_training_mode_is_refused():
