@@ -1,0 +1,311 @@
+"""Quantize a transformers decoder layer by layer, and try the result in the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..model.shadow import PATCH
+from .decoder import capture, decoder_layers, gathering, linears, run_layer
+from .folds import Fold, find_folds
+from .methods import (
+    AwqSettings,
+    GptqSettings,
+    InputStatistics,
+    Scheme,
+    awq_round,
+    awq_scales,
+    gptq,
+    nearest,
+)
+from .weights import QuantizedWeight
+
+WEIGHTS = {"int4": 4, "int8": 8}
+METHODS = ("nearest", "gptq", "awq")
+PROBE_TOKENS = 32  # of the forward on which AWQ's folds are proved
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of a model's weights.
+
+    ``weights``: the quantized weights by the name of their linear layer. ``folded``: other
+    parameters that have to be replaced along with them, by name (AWQ: norms, biases). ``plain``:
+    linear layers for which the method could not do all of its work, each with what and why.
+    """
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    folded: dict[str, torch.Tensor] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+    def add(self, prefix: str, layer: Quantized) -> None:
+        """Take over what became of the layer ``prefix``, whose names are within the layer."""
+        self.weights.update({f"{prefix}.{name}": w for name, w in layer.weights.items()})
+        self.folded.update({f"{prefix}.{name}": value for name, value in layer.folded.items()})
+        self.plain.update({f"{prefix}.{name}": why for name, why in layer.plain.items()})
+
+
+@torch.no_grad()
+def quantize(
+    model: PreTrainedModel,
+    *,
+    weights: str = "int4",
+    method: str = "nearest",
+    group_size: int | None = 64,
+    symmetric: bool = True,
+    calibration: torch.Tensor | None = None,
+    window: int = 512,
+    scale_dtype: torch.dtype = torch.float16,
+    gptq_settings: GptqSettings | None = None,
+    awq_settings: AwqSettings | None = None,
+    on_progress: Progress | None = None,
+) -> Quantized:
+    """Find codes for the linear layers of every decoder layer; embeddings and lm_head stay.
+
+    GPTQ and AWQ run the calibration through the model one layer at a time, with the layers before
+    already quantized. The model is as it was when this returns or raises.
+
+    Args:
+        model: in eval mode, as transformers built it; its layers call one another in a chain.
+        weights: ``"int4"`` or ``"int8"``.
+        method: ``"nearest"``, ``"gptq"`` or ``"awq"``.
+        group_size: inputs that share a scale: 32, 64, 128, or None for one scale an output.
+        symmetric: no zero points.
+        calibration: token ids, int64 ``[sequences, tokens]``, or ``[tokens]`` of one text, which is
+            cut into sequences of ``window`` tokens (what is left over at its end is not used).
+            GPTQ and AWQ want as many tokens as the widest layer has inputs; nearest wants none.
+        window: tokens of a sequence.
+        scale_dtype: what scales are stored in.
+        gptq_settings: damping and order of GPTQ.
+        awq_settings: the exponents and clips that AWQ tries.
+        on_progress: called as ``on_progress("quantizing layers", done, total)``.
+
+    Raises:
+        UserError: a choice that is not listed above, weights that are not finite, a group size that
+            does not divide a layer's inputs, a calibration that is missing, too short or holds ids
+            that are no tokens of the model, a model in training mode or changed by
+            ``llmfast.patch``.
+
+    Papers: GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"quantize: weights must be int4 or int8; got {weights!r}")
+    if method not in METHODS:
+        raise UserError(f"quantize: method must be nearest, gptq or awq; got {method!r}")
+    scheme = Scheme(WEIGHTS[weights], group_size, symmetric, scale_dtype)
+    prefix, layers = decoder_layers(model)
+    _check_model(model, prefix, layers, scheme)
+    result = Quantized()
+    if method == "nearest":
+        for done, layer in enumerate(layers, 1):
+            for name, part in linears(layer).items():
+                result.weights[f"{prefix}.{done - 1}.{name}"] = nearest(part.weight, scheme)
+            if on_progress is not None:
+                on_progress("quantizing layers", done, len(layers))
+        return result
+
+    sequences = _sequences(model, layers, calibration, method, window)
+    device = model.get_input_embeddings().weight.device
+    captured = [capture(model, layers, row[None].to(device)) for row in sequences]
+    probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
+    hidden = [one.hidden for one in captured]
+    for index, layer in enumerate(layers):
+        calls = [one.calls[index] for one in captured]
+        with gathering(layer) as statistics:
+            for x, call in zip(hidden, calls, strict=True):
+                run_layer(layer, x, call)
+        if method == "gptq":
+            found = _gptq_layer(layer, statistics, scheme, gptq_settings)
+        else:
+            folds = find_folds(layer, probe.hidden, probe.calls[index])
+            found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
+        with _replaced(_values(layer, found)):
+            hidden = [run_layer(layer, x, call) for x, call in zip(hidden, calls, strict=True)]
+        result.add(f"{prefix}.{index}", found)
+        if on_progress is not None:
+            on_progress("quantizing layers", index + 1, len(layers))
+    return result
+
+
+@contextmanager
+def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
+    """Within it, ``model`` computes with the dequantized weights, in its own dtype.
+
+    The parameters stay the same objects and get their values back at the end.
+
+    Raises:
+        UserError: a name or a shape that is not the model's, or a model that ``llmfast.patch`` has
+            changed; nothing is changed then.
+    """
+    _check_unpatched("simulate", model)
+    with _replaced(_values(model, quantized)):
+        yield
+
+
+def _values(module: nn.Module, found: Quantized) -> dict[nn.Parameter, torch.Tensor]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    values = {}
+    for name, w in found.weights.items():
+        parameter = _parameter(parameters, f"{name}.weight", w.shape)
+        values[parameter] = w.dequantize(parameter.dtype).to(parameter.device)
+    for name, value in found.folded.items():
+        parameter = _parameter(parameters, name, tuple(value.shape))
+        values[parameter] = value.to(parameter)
+    return values
+
+
+def _parameter(
+    parameters: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]
+) -> nn.Parameter:
+    parameter = parameters.get(name)
+    if parameter is None:
+        raise UserError(f"simulate: the model has no parameter {name!r}")
+    if tuple(parameter.shape) != shape:
+        raise UserError(
+            f"simulate: {name!r} has shape {tuple(parameter.shape)} in the model; got {shape}"
+        )
+    return parameter
+
+
+@contextmanager
+def _replaced(values: dict[nn.Parameter, torch.Tensor]) -> Generator[None]:
+    before = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.data = value
+
+
+def _gptq_layer(
+    layer: nn.Module,
+    statistics: dict[str, InputStatistics],
+    scheme: Scheme,
+    settings: GptqSettings | None,
+) -> Quantized:
+    found = Quantized()
+    for name, part in linears(layer).items():
+        if name in statistics:
+            found.weights[name] = gptq(part.weight, statistics[name], scheme, settings)
+        else:
+            found.weights[name] = nearest(part.weight, scheme)
+            found.plain[name] = "no token of the calibration reached it"
+    return found
+
+
+def _awq_layer(
+    layer: nn.Module,
+    folds: list[Fold],
+    statistics: dict[str, InputStatistics],
+    scheme: Scheme,
+    settings: AwqSettings | None,
+) -> Quantized:
+    found = Quantized()
+    parts = linears(layer)
+    modules = dict(layer.named_modules())
+    weights = {name: part.weight.float() for name, part in parts.items()}
+    scales: dict[str, torch.Tensor] = {}
+    for fold in folds:
+        s = awq_scales(
+            [weights[name] for name in fold.consumers],
+            statistics[fold.consumers[0]],
+            scheme,
+            settings,
+            shared=fold.row,
+        )
+        for name in fold.consumers:
+            weights[name] = weights[name] * s
+            scales[name] = s
+        for name, parameter in modules[fold.producer].named_parameters():
+            full = f"{fold.producer}.{name}"
+            if fold.producer in weights and name == "weight":
+                weights[fold.producer] = fold.divided(name, weights[fold.producer], s)
+            else:
+                before = found.folded.get(full, parameter.data)
+                found.folded[full] = fold.divided(name, before, s).to(parameter.dtype)
+    for name, weight in weights.items():
+        if name not in statistics:
+            found.weights[name] = nearest(weight, scheme)
+            found.plain[name] = "no token of the calibration reached it"
+            continue
+        found.weights[name] = awq_round(
+            weight, statistics[name], scheme, settings, scales=scales.get(name)
+        )
+        if name not in scales:
+            found.plain[name] = "clipped only: no module before it takes the inverse of the scales"
+    return found
+
+
+def _check_unpatched(what: str, model: nn.Module) -> None:
+    if PATCH in vars(model):  # it may compute with merged copies of its weights
+        raise UserError(f"{what}: the model is patched; call llmfast.unpatch(model) first")
+
+
+def _check_model(
+    model: PreTrainedModel, prefix: str, layers: nn.ModuleList, scheme: Scheme
+) -> None:
+    _check_unpatched("quantize", model)
+    if model.training:
+        raise UserError("quantize: the model is in training mode; call model.eval() first")
+    for index, layer in enumerate(layers):
+        for name, part in linears(layer).items():
+            full = f"{prefix}.{index}.{name}"
+            try:
+                scheme.group(part.in_features)
+            except ValueError as error:
+                raise UserError(f"quantize: {full}: {error}") from None
+            if part.weight.is_meta:
+                raise UserError(f"quantize: {full}: the weight has no values (meta device)")
+            if not bool(part.weight.isfinite().all()):
+                raise UserError(f"quantize: {full}: the weight holds infinity or NaN")
+
+
+def _sequences(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    calibration: torch.Tensor | None,
+    method: str,
+    window: int,
+) -> torch.Tensor:
+    """The calibration as ``[sequences, tokens]``, checked."""
+    if calibration is None:
+        raise UserError(f"quantize: {method} needs a calibration text; got none")
+    ids = calibration
+    if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UserError(
+            "quantize: calibration must be integers [sequences, tokens] or [tokens]; got shape"
+            f" {tuple(ids.shape)} of {ids.dtype}"
+        )
+    if ids.ndim == 1:
+        if window < 1:
+            raise UserError(f"quantize: window must be at least 1 token; got {window}")
+        ids = ids[: len(ids) // window * window].view(-1, window)
+    widest = max(part.in_features for layer in layers for part in linears(layer).values())
+    if ids.numel() < widest:
+        raise UserError(
+            f"quantize: calibration too short: {method} needs {widest} tokens, as many as the"
+            f" widest layer has inputs; got {ids.numel()} in sequences of {ids.shape[1]}"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(
+            f"quantize: sequences must be at most the model's context of {longest} tokens; got"
+            f" {ids.shape[1]}"
+        )
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise UserError(
+            f"quantize: calibration ids must be from 0 to {vocab - 1}; got {int(ids.min())} to"
+            f" {int(ids.max())}"
+        )
+    return ids.long()

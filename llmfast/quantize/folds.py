@@ -1,0 +1,152 @@
+"""Where the inputs of linear layers can be divided by factors at no cost, found by trying.
+
+AWQ multiplies the columns of a weight by factors and divides the inputs by them. The division is
+free where the inputs come from a norm (its weight is divided) or, with nothing but products in
+between, from another linear layer (its rows are divided). What is a norm or such a layer is guessed
+from shapes and proved: random factors, powers of two, must leave the decoder layer's output as it
+was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .decoder import Call, linears, run_layer
+
+MAX_ERROR = 1e-3  # relative, of float32 output; a wrong guess is wrong by a tenth and more
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Linear layers with one input, and the module that makes it. Names are within the layer."""
+
+    consumers: tuple[str, ...]
+    producer: str
+    unit_offset: bool = False  # a norm that multiplies with 1 + weight
+    row: torch.Tensor | None = None  # int64 [k], the producer's row of each input; None: a norm
+
+    def factors_of_rows(self, s: torch.Tensor) -> torch.Tensor:
+        """The producer's factors from those of the inputs, ``[k]`` to ``[rows]``."""
+        if self.row is None:
+            return s
+        rows = int(self.row.max()) + 1
+        return s.new_ones(rows).scatter_(0, self.row, s)
+
+    def divided(self, parameter: str, value: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """A parameter of the producer with its rows divided, in float32."""
+        by = self.factors_of_rows(s)
+        offset = 1.0 if self.unit_offset and parameter == "weight" else 0.0
+        return (value.float() + offset) / by.view(-1, *[1] * (value.ndim - 1)) - offset
+
+
+@torch.no_grad()
+def find_folds(layer: nn.Module, hidden: torch.Tensor, call: Call) -> list[Fold]:
+    """The folds of ``layer``, in the order in which their consumers are called.
+
+    Args:
+        layer: a decoder layer; not changed, a float32 copy is tried.
+        hidden: ``[batch, tokens, width]``, what to try it on.
+        call: the layer's other arguments for as many tokens.
+    """
+    twin = copy.deepcopy(layer).float()
+    hidden, call = hidden.float(), call.to(torch.float32)
+    groups, outputs, right = _watch(twin, hidden, call)
+    folds = []
+    for x, consumers in groups:
+        for fold in _candidates(twin, x, consumers, outputs):
+            if _holds(twin, fold, hidden, call, right):
+                folds.append(fold)
+                break
+    return folds
+
+
+def _watch(
+    layer: nn.Module, hidden: torch.Tensor, call: Call
+) -> tuple[list[tuple[torch.Tensor, list[str]]], dict[str, torch.Tensor], torch.Tensor]:
+    """The inputs of linear layers, each with who has it; outputs by name; the layer's output."""
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+    outputs: dict[str, torch.Tensor] = {}
+    names = {module: name for name, module in layer.named_modules() if module is not layer}
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            outputs[names[module]] = output
+        if type(module) is nn.Linear:
+            for x, consumers in groups:
+                if x is args[0]:
+                    consumers.append(names[module])
+                    return
+            groups.append((args[0], [names[module]]))
+
+    handles = [module.register_forward_hook(after) for module in names]
+    try:
+        right = run_layer(layer, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups, outputs, right
+
+
+def _candidates(
+    layer: nn.Module, x: torch.Tensor, consumers: list[str], outputs: dict[str, torch.Tensor]
+) -> Iterator[Fold]:
+    k = x.shape[-1]
+    modules = dict(layer.named_modules())
+    names = tuple(consumers)
+    for name, output in outputs.items():
+        parameters = dict(modules[name].named_parameters())
+        if (
+            output is x
+            and "weight" in parameters
+            and parameters.keys() <= {"weight", "bias"}
+            and all(value.shape == (k,) for value in parameters.values())
+        ):
+            yield Fold(names, name)
+            yield Fold(names, name, unit_offset=True)
+    heads = {getattr(module, "head_dim", None) for module in modules.values()}
+    for name, part in linears(layer).items():
+        rows = part.out_features
+        if name in consumers or name not in outputs or k % rows:
+            continue
+        column = torch.arange(k, device=x.device)
+        if rows == k:
+            yield Fold(names, name, row=column)
+            continue
+        for size in sorted(head for head in heads if isinstance(head, int)):
+            if rows % size == 0:  # several heads read one head of values
+                head = column // size // (k // rows)
+                yield Fold(names, name, row=head * size + column % size)
+
+
+def _holds(
+    layer: nn.Module, fold: Fold, hidden: torch.Tensor, call: Call, right: torch.Tensor
+) -> bool:
+    """Whether dividing and multiplying by random factors leaves the layer's output as it is."""
+    modules = dict(layer.named_modules())
+    k = modules[fold.consumers[0]].in_features
+    generator = torch.Generator().manual_seed(0)
+    s = 2.0 ** torch.randint(-2, 3, (k,), generator=generator).to(hidden.device)
+    if fold.row is not None:
+        s = fold.factors_of_rows(s)[fold.row]
+    changed: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for name, parameter in modules[fold.producer].named_parameters():
+        changed.append((parameter, parameter.data))
+        parameter.data = fold.divided(name, parameter.data, s)
+    for consumer in fold.consumers:
+        weight = modules[consumer].weight
+        changed.append((weight, weight.data))
+        weight.data = weight.data * s
+    try:
+        error = run_layer(layer, hidden, call) - right
+    finally:
+        for parameter, value in changed:
+            parameter.data = value
+    # the residual stream may be far larger than what the layer adds to it
+    added = (right - hidden).norm()
+    return bool(error.norm() <= MAX_ERROR * added)

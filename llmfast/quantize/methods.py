@@ -1,0 +1,424 @@
+"""How codes and scales are found: rounding to nearest, GPTQ, AWQ.
+
+Every function is of a weight, of what is known about the layer's inputs, and of settings; none
+knows models. Statistics come from :class:`InputStatistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import UserError
+from .weights import FLOATS, QuantizedWeight, check_bits, check_group_size
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a weight is rounded to.
+
+    Args:
+        bits: 4 or 8.
+        group_size: inputs that share a scale: 32, 64 or 128; None: all of them.
+        symmetric: the zero point is the middle of the codes; else one is found for each group.
+        scale_dtype: what scales are stored in; they are rounded to it before codes are found.
+
+    Raises:
+        ValueError: bits that are not 4 or 8, or a scale_dtype that scales cannot have.
+    """
+
+    bits: int = 4
+    group_size: int | None = 64
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        check_bits("Scheme", self.bits)
+        if self.scale_dtype not in FLOATS:
+            raise ValueError(
+                f"Scheme: scale_dtype must be float16, bfloat16 or float32; got {self.scale_dtype}"
+            )
+
+    def group(self, k: int) -> int:
+        """The group size for a weight of ``k`` inputs.
+
+        Raises:
+            ValueError: it does not divide k.
+        """
+        size = k if self.group_size is None else self.group_size
+        check_group_size("Scheme", size, k)
+        return size
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """How GPTQ goes through the columns.
+
+    Args:
+        damping: added to the Hessian's diagonal, as a share of its mean; more than 0.
+        act_order: columns with large inputs first, so that the others can make up for them.
+        static_groups: with act_order: groups of neighbours, whose scales are found before any
+            column is rounded. No ``g_idx`` is needed then. Else groups follow the order.
+        block: columns whose corrections are gathered before the rest of the weight is updated.
+
+    Raises:
+        ValueError: damping or block out of range.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"GptqSettings: damping must be more than 0; got {self.damping}")
+        if self.block < 1:
+            raise ValueError(f"GptqSettings: block must be at least 1; got {self.block}")
+
+
+@dataclass(frozen=True)
+class AwqSettings:
+    """What AWQ tries.
+
+    Args:
+        alphas: exponents of the inputs' magnitudes; 0 leaves the weight as it is.
+        clips: shares of a group's range to which its weights are clipped; 1 clips none.
+    """
+
+    alphas: Sequence[float] = field(default_factory=lambda: tuple(i / 10 for i in range(10)))
+    clips: Sequence[float] = field(default_factory=lambda: tuple(1 - i / 20 for i in range(10)))
+
+
+class InputStatistics:
+    """What calibration says about the inputs of a linear layer: sums over tokens.
+
+    ``gram``: float32 ``[k, k]``, the mean of x x^T (half of GPTQ's Hessian). ``magnitude``:
+    float32 ``[k]``, the mean of |x|. Both are zero before the first token.
+    """
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self._gram = torch.zeros(k, k, device=device)
+        self._magnitude = torch.zeros(k, device=device)
+
+    @torch.no_grad()
+    def add(self, x: torch.Tensor) -> None:
+        """Count the rows of ``x [..., k]`` in. Any floating dtype; the sums are float32."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self._gram.addmm_(rows.T, rows)
+        self._magnitude += rows.abs().sum(0)
+        self.tokens += len(rows)
+
+    @property
+    def gram(self) -> torch.Tensor:
+        return self._gram / max(self.tokens, 1)
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        return self._magnitude / max(self.tokens, 1)
+
+
+def nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Round each weight ``[n, k]`` to the nearest code; scales from each group's extremes.
+
+    Symmetric: the largest magnitude stands half a step beyond the last code. With zero points:
+    the range from the least to the largest weight, zero included, is cut into ``2 ** bits - 1``
+    steps. No weight is then further than about half a step from its code.
+
+    Raises:
+        UserError: a weight that is not finite, or scales too large for their dtype.
+        ValueError: the group size does not divide k.
+    """
+    w = _check_weight("nearest", weight)
+    n, k = w.shape
+    size = scheme.group(k)
+    grouped = w.view(n, k // size, size)
+    scales, zeros = _find_scales(grouped, scheme)
+    codes = _round(grouped, scales[..., None], zeros[..., None], scheme.bits)
+    return _pack(codes.view(n, k), scales, zeros, size, scheme)
+
+
+def gptq(
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    scheme: Scheme,
+    settings: GptqSettings | None = None,
+) -> QuantizedWeight:
+    """Round ``weight [n, k]`` column by column, each error made up for by the columns to come.
+
+    With the Hessian H = 2 X^T X of the layer's squared output error and U the upper Cholesky factor
+    of its inverse, column j's error (w_j - q_j) / U_jj times row j of U is taken from the columns
+    after j. The factor is found in float64. Inputs that were never seen are rounded to nearest.
+
+    Raises:
+        UserError: a weight or a statistic that is not finite, scales too large for their dtype, or
+            no tokens.
+        ValueError: the group size does not divide k, or statistics of another width.
+
+    Paper: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1.
+    """
+    settings = settings or GptqSettings()
+    w = _check_weight("gptq", weight).clone()
+    n, k = w.shape
+    size = scheme.group(k)
+    _check_statistics("gptq", statistics, k)
+    hessian = statistics.gram.to(w.device, torch.float64)
+    seen = hessian.diagonal() > 0
+    hessian.diagonal()[~seen] = hessian.diagonal()[seen].mean() if bool(seen.any()) else 1.0
+
+    order = torch.arange(k, device=w.device)
+    if settings.act_order:
+        order = torch.argsort(hessian.diagonal() * seen, descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], settings.damping).float()
+
+    group_of = torch.arange(k, device=w.device) // size  # of the column at each place of the order
+    scales = w.new_zeros(n, k // size)
+    zeros = w.new_zeros(n, k // size)
+    static = settings.act_order and settings.static_groups
+    if static:
+        scales, zeros = _find_scales(w.view(n, k // size, size), scheme)
+        group_of = group_of[order]
+
+    group_at: list[int] = group_of.tolist()  # as Python numbers: no wait for a GPU in the loop
+
+    w = w[:, order]
+    codes = torch.empty_like(w)
+    for start in range(0, k, settings.block):
+        end = min(start + settings.block, k)
+        errors = w.new_empty(n, end - start)
+        for j in range(start, end):
+            if not static and j % size == 0:
+                # columns of this group that lie beyond the block lack its corrections so far
+                ahead = w[:, j : j + size].clone()
+                if j + size > end:
+                    ahead[:, end - j :] -= errors[:, : j - start] @ factor[start:j, end : j + size]
+                scales[:, j // size], zeros[:, j // size] = _find_scales(ahead, scheme)
+            scale, zero = scales[:, group_at[j]], zeros[:, group_at[j]]
+            codes[:, j] = _round(w[:, j], scale, zero, scheme.bits)
+            rounded = (codes[:, j] - zero) * scale
+            errors[:, j - start] = (w[:, j] - rounded) / factor[j, j]
+            w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
+        w[:, end:] -= errors @ factor[start:end, end:]
+
+    inverse = torch.argsort(order)
+    g_idx = None
+    if settings.act_order and not static and size < k:
+        g_idx = group_of[inverse].to(torch.int32)
+    return _pack(codes[:, inverse], scales, zeros, size, scheme, g_idx)
+
+
+def awq_scales(
+    weights: Sequence[torch.Tensor],
+    statistics: InputStatistics,
+    scheme: Scheme,
+    settings: AwqSettings | None = None,
+    *,
+    shared: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The factor for each input of layers that share it, by which their weights are multiplied.
+
+    Weights whose inputs are large get more of the codes: s = magnitude ** alpha, brought to the
+    geometric mean of its extremes. Of the alphas tried the one is taken whose rounded weights give
+    the least squared error of the layers' outputs on the calibration, tr(D G D^T) with the weights'
+    errors D and the mean G of x x^T. The caller divides the inputs by s.
+
+    Args:
+        weights: matrices ``[n_i, k]`` of layers with one input.
+        statistics: of that input.
+        scheme: what the weights will be rounded to.
+        settings: the alphas.
+        shared: int64 ``[k]``; inputs with the same number must have the same factor. None: each its
+            own.
+
+    Returns:
+        float32 ``[k]``, more than 0; all ones if no alpha is better than plain rounding.
+
+    Raises:
+        UserError: a weight or statistic that is not finite, or no tokens.
+        ValueError: the group size does not divide k, or statistics of another width.
+
+    Paper: Lin et al., AWQ, arXiv:2306.00978, section 3.2.
+    """
+    settings = settings or AwqSettings()
+    checked = [_check_weight("awq", weight) for weight in weights]
+    k = checked[0].shape[1]
+    scheme.group(k)
+    _check_statistics("awq", statistics, k)
+    device = checked[0].device
+    magnitude = statistics.magnitude.to(device)
+    if shared is not None:
+        count = torch.bincount(shared).to(magnitude)
+        magnitude = (torch.zeros_like(count).index_add_(0, shared, magnitude) / count)[shared]
+    gram = statistics.gram.to(device)
+    w = torch.cat(checked)
+    # rows are rounded each by itself, so the layers can be tried as one
+    best, least = torch.ones(k, device=device), _output_error(w, nearest(w, scheme), gram)
+    for alpha in settings.alphas:
+        s = magnitude.clamp(min=1e-4) ** alpha
+        s /= (s.max() * s.min()).sqrt()
+        rounded = nearest(w * s, scheme).dequantize() / s
+        error = _squared_error(w - rounded, gram)
+        if error < least:
+            best, least = s, error
+    return best
+
+
+def awq_round(
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    scheme: Scheme,
+    settings: AwqSettings | None = None,
+    *,
+    scales: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Round ``weight [n, k]`` to nearest, each group clipped to the range that serves it best.
+
+    Of the clips tried each group takes the one with the least squared error of its own part of the
+    layer's output on the calibration.
+
+    Args:
+        weight: already multiplied by ``scales``.
+        statistics: of the inputs before they are divided by ``scales``.
+        scheme: what to round to.
+        settings: the clips.
+        scales: what :func:`awq_scales` found, ``[k]``; None: ones.
+
+    Raises:
+        UserError: a weight or statistic that is not finite, or no tokens.
+        ValueError: the group size does not divide k, or statistics of another width.
+    """
+    settings = settings or AwqSettings()
+    w = _check_weight("awq", weight)
+    n, k = w.shape
+    size = scheme.group(k)
+    _check_statistics("awq", statistics, k)
+    gram = statistics.gram.to(w.device)
+    if scales is not None:
+        gram = gram / torch.outer(scales, scales)
+    # of each group with itself: [groups, size, size]
+    gram = gram.view(k // size, size, k // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    groups = w.view(n, k // size, size)
+    best, zeros = _find_scales(groups, scheme)
+    least = _group_errors(groups, best, zeros, gram, scheme)
+    for clip in settings.clips:
+        tried, tried_zeros = _find_scales(groups * clip, scheme)
+        error = _group_errors(groups, tried, tried_zeros, gram, scheme)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, tried, best)
+        zeros = torch.where(better, tried_zeros, zeros)
+    codes = _round(groups, best[..., None], zeros[..., None], scheme.bits)
+    return _pack(codes.view(n, k), best, zeros, size, scheme)
+
+
+def _group_errors(
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    gram: torch.Tensor,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """The squared error ``[n, groups]`` of each group's part of the output."""
+    scales, zeros = scales[..., None], zeros[..., None]
+    error = (_round(groups, scales, zeros, scheme.bits) - zeros) * scales - groups
+    error = error.transpose(0, 1)  # [groups, n, size]
+    return ((error @ gram) * error).sum(-1).T
+
+
+def _output_error(w: torch.Tensor, q: QuantizedWeight, gram: torch.Tensor) -> float:
+    return _squared_error(w - q.dequantize(), gram)
+
+
+def _squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:
+    return float(((error @ gram) * error).sum(dtype=torch.float64))
+
+
+def _find_scales(groups: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales (rounded to their dtype) and zero points of groups ``[..., size]``, in float32."""
+    steps = 2**scheme.bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scales = (high - low) / steps
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))  # a group of zeros
+    scales = scales.clamp(min=_least(scheme.scale_dtype)).to(scheme.scale_dtype).float()
+    if not bool(scales.isfinite().all()):
+        raise UserError(f"weights are too large for scales of {scheme.scale_dtype}")
+    if scheme.symmetric:
+        return scales, torch.full_like(scales, 2 ** (scheme.bits - 1))
+    return scales, (-low / scales).round().clamp(0, steps)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The least positive number of a scale: normal, so that rounding it loses no bits."""
+    return float(torch.finfo(dtype).tiny)
+
+
+def _round(w: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    return (w / scales + zeros).round().clamp(0, 2**bits - 1)
+
+
+def _pack(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group_size: int,
+    scheme: Scheme,
+    g_idx: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    return QuantizedWeight(
+        codes=codes.to(torch.uint8),
+        bits=scheme.bits,
+        group_size=group_size,
+        scales=scales.to(scheme.scale_dtype),
+        zeros=None if scheme.symmetric else zeros.to(torch.uint8),
+        g_idx=g_idx,
+    )
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper U with U^T U = (H + damping)^-1, with ten times the damping until H can be factored."""
+    mean = hessian.diagonal().mean()
+    for share in _growing(damping):
+        damped = hessian.clone()
+        damped.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            continue
+        upper: torch.Tensor
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            return upper
+    raise UserError("gptq: the inputs' Hessian cannot be inverted, whatever the damping")
+
+
+def _growing(damping: float) -> Iterator[float]:
+    while damping <= 1:
+        yield damping
+        damping *= 10
+    yield damping
+
+
+def _check_weight(what: str, weight: torch.Tensor) -> torch.Tensor:
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{what}: weight must be a matrix [n, k] that is not empty; got {tuple(weight.shape)}"
+        )
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"{what}: the weight holds infinity or NaN")
+    return weight.detach().float()
+
+
+def _check_statistics(what: str, statistics: InputStatistics, k: int) -> None:
+    if statistics.tokens == 0:
+        raise UserError(f"{what}: no token of the calibration reached this layer")
+    if len(statistics.magnitude) != k:
+        raise ValueError(
+            f"{what}: statistics must be of {k} inputs; got {len(statistics.magnitude)}"
+        )
+    if not bool(statistics.gram.isfinite().all()):
+        raise UserError(f"{what}: the calibration's activations hold infinity or NaN")

@@ -1,0 +1,206 @@
+"""One form for every quantized weight: codes, and what turns them back into numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The weight ``[n, k]`` of a linear layer (n outputs, k inputs) in unsigned codes.
+
+        w[i, j] = scales[i, g] * (codes[i, j] - zeros[i, g])       symmetric, or zero points
+        w[i, j] = scales[i, g] * codes[i, j] + minima[i, g]        float minima
+
+    g is the group of input j: ``g_idx[j]`` if there is one, else ``j // group_size``. Symmetric
+    means ``zeros`` and ``minima`` are None; the zero point is then ``2 ** (bits - 1)``.
+
+    Args:
+        codes: uint8 ``[n, k]``, each less than ``2 ** bits``.
+        bits: 4 or 8.
+        group_size: inputs that share a scale: 32, 64, 128, or k (one scale for each output).
+        scales: float16, bfloat16 or float32 ``[n, k / group_size]``, finite; may be negative.
+        zeros: uint8 ``[n, k / group_size]``, each less than ``2 ** bits``; or None.
+        minima: of the scales' shape and dtype, finite; or None. Not together with zeros.
+        g_idx: int32 ``[k]``, the group of each input, group_size of them in every group; or None
+            for groups of neighbours. GPTQ's act-order makes it.
+
+    Raises:
+        TypeError: a dtype that is not listed above.
+        ValueError: bits, group size, a shape, a value or a device that breaks the contract.
+    """
+
+    codes: torch.Tensor
+    bits: int
+    group_size: int
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, k)``: outputs and inputs of the layer."""
+        n, k = self.codes.shape
+        return n, k
+
+    @property
+    def groups(self) -> int:
+        """How many groups an output has."""
+        return self.scales.shape[1]
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zeros is None and self.minima is None
+
+    def group_of_input(self) -> torch.Tensor:
+        """The group of each input, int64 ``[k]``, on the codes' device."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        return torch.arange(self.shape[1], device=self.codes.device) // self.group_size
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``[n, k]``: computed in float64 for float64, else in float32 and rounded once.
+
+        Raises:
+            TypeError: dtype is not a floating type.
+        """
+        if not dtype.is_floating_point:
+            raise TypeError(f"dequantize: dtype must be a floating type; got {dtype}")
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        group = self.group_of_input()
+        w = self.codes.to(compute)
+        scales = self.scales.to(compute)[:, group]
+        if self.minima is not None:
+            return w.mul_(scales).add_(self.minima.to(compute)[:, group]).to(dtype)
+        if self.zeros is not None:
+            w -= self.zeros.to(compute)[:, group]
+        else:
+            w -= 2 ** (self.bits - 1)
+        return w.mul_(scales).to(dtype)
+
+    def rows(self, index: torch.Tensor) -> QuantizedWeight:
+        """The outputs ``index`` (int64) in that order, as a weight of its own."""
+
+        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return QuantizedWeight(
+            codes=self.codes[index],
+            bits=self.bits,
+            group_size=self.group_size,
+            scales=self.scales[index],
+            zeros=pick(self.zeros),
+            minima=pick(self.minima),
+            g_idx=self.g_idx,
+        )
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight on ``device``."""
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return QuantizedWeight(
+            codes=self.codes.to(device),
+            bits=self.bits,
+            group_size=self.group_size,
+            scales=self.scales.to(device),
+            zeros=move(self.zeros),
+            minima=move(self.minima),
+            g_idx=move(self.g_idx),
+        )
+
+
+def check_bits(what: str, bits: int) -> None:
+    """Raise ValueError unless ``bits`` is a number of bits that a code may have."""
+    if bits not in BITS:
+        raise ValueError(f"{what}: bits must be 4 or 8; got {bits}")
+
+
+def check_group_size(what: str, group_size: int, k: int) -> None:
+    """Raise ValueError unless ``k`` inputs can be cut into groups of ``group_size``."""
+    if group_size not in GROUP_SIZES and group_size != k:
+        raise ValueError(
+            f"{what}: group_size must be 32, 64, 128 or all {k} inputs; got {group_size}"
+        )
+    if k % group_size:
+        raise ValueError(f"{what}: group_size {group_size} does not divide the {k} inputs")
+
+
+def _check(w: QuantizedWeight) -> None:
+    what = "QuantizedWeight"
+    check_bits(what, w.bits)
+    if w.scales is None:
+        raise ValueError(f"{what}: scales are missing")
+    if w.codes.dtype != torch.uint8:
+        raise TypeError(f"{what}: codes must be uint8; got {w.codes.dtype}")
+    if w.codes.ndim != 2 or 0 in w.codes.shape:
+        raise ValueError(
+            f"{what}: codes must be a matrix [n, k] that is not empty; got {_size(w.codes)}"
+        )
+    n, k = w.codes.shape
+    check_group_size(what, w.group_size, k)
+    if w.scales.dtype not in FLOATS:
+        raise TypeError(
+            f"{what}: scales must be float16, bfloat16 or float32; got {w.scales.dtype}"
+        )
+    if w.zeros is not None and w.minima is not None:
+        raise ValueError(f"{what}: zeros and minima exclude each other; got both")
+    if w.zeros is not None and w.zeros.dtype != torch.uint8:
+        raise TypeError(f"{what}: zeros must be uint8; got {w.zeros.dtype}")
+    if w.minima is not None and w.minima.dtype != w.scales.dtype:
+        raise TypeError(
+            f"{what}: minima must have the scales' dtype {w.scales.dtype}; got {w.minima.dtype}"
+        )
+    wanted = (n, k // w.group_size)
+    for name, tensor in (("scales", w.scales), ("zeros", w.zeros), ("minima", w.minima)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{what}: {name} must have shape {wanted}, [n, k / group_size]; got {_size(tensor)}"
+            )
+        if tensor.device != w.codes.device:
+            raise ValueError(
+                f"{what}: {name} must be on the codes' device {w.codes.device}; got {tensor.device}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what}: {name} must be finite; got infinity or NaN")
+    for name, tensor in (("codes", w.codes), ("zeros", w.zeros)):
+        if tensor is not None and int(tensor.max()) >= 2**w.bits:
+            raise ValueError(
+                f"{what}: {name} of {w.bits} bits must be less than {2**w.bits}; got"
+                f" {int(tensor.max())}"
+            )
+    if w.g_idx is not None:
+        _check_g_idx(w.g_idx, w.group_size, k, w.codes.device)
+
+
+def _check_g_idx(g_idx: torch.Tensor, group_size: int, k: int, device: torch.device) -> None:
+    what = "QuantizedWeight"
+    if g_idx.dtype != torch.int32:
+        raise TypeError(f"{what}: g_idx must be int32; got {g_idx.dtype}")
+    if tuple(g_idx.shape) != (k,):
+        raise ValueError(f"{what}: g_idx must have shape ({k},); got {_size(g_idx)}")
+    if g_idx.device != device:
+        raise ValueError(f"{what}: g_idx must be on the codes' device {device}; got {g_idx.device}")
+    groups = k // group_size
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise ValueError(f"{what}: g_idx must be from 0 to {groups - 1}; got {low} to {high}")
+    if bool((torch.bincount(g_idx.long(), minlength=groups) != group_size).any()):
+        raise ValueError(f"{what}: g_idx must put {group_size} inputs into each of {groups} groups")
+
+
+def _size(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
