@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmfast.quantize.weights import QuantizedWeight
+from llmfast.quantization.weights import QuantizedWeight
 
 
 def make(**changes):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmfast.model.embedded import INSTALL, embedded_model_path
 from llmfast.model.gguf_file import GgufFile
-from llmfast.quantize.formats import (
+from llmfast.quantization.formats import (
     from_awq,
     from_compressed_tensors,
     from_gguf,
@@ -21,7 +21,7 @@ from llmfast.quantize.formats import (
     to_gguf,
     to_gptq,
 )
-from llmfast.quantize.weights import QuantizedWeight
+from llmfast.quantization.weights import QuantizedWeight
 
 SIZES = st.sampled_from([32, 64, 128, None])
 

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 import llmfast
 import tiny_models
 from llmfast.errors import UserError
-from llmfast.quantize.decoder import capture, decoder_layers, gathering, linears, run_layer
-from llmfast.quantize.driver import quantize, simulate
-from llmfast.quantize.folds import find_folds
-from llmfast.quantize.methods import GptqSettings, Scheme, gptq, nearest
+from llmfast.quantization.decoder import capture, decoder_layers, gathering, linears, run_layer
+from llmfast.quantization.driver import quantize, simulate
+from llmfast.quantization.folds import find_folds
+from llmfast.quantization.methods import GptqSettings, Scheme, gptq, nearest
 
 METHODS = ["nearest", "gptq", "awq"]
 IDS = tiny_models.tokens(8, 64)

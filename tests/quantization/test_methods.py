@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmfast.errors import UserError
-from llmfast.quantize.methods import (
+from llmfast.quantization.methods import (
     AwqSettings,
     GptqSettings,
     InputStatistics,
