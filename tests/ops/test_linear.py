@@ -280,6 +280,12 @@ ONES = partial(torch.ones, dtype=torch.float32)
         ((ONES(2, 4), ONES(3, 4), ONES(4)), {}, ValueError, r"bias must be \(3,\).*\(4,\)"),
         ((ONES(2, 4), ONES(3, 4)), {"residual": ONES(3)}, ValueError, r"residual must be \(2, 3\)"),
         ((ONES(2, 4), ONES(3, 4, requires_grad=True)), {}, RuntimeError, "no backward"),
+        (
+            (ONES(2, 4), ONES(3, 4)),
+            {"residual": ONES(2, 3, requires_grad=True)},
+            RuntimeError,
+            "no backward",
+        ),
     ],
 )
 def test_bad_arguments_are_named(args, more, error, says):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .int4_layout import CHUNK
-from .op import check_like
+from .op import check_like, check_no_grad
 from .reference import int4_linear_reference
 
 GROUP_SIZES = (32, 64, 128)  # or all columns
@@ -74,10 +74,7 @@ def int4_linear(
         check_like(op, "bias", bias, (n,), x)
     if residual is not None:
         check_like(op, "residual", residual, (*x.shape[:-1], n), x)
-    if torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, scales, bias, residual) if t is not None
-    ):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
+    check_no_grad(op, x, scales, bias, residual)
     run = int4_linear_reference
     if x.is_cuda:
         from .int4_kernel import launch_int4_linear  # imports Triton

@@ -43,6 +43,7 @@ def dense_linear(
     _check("dense_linear", x, weight, bias)
     if residual is not None:
         check_like("dense_linear", "residual", residual, (*x.shape[:-1], len(weight)), x)
+    check_no_grad("dense_linear", x, weight, bias, residual)
     if not x.is_cuda:
         return dense_linear_reference(x, weight, bias, residual=residual)
     from .kernel import launch_dense_linear  # imports Triton, which a machine without CUDA may lack
@@ -89,6 +90,7 @@ def gated_linear(
         raise ValueError(
             f"gated_linear: activation must be {', '.join(ACTIVATIONS)}; got {activation!r}"
         )
+    check_no_grad("gated_linear", x, weight, bias)
     if not x.is_cuda:
         return gated_linear_reference(x, weight, bias, activation=activation)
     from .kernel import launch_gated_linear
@@ -113,8 +115,6 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     check_like(op, "weight", weight, tuple(weight.shape), x)
     if bias is not None:
         check_like(op, "bias", bias, (len(weight),), x)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
 
 
 def check_like(
@@ -134,3 +134,9 @@ def check_like(
             f"{op}: {name} must be {shape}, contiguous, on {x.device}; got {tuple(tensor.shape)} "
             f"with strides {tensor.stride()} on {tensor.device}"
         )
+
+
+def check_no_grad(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise if one of the tensors wants a gradient: there is no backward."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
