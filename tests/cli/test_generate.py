@@ -108,13 +108,26 @@ def run(*args):
     return CliRunner().invoke(app, [str(a) for a in args])
 
 
-def start(*args):
-    """The program in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmfast", *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+@pytest.fixture
+def start():
+    """A function: the program in a process of its own, which does not outlive the test."""
+    processes = []
+
+    def start(*args):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmfast", *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # a shell's background jobs have Ctrl-C ignored, and hand that down
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def assert_refused(result, *words):
@@ -142,7 +155,7 @@ def own_answer(tiny, prompt, **settings):
 
 
 @needs_embedded
-def test_the_embedded_model_answers_paris_and_nothing_else():
+def test_the_embedded_model_answers_paris_and_nothing_else(start):
     process = start("generate", "What is the capital of France?")
     out, err = process.communicate(timeout=120)
     assert out.decode() == "The capital of France is Paris.\n"
@@ -349,7 +362,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_answer():
     assert max(lengths) <= 2
 
 
-def test_a_closed_pipe_ends_quietly(endless):
+def test_a_closed_pipe_ends_quietly(endless, start):
     process = start("generate", PROMPT, "--model", endless, "--max-tokens", 90_000)
     assert process.stdout.read(1)
     process.stdout.close()
@@ -360,7 +373,7 @@ def test_a_closed_pipe_ends_quietly(endless):
     assert process.returncode == ui.CLOSED_PIPE
 
 
-def test_ctrl_c_ends_with_what_was_written(endless):
+def test_ctrl_c_ends_with_what_was_written(endless, start):
     process = start("generate", PROMPT, "--model", endless, "--max-tokens", 90_000)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -558,7 +571,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 # --- the program
 
 
-def test_a_process_ends_with_code_2_and_one_line():
+def test_a_process_ends_with_code_2_and_one_line(start):
     process = start("generate", "x", "--max-tokens", 0)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, b"")
