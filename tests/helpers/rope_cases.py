@@ -7,7 +7,6 @@ import torch
 
 MAX_POSITIONS = 50
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BAND = 4096  # elements on either side of a tensor under guard; more than any program's overhang
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 needs_cuda = partial(pytest.mark.skipif, not torch.cuda.is_available())

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
+from guards import GuardedEmpty, guarded
 from llmfast_kernels.activation import gelu_mul, gelu_tanh_mul, kernel, reference, silu_mul
 from llmfast_kernels.activation.kernel import choose_launch
 
@@ -19,7 +20,6 @@ TRANSFORMERS = {"silu_mul": "silu", "gelu_tanh_mul": "gelu_pytorch_tanh", "gelu_
 SHAPES = [(1, 1), (3, 7), (2, 3, 100), (2, 1023), (1, 1024), (3, 1031), (2, 2049), (0, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["apart", "views", "merged"]
-BAND = 4096  # elements on either side of a tensor under guard; more than any program's overhang
 
 each_op = pytest.mark.parametrize("op", OPS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -177,36 +177,21 @@ def test_far_from_zero_nothing_becomes_nan(op, dtype, device):
 @each_op
 @each_layout
 def test_nothing_outside_the_tensors_is_read_or_written(op, layout, device, monkeypatch):
-    def guarded(values, band):
-        buffer = torch.full((values.numel() + 2 * BAND,), band, dtype=values.dtype, device=device)
-        inner = buffer[BAND:-BAND].view(values.shape)
-        inner.copy_(values)
-        return buffer, inner
-
-    outputs = []
-
-    def guarded_empty(shape, dtype, device):
-        nans = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        buffer, inner = guarded(nans, band=7.0)
-        outputs.append(buffer)
-        return inner
-
+    empty = GuardedEmpty()
     shape = (3, 1031)
     gate, up = make(shape, torch.float16, device)
     expected = REFERENCE[op](gate, up)
     nan = float("nan")  # a stray read makes NaN
     if layout == "apart":
-        args = tuple(guarded(t, nan)[1] for t in (gate, up))
+        args = tuple(guarded(t, nan)[0] for t in (gate, up))
     else:
-        args = (guarded(torch.cat([gate, up], dim=-1), nan)[1],)
+        args = (guarded(torch.cat([gate, up], dim=-1), nan)[0],)
         args = args[0].chunk(2, dim=-1) if layout == "views" else args
-    monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty", empty)
     got = LAUNCH[op](*args)
 
     assert_same(got, expected, gate, up)
-    (buffer,) = outputs
-    assert buffer.numel() == prod(shape) + 2 * BAND
-    assert (buffer[:BAND] == 7).all() and (buffer[-BAND:] == 7).all()
+    empty.assert_bands_are_whole(prod(shape))
 
 
 @needs_cuda(reason="13 GiB and a GPU's speed: offsets past 2**31 elements")

@@ -1,13 +1,12 @@
 """Linear layers with four-bit weights: the layout, and the kernel against float64."""
 
-from math import prod
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from guards import GuardedEmpty, guarded
 from llmfast_kernels.linear import int4_linear, pack_int4, unpack_int4
 from llmfast_kernels.linear.int4_kernel import (
     MAX_TOKENS,
@@ -19,7 +18,6 @@ from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
 from llmfast_kernels.linear.reference import int4_linear_reference
 
 SMALL = Int4Launch(16, 2, 2)
-BAND = 4096  # elements on either side of a tensor under guard; more than any program's overhang
 # tokens, k, n, group size: odd rows, k on either side of a chunk, groups cut short, all columns
 SHAPES = [
     (1, 128, 16, 128),
@@ -183,32 +181,17 @@ def test_every_code_and_zero_point_is_exact(dtype, device):
 
 
 def test_nothing_outside_the_tensors_is_read_or_written(device, monkeypatch):
-    def guarded(values, band):
-        buffer = torch.full((values.numel() + 2 * BAND,), band, dtype=values.dtype, device=device)
-        inner = buffer[BAND:-BAND].view(values.shape)
-        inner.copy_(values)
-        return buffer, inner
-
-    outputs = []
-
-    def guarded_empty(shape, dtype, device):
-        nans = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        buffer, inner = guarded(nans, band=7.0)
-        outputs.append(buffer)
-        return inner
-
+    empty = GuardedEmpty()
     args = make((3, 200, 33, 64), torch.float16, device)
     reference, exact = int4_linear_reference(**args), in_float64(**args)
     for name, value in args.items():
         if isinstance(value, torch.Tensor):
             # a stray read makes NaN, or numbers that are far off
             band = float("nan") if value.is_floating_point() else 119
-            args[name] = guarded(value, band)[1]
-    monkeypatch.setattr(torch, "empty", guarded_empty)
+            args[name] = guarded(value, band)[0]
+    monkeypatch.setattr(torch, "empty", empty)
     assert_as_good(launch_int4_linear(**args, _launch=SMALL), reference, exact)
-    (buffer,) = outputs
-    assert buffer.numel() == prod(reference.shape) + 2 * BAND
-    assert (buffer[:BAND] == 7).all() and (buffer[-BAND:] == 7).all()
+    empty.assert_bands_are_whole(reference.numel())
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, replace
 from functools import partial
-from math import prod
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import gelu, linear, silu
 
+from guards import GuardedEmpty, guarded
 from llmfast_kernels.linear import dense_linear, gated_linear, kernel
 from llmfast_kernels.linear import launch as launches
 from llmfast_kernels.linear.kernel import launch_dense_linear, launch_gated_linear
@@ -23,7 +23,6 @@ TILES = Launch("tiles", 16, 32, num_warps=2, num_stages=2)
 CUBLAS = Launch("cublas")
 EXTRAS = ["plain", "bias", "residual", "both"]
 ACTIVATIONS = {"silu": silu, "gelu_tanh": partial(gelu, approximate="tanh"), "gelu": gelu}
-BAND = 4096  # elements on either side of a tensor under guard; more than any program's overhang
 # tokens, in_features, out_features: odd, prime, and on either side of a tile's edge
 SHAPES = [(1, 1, 1), (1, 67, 5), (1, 128, 31), (1, 193, 8), (3, 32, 16), (5, 67, 33), (17, 70, 37)]
 
@@ -186,33 +185,19 @@ def test_cublas_s_tier_computes_the_same(device):
 @pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
 @pytest.mark.parametrize("shape", [(1, 67, 5), (3, 67, 33)], ids=str)
 def test_nothing_outside_the_tensors_is_read_or_written(shape, gated, device, monkeypatch):
-    def guarded(values, band):
-        buffer = torch.full((values.numel() + 2 * BAND,), band, dtype=values.dtype, device=device)
-        inner = buffer[BAND:-BAND].view(values.shape)
-        inner.copy_(values)
-        return buffer, inner
-
-    outputs = []
-
-    def guarded_empty(shape, dtype, device):
-        nans = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        buffer, inner = guarded(nans, band=7.0)
-        outputs.append(buffer)
-        return inner
-
+    empty = GuardedEmpty()
     x, weight, more = make(shape, torch.float16, device, gated=gated)
     exact = in_float64(x, weight, **more, activation="silu" if gated else None)
     reference = (gated_linear_reference if gated else dense_linear_reference)(x, weight, **more)
     nan = float("nan")  # a stray read makes NaN
-    x, weight = guarded(x, nan)[1], guarded(weight, nan)[1]
-    more = {name: guarded(t, nan)[1] for name, t in more.items()}
-    monkeypatch.setattr(torch, "empty", guarded_empty)
+    x, weight = guarded(x, nan)[0], guarded(weight, nan)[0]
+    more = {name: guarded(t, nan)[0] for name, t in more.items()}
+    monkeypatch.setattr(torch, "empty", empty)
     for launch in tiers(len(x)):
         run = launch_gated_linear if gated else launch_dense_linear
         assert_as_good(run(x, weight, **more, _launch=launch), reference, exact)
-        buffer = outputs.pop()
-        assert buffer.numel() == prod(reference.shape) + 2 * BAND
-        assert (buffer[:BAND] == 7).all() and (buffer[-BAND:] == 7).all()
+        empty.assert_bands_are_whole(reference.numel())
+        empty.buffers.clear()
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """apply_rope: the reference against the formula and transformers' own, the kernel against it."""
 
 from itertools import product
-from math import prod
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers.models.glm import modeling_glm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
+from guards import GuardedEmpty, guarded
 from llmfast_kernels.rope import apply_rope, kernel
 from llmfast_kernels.rope.kernel import (
     MAX_HEAD_DIM,
@@ -20,7 +20,6 @@ from llmfast_kernels.rope.kernel import (
 )
 from llmfast_kernels.rope.reference import apply_rope_reference
 from rope_cases import (
-    BAND,
     MAX_POSITIONS,
     each_dtype,
     make_tables,
@@ -242,36 +241,19 @@ def test_tokens_change_axis_past_the_grids_limit(device, monkeypatch):
     "shape", [(3, 5, 1, 67, 10), (1, 32, 8, 128, 128), (2, 3, 3, 80, 32)], ids=str
 )
 def test_nothing_outside_the_tensors_is_read_or_written(shape, interleaved, device, monkeypatch):
-    def guarded(values, band):
-        buffer = torch.full((values.numel() + 2 * BAND,), band, dtype=values.dtype, device=device)
-        inner = buffer[BAND:-BAND].view(values.shape)
-        inner.copy_(values)
-        return buffer, inner
-
-    outputs = []
-
-    def guarded_empty(shape, *, dtype, device):
-        nan = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        buffer, inner = guarded(nan, band=7.0)
-        outputs.append(buffer)
-        return inner
-
+    empty = GuardedEmpty()
     *plain, positions = make(shape, torch.float16, device)
     positions[0], positions[-1] = 0, MAX_POSITIONS - 1
     expected = apply_rope_reference(*plain, positions, interleaved=interleaved)
-    args = [guarded(t, band=float("nan"))[1] for t in plain]  # a stray read makes NaN
+    args = [guarded(t, band=float("nan"))[0] for t in plain]  # a stray read makes NaN
     # a stray position is one outside of the tables
-    args.append(guarded(positions, band=MAX_POSITIONS)[1])
-    monkeypatch.setattr(torch, "empty", guarded_empty)
+    args.append(guarded(positions, band=MAX_POSITIONS)[0])
+    monkeypatch.setattr(torch, "empty", empty)
     got = launch_apply_rope(*args, interleaved=interleaved)
 
     assert_same(got, expected)
     tokens, q_heads, kv_heads, head_dim, _ = shape
-    assert [b.numel() for b in outputs] == [
-        prod((tokens, heads, head_dim)) + 2 * BAND for heads in (q_heads, kv_heads)
-    ]
-    for buffer in outputs:
-        assert (buffer[:BAND] == 7).all() and (buffer[-BAND:] == 7).all()
+    empty.assert_bands_are_whole(*(tokens * heads * head_dim for heads in (q_heads, kv_heads)))
 
 
 def test_nan_and_infinity_stay_in_their_pair(device):

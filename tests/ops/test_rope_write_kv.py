@@ -10,6 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from guards import BAND, GuardedEmpty, guarded
 from llmfast_kernels.kv_cache.kernel import launch_write_kv
 from llmfast_kernels.kv_cache.reference import write_kv_reference
 from llmfast_kernels.norm.kernel import launch_rms_norm
@@ -21,7 +22,6 @@ from llmfast_kernels.rope.kernel import (
 )
 from llmfast_kernels.rope.reference import apply_rope_reference, rope_write_kv_reference
 from rope_cases import (
-    BAND,
     DTYPES,
     MAX_POSITIONS,
     each_dtype,
@@ -303,19 +303,7 @@ def test_step_tokens_change_axis_past_the_grids_limit(device, monkeypatch):
 @some_modes
 @pytest.mark.parametrize("step", [STEPS[i] for i in (0, 2, 6)], ids=str)
 def test_step_touches_nothing_outside_its_tensors(step, mode, device, monkeypatch):
-    def guarded(values, band):
-        buffer = torch.full((values.numel() + 2 * BAND,), band, dtype=values.dtype, device=device)
-        inner = buffer[BAND:-BAND].view(values.shape)
-        inner.copy_(values)
-        return buffer, inner
-
-    outputs = []
-
-    def guarded_empty(shape, *, dtype, device):
-        buffer, inner = guarded(torch.full(shape, float("nan"), dtype=dtype, device=device), 7.0)
-        outputs.append(buffer)
-        return inner
-
+    empty = GuardedEmpty()
     args = make_step(step, torch.float16, device, mode)
     expected = fresh_caches(args)
     expected_q = launch_rope_write_kv(**expected)
@@ -326,17 +314,16 @@ def test_step_touches_nothing_outside_its_tensors(step, mode, device, monkeypatc
             continue
         # a stray read makes NaN, or a position or slot outside of what there is
         band = float("nan") if value.is_floating_point() else 10**6
-        args[name] = guarded(value, band)[1]
+        args[name] = guarded(value, band)[0]
     caches = {}
     for name in ("k_cache", "v_cache"):
         whole = canaries((args[name].numel() + 2 * BAND,), torch.float16, device)
         caches[name], args[name] = whole, whole[BAND:-BAND].view(args[name].shape)
-    monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty", empty)
     q = launch_rope_write_kv(**args)
 
     assert same(q, expected_q)
-    assert len(outputs) == 1
-    assert (outputs[0][:BAND] == 7).all() and (outputs[0][-BAND:] == 7).all()
+    empty.assert_bands_are_whole(q.numel())
     for name, whole in caches.items():
         assert same(args[name], expected[name])
         band = canaries((BAND,), torch.float16, device)

@@ -1,0 +1,34 @@
+"""Tensors between bands of a known number: what is read or written beside them shows."""
+
+import torch
+
+BAND = 4096  # elements on either side of a tensor; more than any program's overhang
+UNWRITTEN = 7.0  # of the bands of results
+
+
+def guarded(values, band):
+    """A copy of ``values`` between two bands of ``band``; and the whole buffer."""
+    size = values.numel() + 2 * BAND
+    buffer = torch.full((size,), band, dtype=values.dtype, device=values.device)
+    inner = buffer[BAND:-BAND].view(values.shape)
+    inner.copy_(values)
+    return inner, buffer
+
+
+class GuardedEmpty:
+    """Stands for torch.empty: NaN between bands."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def __call__(self, shape, *, dtype, device):
+        nans = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        inner, buffer = guarded(nans, UNWRITTEN)
+        self.buffers.append(buffer)
+        return inner
+
+    def assert_bands_are_whole(self, *sizes):
+        """The results have ``sizes`` elements, and nothing was written beside them."""
+        assert [len(buffer) - 2 * BAND for buffer in self.buffers] == list(sizes)
+        for buffer in self.buffers:
+            assert (buffer[:BAND] == UNWRITTEN).all() and (buffer[-BAND:] == UNWRITTEN).all()
