@@ -150,9 +150,8 @@ class Scheduler:
     # ---------------------------------------------------------------------------- admission
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        later: list[
-            tuple[int, Sequence]
-        ] = []  # whose prefix is being computed: those behind may go first
+        # whose prefix is being computed: those behind may go first
+        later: list[tuple[int, Sequence]] = []
         while self._waiting and budget and len(self.running) < self.max_num_seqs:
             if len(later) == self.max_num_seqs:  # so that a step does not look at thousands
                 break
