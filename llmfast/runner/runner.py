@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmfast_kernels import sample_tokens
+from llmfast_kernels import begin_step, end_step, sample_tokens
 
 from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache
@@ -239,8 +239,7 @@ class Runner:
             if also_seen is not None:
                 self._seen[also_seen] = True
         logits = self._prefill(input_ids, lengths)
-        state.context[:rows] = counts.to(torch.int32)
-        self._choose(logits, self._plan, rows)
+        self._choose(logits, counts.to(torch.int32), self._plan, rows)
         new = self._compiled()[known:]
         if self.warm and new:
             logger.warning("llmfast: compiled in the middle of a call: %s", ", ".join(new))
@@ -327,29 +326,29 @@ class Runner:
     def _decode(self, plan: Plan) -> None:
         """One token of each row, read from the state and written to it. What a graph captures."""
         n, state = plan.rows, self._state
-        context = state.context[:n]
-        live = context > 0
-        place = context.long()
         table = state.block_table[:n]
-        block = table.gather(1, (place // BLOCK_SIZE)[:, None])[:, 0].long()
+        positions, slots, context_len = begin_step(
+            state.context[:n], state.first_row[:n], table, block_size=BLOCK_SIZE
+        )
         step = Step(
             token_ids=state.tokens[:n],
-            positions=state.first_row[:n] + place,
-            slots=torch.where(live, block * BLOCK_SIZE + place % BLOCK_SIZE, -1),
+            positions=positions,
+            slots=slots,
             query_start=state.starts[: n + 1],
-            context_len=context + live,
+            context_len=context_len,
             block_table=table,
             max_query_len=1,
         )
         logits = self.model(step, self.cache, state.numbers[:n])
-        context += live
-        self._choose(logits, plan, n)
+        self._choose(logits, context_len, plan, n)
 
-    def _choose(self, logits: torch.Tensor, plan: Plan, n: int) -> None:
+    def _choose(self, logits: torch.Tensor, context_len: torch.Tensor, plan: Plan, n: int) -> None:
+        """Choose the tokens of ``n`` rows that have ``context_len`` tokens in the cache now."""
         state = self._state
         if not plan.sample:
             assert self._logits is not None
             self._logits[:n] = logits
+            state.context[:n] = context_len
             return
         if plan.hold_back:
             early = (state.generated[:n] < state.min_new)[:, None]
@@ -368,16 +367,18 @@ class Runner:
             seeds=state.seeds[:n] if plan.draw else None,
             positions=state.generated[:n] if plan.draw else None,
         )
-        context = state.context[:n]
-        live = context > 0
-        tokens = torch.where(live, sampled.tokens, state.pad)
-        done = (tokens[:, None] == state.stop_tokens).any(1)
-        state.report[:n] = torch.where(live & (sampled.status != 0), -sampled.status, tokens)
-        state.tokens[:n] = tokens
-        state.generated[:n] += 1
-        if plan.penalise and self._seen is not None:
-            self._seen[:n].scatter_(1, tokens[:, None], True)
-        context.masked_fill_(done, 0)
+        end_step(
+            sampled.tokens,
+            sampled.status,
+            context_len,
+            state.stop_tokens,
+            state.pad,
+            tokens=state.tokens[:n],
+            report=state.report[:n],
+            context=state.context[:n],
+            generated=state.generated[:n],
+            seen=self._seen[:n] if plan.penalise and self._seen is not None else None,
+        )
 
     def _compiled(self) -> list[str]:
         if self.device.type != "cuda":

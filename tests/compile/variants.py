@@ -91,14 +91,12 @@ NORM = [
     _norm("rms_norm", "bf16", 128, "sm_90", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "sm_80", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "gfx942", few_rows=False, unit_offset=False),
-    _norm("rms_norm", "fp16", 128, "gfx942", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "gfx942", few_rows=False, unit_offset=True),
 ]
 ACTIVATION = [
     _activation("silu", "bf16", 14336, "sm_90", merged=True),
     _activation("silu", "fp16", 14336, "sm_80", merged=False),
     _activation("gelu_tanh", "bf16", 14336, "sm_100", merged=False),
-    _activation("gelu_tanh", "fp32", 14336, "sm_80", merged=True),
     _activation("gelu", "fp16", 14336, "sm_100", merged=True),
     _activation("silu", "bf16", 14336, "gfx942", merged=False),
     _activation("gelu_tanh", "fp16", 14336, "gfx942", merged=True),

@@ -62,6 +62,27 @@ def linears(dtype: torch.dtype) -> None:
         ops.gated_linear(x, weight)
 
 
+def steps(dtype: torch.dtype) -> None:
+    for rows in (1, 3, 130):
+        context = torch.arange(rows, device="cuda", dtype=torch.int32) % 33
+        first_row = torch.zeros(rows, device="cuda", dtype=torch.int64)
+        table = torch.zeros(rows, 3, device="cuda", dtype=torch.int32)
+        _, _, context_len = ops.begin_step(context, first_row, table, block_size=16)
+        for seen in (None, torch.zeros(rows, 11, device="cuda", dtype=torch.bool)):
+            ops.end_step(
+                first_row,
+                torch.zeros_like(context),
+                context_len,
+                torch.tensor([5, -1, 7], device="cuda"),
+                torch.tensor(3, device="cuda"),
+                tokens=torch.empty_like(first_row),
+                report=torch.empty_like(first_row),
+                context=context,
+                generated=torch.zeros_like(context),
+                seen=seen,
+            )
+
+
 def attentions(dtype: torch.dtype) -> None:
     lengths = ((1, 333), (3, 67), (131, 259), (5, 3))
     for (queries, keys), head_dim in itertools.product(lengths, (64, 80)):
@@ -171,6 +192,7 @@ def main(names: list[str]) -> None:
         activations(dtype)
         linears(dtype)
         int4_linears(dtype)
+        steps(dtype)
         attentions(dtype)
         paged_attentions(dtype)
         ropes(dtype)

@@ -1,0 +1,57 @@
+"""What stands before and after a model in a step of decoding, against plain PyTorch.
+
+pytest bench/bench_step.py
+"""
+
+import pytest
+import torch
+
+from llmfast_kernels.step import begin_step, end_step
+from llmfast_kernels.step.reference import begin_step_reference, end_step_reference
+
+BLOCK_SIZE, MAX_BLOCKS, STOPS = 64, 16, 16
+
+
+def make_inputs(rows):
+    context = torch.full((rows,), 600, device="cuda", dtype=torch.int32)
+    first_row = torch.zeros(rows, device="cuda", dtype=torch.int64)
+    table = torch.randint(9999, (rows, MAX_BLOCKS), device="cuda", dtype=torch.int32)
+    sampled = torch.randint(9999, (rows,), device="cuda")
+    return context, first_row, table, sampled, torch.zeros_like(context)
+
+
+def step_of(begin, end):
+    """Everything between two forwards but the forward and the choice of tokens."""
+    stops = torch.full((STOPS,), -1, device="cuda")
+    pad = torch.zeros((), device="cuda", dtype=torch.int64)
+
+    def run(context, first_row, table, sampled, status):
+        positions, slots, context_len = begin(context, first_row, table, block_size=BLOCK_SIZE)
+        report = torch.empty_like(sampled)
+        end(
+            sampled,
+            status,
+            context_len,
+            stops,
+            pad,
+            tokens=torch.empty_like(sampled),
+            report=report,
+            context=torch.empty_like(context),
+            generated=torch.empty_like(context),
+        )
+        return positions, slots, report
+
+    return run
+
+
+@pytest.mark.parametrize("rows", [1, 64, 256], ids=lambda n: f"{n}rows")
+def bench_step(bench_op, rows):
+    bench_op(
+        "step",
+        f"rows={rows} op=begin_step+end_step",
+        {
+            "llmfast": step_of(begin_step, end_step),
+            "eager": step_of(begin_step_reference, end_step_reference),
+        },
+        lambda: make_inputs(rows),
+    )

@@ -1,0 +1,132 @@
+"""Before and after a step of decoding in Triton: some thirty small operations in two launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..relaunch import Relaunch, aligned
+
+BLOCK = 128  # rows of a program
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _begin_step_kernel(
+    context_ptr,  # [n_rows]
+    first_row_ptr,  # [n_rows]
+    block_table_ptr,  # [n_rows, max_blocks]
+    positions_ptr,  # [n_rows], written, as the next two
+    slots_ptr,
+    context_len_ptr,
+    n_rows,
+    stride_table,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < n_rows
+    context = tl.load(context_ptr + rows, mask=mask, other=0)
+    live = context > 0
+    at = rows.to(tl.int64) * stride_table + context // BLOCK_SIZE
+    block = tl.load(block_table_ptr + at, mask=live, other=0).to(tl.int64)
+    slot = tl.where(live, block * BLOCK_SIZE + context % BLOCK_SIZE, -1)
+    first_row = tl.load(first_row_ptr + rows, mask=mask, other=0)
+    tl.store(positions_ptr + rows, first_row + context, mask=mask)
+    tl.store(slots_ptr + rows, slot, mask=mask)
+    tl.store(context_len_ptr + rows, context + live.to(tl.int32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _end_step_kernel(
+    sampled_ptr,  # [n_rows]
+    status_ptr,  # [n_rows]
+    context_len_ptr,  # [n_rows]
+    stop_tokens_ptr,  # [N_STOPS]
+    pad_ptr,  # one
+    tokens_ptr,  # [n_rows], written, as the next
+    report_ptr,
+    context_ptr,  # [n_rows], written
+    generated_ptr,  # [n_rows], counted up
+    seen_ptr,  # [n_rows, n_vocab] of bytes, written where a token was chosen; or None
+    n_rows,
+    stride_seen,
+    N_STOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_STOPS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < n_rows
+    context_len = tl.load(context_len_ptr + rows, mask=mask, other=0)
+    live = context_len > 0
+    token = tl.load(sampled_ptr + rows, mask=live, other=0)
+    token = tl.where(live, token, tl.load(pad_ptr))
+    status = tl.load(status_ptr + rows, mask=live, other=0).to(tl.int64)
+    stops = tl.arange(0, BLOCK_STOPS)
+    stop = tl.load(stop_tokens_ptr + stops, mask=stops < N_STOPS, other=-1)
+    done = tl.max((token[:, None] == stop[None, :]).to(tl.int32), 1) > 0
+    tl.store(report_ptr + rows, tl.where(status != 0, -status, token), mask=mask)
+    tl.store(tokens_ptr + rows, token, mask=mask)
+    tl.store(context_ptr + rows, tl.where(done, 0, context_len), mask=mask)
+    generated = tl.load(generated_ptr + rows, mask=mask, other=0)
+    tl.store(generated_ptr + rows, generated + 1, mask=mask)
+    if seen_ptr is not None:
+        one = tl.full([BLOCK], 1, tl.uint8)
+        tl.store(seen_ptr + rows.to(tl.int64) * stride_seen + token, one, mask=mask)
+
+
+_begin, _end = Relaunch(_begin_step_kernel), Relaunch(_end_step_kernel)
+
+
+def launch_begin_step(
+    context: torch.Tensor, first_row: torch.Tensor, block_table: torch.Tensor, *, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if context.is_cuda and context.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(context.device):  # Triton launches on the current device
+            return launch_begin_step(context, first_row, block_table, block_size=block_size)
+    n_rows = len(context)
+    positions, slots = torch.empty_like(first_row), torch.empty_like(first_row)
+    context_len = torch.empty_like(context)
+    tensors = (context, first_row, block_table, positions, slots, context_len)
+    stride = block_table.stride(0)
+    key = None
+    if aligned(*tensors):
+        key = (context.get_device(), stride % 16 == 0, stride == 1, block_size)
+    args = (*tensors, n_rows, stride, block_size, BLOCK)
+    _begin((-(-n_rows // BLOCK),), key, args, num_warps=4)
+    return positions, slots, context_len
+
+
+def launch_end_step(
+    sampled: torch.Tensor,
+    status: torch.Tensor,
+    context_len: torch.Tensor,
+    stop_tokens: torch.Tensor,
+    pad: torch.Tensor,
+    *,
+    tokens: torch.Tensor,
+    report: torch.Tensor,
+    context: torch.Tensor,
+    generated: torch.Tensor,
+    seen: torch.Tensor | None = None,
+) -> None:
+    if sampled.is_cuda and sampled.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(sampled.device):
+            return launch_end_step(
+                sampled, status, context_len, stop_tokens, pad,
+                tokens=tokens, report=report, context=context, generated=generated, seen=seen,
+            )  # fmt: skip
+    n_rows, n_stops = len(sampled), len(stop_tokens)
+    seen = None if seen is None else seen.view(torch.uint8)
+    tensors = (
+        *(sampled, status, context_len, stop_tokens, pad),
+        *(tokens, report, context, generated, seen),
+    )
+    stride = 0 if seen is None else seen.stride(0)
+    key = None
+    if aligned(*(t for t in tensors if t is not None)):
+        alike = (stride % 16 == 0, stride == 1)
+        key = (sampled.get_device(), status.dtype, seen is None, n_stops, *alike)
+    block_stops = triton.next_power_of_2(max(n_stops, 1))
+    args = (*tensors, n_rows, stride, n_stops, BLOCK, block_stops)
+    _end((-(-n_rows // BLOCK),), key, args, num_warps=4)

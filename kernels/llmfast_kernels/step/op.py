@@ -1,0 +1,125 @@
+"""Before and after a step of decoding: the contract and the choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from .reference import begin_step_reference, end_step_reference
+
+
+def begin_step(
+    context: torch.Tensor, first_row: torch.Tensor, block_table: torch.Tensor, *, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the next token of each row goes in the paged cache, and its position.
+
+    Args:
+        context: int32 ``(n_rows,)``, contiguous: tokens of the row in the cache; 0: an idle row.
+        first_row: int64 ``(n_rows,)``, contiguous: of the rotary tables that the row uses.
+        block_table: int32 ``(n_rows, max_blocks)``, rows contiguous: a row's blocks in order. A
+            live row must have the block of its next token; of an idle one nothing is read.
+        block_size: tokens of a block.
+
+    Returns:
+        ``(positions, slots, context_len)``, new and ``(n_rows,)``: int64, ``first_row + context``;
+        int64, ``block * block_size + offset``, -1 in an idle row; int32, the context with the next
+        token, 0 in an idle row. As a step of :func:`paged_attention` and ``write_kv`` takes them.
+
+    Raises:
+        TypeError: a dtype that is not the one above.
+        ValueError: a shape, device or memory layout that breaks the contract.
+    """
+    rows = (len(context),)
+    _check("begin_step", "context", context, torch.int32, rows, context)
+    _check("begin_step", "first_row", first_row, torch.int64, rows, context)
+    table = (*rows, block_table.shape[-1]) if block_table.ndim == 2 else (*rows, 1)
+    _check("begin_step", "block_table", block_table, torch.int32, table, context)
+    if not context.is_cuda:
+        return begin_step_reference(context, first_row, block_table, block_size=block_size)
+    from .kernel import launch_begin_step  # imports Triton, which a machine without CUDA may lack
+
+    return launch_begin_step(context, first_row, block_table, block_size=block_size)
+
+
+def end_step(
+    sampled: torch.Tensor,
+    status: torch.Tensor,
+    context_len: torch.Tensor,
+    stop_tokens: torch.Tensor,
+    pad: torch.Tensor,
+    *,
+    tokens: torch.Tensor,
+    report: torch.Tensor,
+    context: torch.Tensor,
+    generated: torch.Tensor,
+    seen: torch.Tensor | None = None,
+) -> None:
+    """Book the tokens that a step chose, IN PLACE, and end rows that came to a stop token.
+
+    **Changes ``tokens``, ``report``, ``context``, ``generated`` and ``seen``; returns nothing.** A
+    row is live if its ``context_len`` is more than 0. Live rows have the sampled token, idle ones
+    the pad.
+
+    Args:
+        sampled: int64 ``(n_rows,)``, contiguous as all that follow: what ``sample_tokens`` chose.
+        status: int32 ``(n_rows,)``: its status; 0 is good.
+        context_len: int32 ``(n_rows,)``: tokens in the cache now. May be ``context`` itself.
+        stop_tokens: int64 ``(n_stops,)``; a negative one stops nothing.
+        pad: int64, no dimension.
+        tokens: int64 ``(n_rows,)``. WRITTEN: each row's token.
+        report: int64 ``(n_rows,)``. WRITTEN: the token, or in a live row of another status minus
+            the status: what the host reads.
+        context: int32 ``(n_rows,)``. WRITTEN: ``context_len``, or 0 where the row is done.
+        generated: int32 ``(n_rows,)``. Counted up by 1, in idle rows too.
+        seen: bool ``(n_rows, n_vocab)`` or None. WRITTEN: true at each row's token.
+
+    Raises:
+        TypeError: a dtype that is not the one above.
+        ValueError: a shape, device or memory layout that breaks the contract.
+    """
+    rows, like = (len(sampled),), sampled
+    _check("end_step", "sampled", sampled, torch.int64, rows, like)
+    _check("end_step", "status", status, torch.int32, rows, like)
+    _check("end_step", "context_len", context_len, torch.int32, rows, like)
+    _check("end_step", "stop_tokens", stop_tokens, torch.int64, (stop_tokens.numel(),), like)
+    _check("end_step", "pad", pad, torch.int64, (), like)
+    _check("end_step", "tokens", tokens, torch.int64, rows, like)
+    _check("end_step", "report", report, torch.int64, rows, like)
+    _check("end_step", "context", context, torch.int32, rows, like)
+    _check("end_step", "generated", generated, torch.int32, rows, like)
+    if seen is not None:
+        vocabulary = (*rows, seen.shape[-1]) if seen.ndim == 2 else (*rows, 1)
+        _check("end_step", "seen", seen, torch.bool, vocabulary, like)
+    run = end_step_reference
+    if sampled.is_cuda:
+        from .kernel import launch_end_step
+
+        run = launch_end_step
+    run(
+        sampled,
+        status,
+        context_len,
+        stop_tokens,
+        pad,
+        tokens=tokens,
+        report=report,
+        context=context,
+        generated=generated,
+        seen=seen,
+    )
+
+
+def _check(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape or tensor.device != like.device or not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be {shape}, contiguous, on {like.device}; got "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
