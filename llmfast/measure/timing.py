@@ -16,7 +16,7 @@ import torch
 from ..errors import UserError
 from .stats import Estimate, median_estimate
 
-L2_MULTIPLE = 4  # one pass over the sets moves this many times the L2, so that none is found there
+L2_MULTIPLE = 32  # one pass over the sets moves this many times the L2, so that none is found there
 MAX_SETS = 256
 MEMORY_SHARE = 0.25  # of the free memory, for all input sets together
 MIN_CALLS = 20  # in one graph

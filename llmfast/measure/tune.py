@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -15,9 +18,10 @@ from .timing import Timing, time_in_graph
 if TYPE_CHECKING:
     from llmfast_kernels.linear.launch import Key, Launch
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-MARGIN = 0.99  # ours is taken where it needs at most this part of cuBLAS's time
-SECONDS = 0.05  # of one candidate
+TOKENS = (1, 16, 32, 64, 128)
+MARGIN = 0.99  # ours is taken where it needs at most this part of the library's time
+MAX_WORKERS = 16  # each holds a CUDA context
+SECONDS = 0.03  # of one candidate
 TOGETHER = 12  # candidates that are timed side by side
 
 Progress = Callable[[str, int, int], None]  # what is done now, layers done, layers in all
@@ -32,35 +36,31 @@ def layers_of(config: Any) -> list[Layer]:
     return list(dict.fromkeys(found))
 
 
-def candidates(operation: str, k: int, tokens: int, shared_memory: int) -> Iterator[Launch]:
-    """Launches that are worth timing. Pure: it asks no device."""
+def candidates(operation: str, k: int, tokens: int, shared_memory: int) -> list[Launch]:
+    """Launches of ours that are worth timing. Pure: it asks no device."""
     from llmfast_kernels.linear.launch import Launch, block_m
 
-    gated = operation == "gated_linear"
+    factor = 2 if operation == "gated_linear" else 1
     widest = 1 << (k - 1).bit_length()
-    yield Launch("cublas")
+    found: list[Launch] = []
     if tokens == 1:
-        tiles = product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8))
-        for block_n, block_k, num_warps in tiles:
-            of_a_lane = block_n * block_k // (32 * num_warps) * (2 if gated else 1)
-            if block_k > widest or not 8 <= of_a_lane <= 64:
-                continue
-            for num_stages in (1, 3, 5):
-                launch = Launch("gemv", block_n, block_k, num_warps, num_stages)
-                if launch.fits(tokens, gated, shared_memory):
-                    yield launch
-    for block_n, block_k, num_warps in product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8)):
-        sums = block_n * block_m(tokens) // (32 * num_warps) * (2 if gated else 1)
-        if block_k > widest or sums > 128 or block_n * num_warps > 1024:
+        for block_n, block_k, num_warps in product(
+            (1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8)
+        ):
+            if block_k <= widest and 16 <= factor * block_n * block_k // (32 * num_warps) <= 64:
+                found.append(Launch("gemv", block_n, block_k, num_warps))
+        return found
+    for block_n, block_k in product((16, 32, 64, 128), (64, 128, 256, 512)):
+        num_warps = 8 if block_n == 128 else 4
+        sums = factor * block_n * block_m(tokens) // (32 * num_warps)
+        if block_k > widest or sums > 128 or block_n * block_k < 4096:
             continue
-        fitting = [
-            launch
-            for num_stages in (3, 4, 5, 6, 8)
-            if (launch := Launch("tiles", block_n, block_k, num_warps, num_stages)).fits(
-                tokens, gated, shared_memory
-            )
-        ]
-        yield from fitting[-2:]  # the more bytes on their way, the better, as long as they fit
+        stage = (factor * block_n + block_m(tokens)) * block_k * 2
+        for programs in (1, 2, 3):  # of a multiprocessor, each with as many stages as fit
+            num_stages = min(shared_memory // programs // stage, 8)
+            if num_stages > 1:
+                found.append(Launch("tiles", block_n, block_k, num_warps, num_stages))
+    return list(dict.fromkeys(found))
 
 
 def tune(
@@ -72,45 +72,90 @@ def tune(
 ) -> dict[Key, Launch]:
     """Time every candidate for every layer and number of tokens; the fastest of each.
 
-    Candidates and cuBLAS are timed side by side in CUDA graphs, over rotated weights.
+    Candidates and cuBLAS are timed side by side in CUDA graphs, over rotated weights. A gated layer
+    is ours in one launch where that beats the dense layer, as it was found just before, and the
+    activation after it.
 
     Raises:
         UserError: there is no CUDA device.
     """
     from llmfast_kernels.linear.kernel import shared_memory_of
 
-    todo = list(product(layers, tokens))
+    shared_memory = shared_memory_of(torch.cuda.current_device())
+    todo = {
+        (*layer, count): candidates(layer[0], layer[2], count, shared_memory)
+        for layer, count in product(sorted(layers), tokens)  # dense layers first
+    }
+    for done, total in _compile(todo, dtype):
+        progress("compiling", done, total)
     found: dict[Key, Launch] = {}
-    for done, ((operation, n, k), count) in enumerate(todo):
+    for done, (key, launches) in enumerate(todo.items()):
+        operation, n, k, count = key
         progress(f"{operation} {k} to {n}, {count} tokens", done, len(todo))
-        shared_memory = shared_memory_of(torch.cuda.current_device())
-        launches = list(candidates(operation, k, count, shared_memory))
-        found[operation, n, k, count] = _fastest(operation, n, k, count, launches, dtype)
+        found[key] = _fastest(key, launches, dtype, found.get(("dense_linear", 2 * n, k, count)))
     return found
 
 
-def _fastest(
-    operation: str, n: int, k: int, tokens: int, launches: list[Launch], dtype: torch.dtype
-) -> Launch:
+def _compile(todo: Mapping[Key, list[Launch]], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Compile all candidates, in as many processes as there are cores; what is done, and of all.
+
+    A variant does not depend on the number of rows, so each is launched once, on very few.
+    """
+    from llmfast_kernels.linear.launch import block_m
+
+    jobs = {
+        (key[0], block_m(key[3]), key[2] % launch.block_k, launch): (key, launch, dtype)
+        for key, launches in todo.items()
+        for launch in launches
+    }
+    workers = min(os.cpu_count() or 1, MAX_WORKERS, len(jobs))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(_compile_one, *job) for job in jobs.values()]
+        for done, _ in enumerate(as_completed(running), 1):  # one that fails is seen when timed
+            yield done, len(running)
+
+
+def _compile_one(key: Key, launch: Launch, dtype: torch.dtype) -> None:
+    operation, _, k, count = key
+    rows = launch.block_n * (2 if operation == "gated_linear" else 1)
+    x, weight = (torch.zeros(size, k, device="cuda", dtype=dtype) for size in (count, rows))
+    _run_of(operation)(x, weight, _launch=launch)
+
+
+def _run_of(operation: str) -> Callable[..., torch.Tensor]:
     from llmfast_kernels.linear.kernel import launch_dense_linear, launch_gated_linear
 
-    run = launch_dense_linear if operation == "dense_linear" else launch_gated_linear
+    return launch_dense_linear if operation == "dense_linear" else launch_gated_linear
+
+
+def _fastest(
+    key: Key, launches: Sequence[Launch], dtype: torch.dtype, dense: Launch | None
+) -> Launch:
+    from llmfast_kernels import silu_mul
+    from llmfast_kernels.linear.launch import LIBRARY
+
+    operation, n, k, tokens = key
     rows = n if operation == "dense_linear" else 2 * n
 
     def make_inputs() -> tuple[torch.Tensor, ...]:
         x = torch.randn(tokens, k, device="cuda", dtype=dtype)
         return x, torch.randn(rows, k, device="cuda", dtype=dtype) / k**0.5
 
-    cublas, ours = launches[0], launches[1:]
-    best, share = cublas, MARGIN
-    for start in range(0, len(ours), TOGETHER):
-        some = {str(i): ours[i] for i in range(start, min(start + TOGETHER, len(ours)))}
-        impls = {name: partial(run, _launch=launch) for name, launch in some.items()}
-        impls["cublas"] = partial(run, _launch=cublas)
+    library = partial(_run_of("dense_linear"), _launch=dense or LIBRARY["dense_linear"])
+    best, share = LIBRARY[operation], MARGIN
+    for start in range(0, len(launches), TOGETHER):
+        some = {str(i): launch for i, launch in enumerate(launches[start : start + TOGETHER])}
+        impls: dict[str, Callable[..., torch.Tensor]] = {
+            name: partial(_run_of(operation), _launch=launch) for name, launch in some.items()
+        }
+        if operation == "dense_linear":
+            impls["library"] = library
+        else:
+            impls["library"] = lambda x, weight: silu_mul(library(x, weight))
         times = time_in_graph(impls, make_inputs, seconds=SECONDS * len(impls))
-        peer = times.pop("cublas")
+        peer = times.pop("library")
         if not isinstance(peer, Timing):
-            raise RuntimeError(f"tune: cuBLAS could not be timed: {peer.reason}")
+            raise RuntimeError(f"tune: the library could not be timed: {peer.reason}")
         for name, timing in times.items():  # a candidate may fail: too many registers, say
             if isinstance(timing, Timing) and timing.us.value / peer.us.value < share:
                 best, share = some[name], timing.us.value / peer.us.value

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 import llmfast_kernels
-from llmfast_kernels.activation import reference as activation
 from llmfast_kernels.attention.reference import paged_attention_reference
+from llmfast_kernels.linear import reference as linear
 from llmfast_kernels.norm import reference as norm
 from llmfast_kernels.rope.reference import rope_write_kv_reference
 
@@ -29,24 +28,21 @@ from .step import Step
 class BlockOperations:
     """The operations of a block. The default ones choose by the tensors' device."""
 
-    dense_linear: Callable[..., torch.Tensor] = functional.linear
+    dense_linear: Callable[..., torch.Tensor] = llmfast_kernels.dense_linear
+    gated_linear: Callable[..., torch.Tensor] = llmfast_kernels.gated_linear
     rms_norm: Callable[..., torch.Tensor] = llmfast_kernels.rms_norm
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] = llmfast_kernels.add_rms_norm
     rope_write_kv: Callable[..., torch.Tensor] = llmfast_kernels.rope_write_kv
     paged_attention: Callable[..., Any] = llmfast_kernels.paged_attention
-    silu_mul: Callable[..., torch.Tensor] = llmfast_kernels.silu_mul
-    gelu_tanh_mul: Callable[..., torch.Tensor] = llmfast_kernels.gelu_tanh_mul
-    gelu_mul: Callable[..., torch.Tensor] = llmfast_kernels.gelu_mul
 
 
 REFERENCES = BlockOperations(
+    dense_linear=linear.dense_linear_reference,
+    gated_linear=linear.gated_linear_reference,
     rms_norm=norm.rms_norm_reference,
     add_rms_norm=norm.add_rms_norm_reference,
     rope_write_kv=rope_write_kv_reference,
     paged_attention=paged_attention_reference,
-    silu_mul=activation.silu_mul_reference,
-    gelu_tanh_mul=activation.gelu_tanh_mul_reference,
-    gelu_mul=activation.gelu_mul_reference,
 )
 
 
@@ -79,7 +75,7 @@ class Attention:
 class GatedMLP:
     gate_up: Linear
     down: Linear
-    activation: str
+    activation: str  # of the gate, as gated_linear names it
 
 
 @dataclass(frozen=True)
@@ -173,8 +169,9 @@ class Run:
         return self.linear(attended.view(tokens, q_width), part.out)
 
     def mlp(self, x: torch.Tensor, part: GatedMLP) -> torch.Tensor:
-        act = getattr(self.operations, part.activation)
-        return self.linear(act(self.linear(x, part.gate_up)), part.down)
+        weight, bias = part.gate_up.weight, part.gate_up.bias
+        h = self.operations.gated_linear(x, weight, bias, activation=part.activation)
+        return self.linear(h, part.down)
 
 
 # ------------------------------------------------------------------------------------ the recipes

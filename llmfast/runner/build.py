@@ -117,7 +117,9 @@ def _block(layer: Layer, guess: _Guess, rope: int | None, qkv: Linear, gate_up: 
             sinks=call.kwargs.get("s_aux"),
         ),
         mlp=GatedMLP(
-            gate_up, Linear(layer.down.weight.data, _data(layer.down.bias)), layer.activation
+            gate_up,
+            Linear(layer.down.weight.data, _data(layer.down.bias)),
+            layer.activation.removesuffix("_mul"),
         ),
         residual_scale=guess.residual_scale,
     )

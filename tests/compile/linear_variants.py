@@ -6,7 +6,7 @@ from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
 from llmfast_kernels.linear.int4_kernel import choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
-from llmfast_kernels.linear.launch import block_m, choose_launch
+from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
 
 
 def _linear(
@@ -34,9 +34,7 @@ def _linear(
     constexprs |= {name: None for name, there in present.items() if not there}
     if launch.tier == "tiles":
         signature["n_tokens"] = "i32"
-        constexprs["BLOCK_M"] = block_m(tokens)
-    else:
-        constexprs["STAGES"] = launch.num_stages
+        constexprs |= {"BLOCK_M": block_m(tokens), "PREFETCH": prefetched(tokens)}
     return Variant(
         name=f"linear/{launch.tier} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
         kernel=f"llmfast_kernels.linear.kernel:_{launch.tier}_kernel",

@@ -549,9 +549,10 @@ def splits(sequences, keys, sm_count=132):
 def test_splits_fill_the_gpu_and_no_more():
     assert splits(8, 1) == splits(8, 64) == splits(8, 0) == splits(0, 4096) == 1
     assert splits(8, 1024) == 16  # one block each
-    assert 132 <= 8 * splits(8, 8192) <= 4 * 396
-    assert 132 <= 8 * splits(8, 131072) <= 4 * 396
-    assert splits(64 * 8, 4096) <= 4
+    assert 128 <= 8 * splits(8, 8192) <= 4 * 132
+    assert 128 <= 8 * splits(8, 131072) <= 4 * 132
+    assert splits(8 * 8, 4096) == 2 and splits(17 * 8, 2048) > 1  # or 4 of 132 would have twice
+    assert splits(64 * 8, 4096) == splits(32 * 8, 2048) == 1
     assert splits(100_000, 131072) == 1
     for sequences, keys in itertools.product([1, 7, 8, 64, 300, 2048], [65, 1000, 4096, 131072]):
         for sm_count in (1, 60, 132):

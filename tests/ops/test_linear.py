@@ -18,9 +18,9 @@ from llmfast_kernels.linear.launch import BadTable, Launch, choose_launch, read_
 from llmfast_kernels.linear.reference import dense_linear_reference, gated_linear_reference
 
 DTYPES = [torch.float16, torch.bfloat16]
-GEMV = Launch("gemv", 4, 64, num_warps=2, num_stages=1)
+GEMV = Launch("gemv", 4, 64, num_warps=2)
 TILES = Launch("tiles", 16, 32, num_warps=2, num_stages=2)
-CUBLAS = Launch("cublas")
+CUBLAS, APART = Launch("cublas"), Launch("apart")
 EXTRAS = ["plain", "bias", "residual", "both"]
 ACTIVATIONS = {"silu": silu, "gelu_tanh": partial(gelu, approximate="tanh"), "gelu": gelu}
 # tokens, in_features, out_features: odd, prime, and on either side of a tile's edge
@@ -72,7 +72,7 @@ def assert_as_good(ours, reference, exact):
 
 
 def tiers(tokens):
-    return [GEMV, replace(GEMV, num_stages=3), TILES] if tokens == 1 else [TILES]
+    return [GEMV, TILES] if tokens == 1 else [TILES]
 
 
 @each_shape
@@ -170,14 +170,14 @@ def test_tiers_agree(dtype, device):
         assert_as_good(got, dense_linear_reference(x[i], weight, **row), exact[i])
 
 
-def test_cublas_s_tier_computes_the_same(device):
+def test_the_library_s_tiers_compute_the_same(device):
     x, weight, more = make((5, 67, 33), torch.float16, device)
     before = more["residual"].clone()
     got = launch_dense_linear(x, weight, **more, _launch=CUBLAS)
     assert torch.equal(got, dense_linear_reference(x, weight, **more))
     assert torch.equal(more["residual"], before)
     x, weight, more = make((5, 67, 33), torch.float16, device, gated=True)
-    got = launch_gated_linear(x, weight, **more, activation="gelu", _launch=CUBLAS)
+    got = launch_gated_linear(x, weight, **more, activation="gelu", _launch=APART)
     exact = in_float64(x, weight, **more, activation="gelu")
     assert_as_good(got, gated_linear_reference(x, weight, **more, activation="gelu"), exact)
 
@@ -291,7 +291,7 @@ SHARED = [99 * 1024, 163 * 1024, 227 * 1024]
 
 
 @pytest.mark.parametrize("shared_memory", SHARED)
-@pytest.mark.parametrize("operation", launches.OPERATIONS)
+@pytest.mark.parametrize("operation", launches.LIBRARY)
 def test_heuristic_launches_fit(operation, shared_memory):
     for n, k in ((1, 1), (64, 576), (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336)):
         for tokens in range(1, launches.MAX_TOKENS + 2):
@@ -299,16 +299,16 @@ def test_heuristic_launches_fit(operation, shared_memory):
             assert launch.fits(tokens, operation == "gated_linear", shared_memory)
             assert (launch.tier == "gemv") == (tokens == 1)
             if tokens > launches.MAX_TOKENS:
-                assert launch == CUBLAS
+                assert launch == launches.LIBRARY[operation]
 
 
 def test_a_table_goes_before_the_heuristic():
-    key = ("dense_linear", 6144, 4096, 8)
+    key = ("dense_linear", 6144, 4096, 16)
     choose = partial(choose_launch, "dense_linear", 6144, 4096, shared_memory=SHARED[0])
     table = {key: TILES}
-    assert choose(8, table=table) == choose(5, table=table) == TILES
-    assert choose(9, table=table) == choose(9) != TILES
-    assert choose(8) != TILES
+    assert choose(2, table=table) == choose(16, table=table) == TILES
+    assert choose(17, table=table) == choose(17) != TILES
+    assert choose(16) != TILES and choose(1, table=table).tier == "gemv"
     beyond = {("dense_linear", 6144, 4096, 256): TILES}
     assert choose(129, table=beyond) == CUBLAS
 
@@ -342,6 +342,7 @@ def _damage(text):
         (_damage(lambda text: text.replace('"n": 6144', '"n": "6144"')), "damaged"),
         (_damage(lambda text: text.replace('"block_k": 64', '"block_k": 65')), "damaged"),
         (_damage(lambda text: text.replace('"tier": "gemv"', '"tier": "magic"')), "damaged"),
+        (_damage(lambda text: text.replace('"tier": "gemv"', '"tier": "apart"')), "damaged"),
         (_damage(lambda text: text.replace('"num_warps"', '"warps"')), "damaged"),
         (_damage(lambda text: text.replace('"tokens": 1,', '"tokens": 2,')), "damaged"),
         (_damage(lambda text: "[]"), "schema 1"),
@@ -386,11 +387,12 @@ def test_every_table_of_the_package_is_good():
         assert path.name == launches.table_name(gpu)
         for (operation, _, _, tokens), launch in read_table(path, gpu).items():
             assert launch.fits(tokens, operation == "gated_linear", SHARED[-1])
+            assert tokens == launches.bucket(tokens)
 
 
 @needs_cuda
 def test_the_launch_follows_the_table_of_the_gpu(monkeypatch):
-    grids, table = [], {("dense_linear", 24, 40, 4): TILES}
+    grids, table = [], {("dense_linear", 24, 40, 16): TILES}
     monkeypatch.setattr(kernel, "table_of", lambda gpu: table if gpu else None)
     monkeypatch.setattr(kernel, "_tiles", lambda grid, key, args, **options: grids.append(grid))
     x, weight, _ = make((3, 40, 24), torch.float16, "cuda")

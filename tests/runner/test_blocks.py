@@ -168,8 +168,12 @@ def test_every_linear_layer_is_the_operation_s(kind, device):
         calls.append(tuple(weight.shape))
         return llmfast_kernels.dense_linear(x, weight, bias)
 
+    def counted_gated(x, weight, bias=None, *, activation):
+        calls.append(tuple(weight.shape))
+        return llmfast_kernels.gated_linear(x, weight, bias, activation=activation)
+
     model = make(kind, device)
-    steps = BlockModel(model, 64, operations=BlockOperations(dense_linear=counted))
+    steps = BlockModel(model, 64, operations=BlockOperations(counted, counted_gated))
     assert steps.proof.holds
     calls.clear()
     rows = run_sequences(steps, [tokens(1, 9, device)[0].tolist()], 1)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
 
 MAX_TILE = 512  # elements of one program
@@ -59,6 +60,7 @@ def _act_mul_kernel(
     MANY_ROWS: tl.constexpr,  # more than the grid's second axis takes: rows go on the first
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_inputs()
     # int64: n_rows * n_cols passes 2**31 for a long prefill
     row = tl.program_id(0 if MANY_ROWS else 1).to(tl.int64)
     cols = tl.program_id(1 if MANY_ROWS else 0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,7 +79,7 @@ def _act_mul_kernel(
     tl.store(y_ptr + row * n_cols + cols, y.to(dtype), mask=mask)
 
 
-_act_mul = Relaunch(_act_mul_kernel)
+_act_mul = Relaunch(_act_mul_kernel, dependent=True)
 
 
 def launch_silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..dependent import wait_for_inputs
 from .loop import (
     LN_2,
     LOG2_E,
@@ -61,32 +62,33 @@ def choose_decode_launch(
     width = pad_head_dim(head_dim)
     if element_size == 4:  # full precision has no tensor cores: larger tiles only spill registers
         block_n, num_warps, num_stages = 32 if block_m == 16 else 16, 8, 2
-    else:  # a stage of 32 KiB of K and V, two of them on their way
+    else:  # a stage of 32 KiB of K and V, three of them on their way where they fit
         block_n = min(128, 8192 // width)
         num_warps = 8 if block_m == 64 and width >= 128 else 4
-        num_stages = 2 if block_m == 64 else 3
-    used = shared_bytes(block_m, block_n, num_stages, head_dim, element_size)
-    per_sm = shared_memory // (used + 1024)  # CUDA keeps 1 KiB of each program's
-    splits = _choose_splits(
-        sequences, -(-key_blocks * 64 // block_n), sm_count * min(max(per_sm, 1), 4)
-    )
+        num_stages = 2 if block_m == 64 else 4
+        while shared_bytes(block_m, block_n, num_stages, head_dim, element_size) > shared_memory:
+            num_stages -= 1
+    splits = _choose_splits(sequences, -(-key_blocks * 64 // block_n), sm_count)
     return DecodeLaunch(block_m, block_n, splits, num_warps, num_stages)
 
 
-def _choose_splits(sequences: int, blocks: int, slots: int) -> int:
-    """The number of splits that ends first, counted in blocks that one program goes through.
+def _choose_splits(sequences: int, blocks: int, sm_count: int) -> int:
+    """The number of splits that ends first; the unit is a block at a fair share of the memory.
 
-    A program costs one block more than it reads, to start; so does the merge of the splits.
+    A multiprocessor alone reads faster than its share, so all of them need not be busy, but none
+    may have much more to do than others. What starting and merging cost was measured on an H100.
     """
-    best, best_cost = 1, -(-sequences // slots) * (blocks + 1)
-    for waves in (1, 2, 3, 4):
-        splits = min(waves * slots // max(sequences, 1), blocks)
+    best, best_cost = 1, float("inf")
+    for programs in (0, 1, 2, 3, 4):  # of a multiprocessor; 0: no splits
+        splits = min(max(programs * sm_count // max(sequences, 1), 1), blocks)
+        per_split = -(-blocks // splits) if splits else 0
+        splits = -(-blocks // per_split) if per_split else 1
+        busiest = -(-sequences * splits // sm_count)
+        cost = max(0.72 * busiest * per_split, sequences * blocks / sm_count) + 0.7 * busiest
         if splits > 1:
-            per_split = -(-blocks // splits)
-            splits = -(-blocks // per_split)
-            cost = -(-sequences * splits // slots) * (per_split + 1) + 1
-            if cost < best_cost:
-                best, best_cost = splits, cost
+            cost += 1.75
+        if cost < best_cost:
+            best, best_cost = splits, cost
     return best
 
 
@@ -139,6 +141,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs()
     pid = tl.program_id(0)
     kv_head = pid % n_kv_heads
     split = pid // n_kv_heads % num_splits
@@ -266,6 +269,7 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs()
     pid = tl.program_id(0)
     max_rows = n_queries * GROUP
     row = pid % max_rows

@@ -14,7 +14,8 @@ from .loop import LOG2_E, pad_head_dim
 from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
 
 Launch = PrefillLaunch | DecodeLaunch
-_prefill, _decode, _merge = map(Relaunch, (_prefill_kernel, _decode_kernel, _merge_kernel))
+_prefill = Relaunch(_prefill_kernel)
+_decode, _merge = (Relaunch(k, dependent=True) for k in (_decode_kernel, _merge_kernel))
 
 
 class _Paged(NamedTuple):

@@ -15,8 +15,17 @@ import triton.language as tl
 from torch.nn import functional
 
 from ..activation.kernel import activate, launch_gelu_mul, launch_gelu_tanh_mul, launch_silu_mul
+from ..dependent import prefetch_rows, wait_for_inputs
 from ..relaunch import Relaunch, aligned
-from .launch import MAX_TOKENS, Launch, block_m, choose_launch, table_of
+from .launch import (
+    LIBRARY,
+    MAX_TOKENS,
+    Launch,
+    block_m,
+    choose_launch,
+    prefetched,
+    table_of,
+)
 
 _GATED = {
     "silu": launch_silu_mul,
@@ -46,8 +55,8 @@ def _gemv_kernel(
     EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,  # tiles of the weight on their way; 1: straight to registers
 ):
+    wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: rows times columns may pass 2**31
@@ -56,7 +65,7 @@ def _gemv_kernel(
     n_times_k = n.to(tl.int64) * k
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
+    for start in range(0, k, BLOCK_K):
         cols = start + lanes
         if EVEN_K:
             x = tl.load(x_ptr + cols).to(tl.float32)
@@ -97,20 +106,26 @@ def _tiles_kernel(
     BLOCK_M: tl.constexpr,  # n_tokens or more
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,  # elements of each row that are asked for before x is there
 ):
     dtype = y_ptr.dtype.element_ty
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: as above
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: as above
     tokens = tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, BLOCK_K)
+    row_ptrs = weight_ptr + rows * k
     n_times_k = n.to(tl.int64) * k
+    prefetch_rows(row_ptrs, k, PREFETCH)
+    if ACT is not None:
+        prefetch_rows(row_ptrs + n_times_k, k, PREFETCH)
+    wait_for_inputs()
     # the weight stands first: its rows fill the matrix units, however few tokens there are
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, k, BLOCK_K):
         cols = start + lanes
-        weight_ptrs = weight_ptr + rows * k + cols[None, :]
+        weight_ptrs = row_ptrs + cols[None, :]
         x_ptrs = x_ptr + tokens * k + cols[:, None]
         if EVEN_K:
             x = tl.load(x_ptrs, mask=is_token, other=0.0)
@@ -131,13 +146,13 @@ def _tiles_kernel(
         up = _rounded(up_sums, bias_ptr, rows + n, dtype)
         y = activate(y, ACT).to(dtype).to(tl.float32) * up
     at = tokens * n + rows
-    mask = is_token & (out < n)[:, None]
+    mask = is_token & (out < n)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(dtype), mask=mask)
 
 
-_gemv, _tiles = Relaunch(_gemv_kernel), Relaunch(_tiles_kernel)
+_gemv, _tiles = (Relaunch(kernel, dependent=True) for kernel in (_gemv_kernel, _tiles_kernel))
 
 
 def launch_dense_linear(
@@ -178,10 +193,11 @@ def _run(
     n_tokens = x.numel() // k
     if launch is None:
         launch = _choose(act, x, n, k, n_tokens)
+    if launch.tier == "apart":
+        assert act is not None
+        return _GATED[act](launch_dense_linear(x, weight, bias))
     if launch.tier == "cublas":
         y = functional.linear(x, weight, bias)
-        if act is not None:
-            return _GATED[act](y)
         return y if residual is None else y.add_(residual)
     y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
     tensors = (x, weight, bias, residual, y)
@@ -191,25 +207,25 @@ def _run(
         absent, alike = (bias is None, residual is None), (k % 16 == 0, k == 1)
         key = (x.get_device(), x.dtype, act, even_k, *absent, *alike, launch, block_m(n_tokens))
     grid = (-(-n // launch.block_n),)
-    tile, stages = (launch.block_n, launch.block_k), launch.num_stages
+    tile = (launch.block_n, launch.block_k)
     if launch.tier == "gemv":
-        constexprs = (act, even_k, *tile, stages)
+        constexprs = (act, even_k, *tile)
         _gemv(grid, key, (*tensors, n, k, *constexprs), num_warps=launch.num_warps)
     else:
         _tiles(
             grid,
             key,
-            (*tensors, n_tokens, n, k, act, even_k, block_m(n_tokens), *tile),
+            (*tensors, n_tokens, n, k, act, even_k, block_m(n_tokens), *tile, prefetched(n_tokens)),
             num_warps=launch.num_warps,
-            num_stages=stages,
+            num_stages=launch.num_stages,
         )
     return y
 
 
 def _choose(act: str | None, x: torch.Tensor, n: int, k: int, n_tokens: int) -> Launch:
-    if x.element_size() != 2 or not 0 < n_tokens <= MAX_TOKENS:
-        return Launch("cublas")
     operation = "dense_linear" if act is None else "gated_linear"
+    if x.element_size() != 2 or not 0 < n_tokens <= MAX_TOKENS:
+        return LIBRARY[operation]
     if not x.is_cuda:  # Triton's interpreter: as an H100 without a table
         return choose_launch(operation, n, k, n_tokens, shared_memory=227 * 1024)
     index = x.get_device()

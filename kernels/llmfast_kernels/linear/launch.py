@@ -17,30 +17,36 @@ logger = logging.getLogger("llmfast")
 
 MAX_TOKENS = 128  # more are no longer bound by the weights' bytes
 SCHEMA = 1
-OPERATIONS = ("dense_linear", "gated_linear")
 PACKAGED = Path(__file__).with_name("tables")
 OWN = Path.home() / ".cache/llmfast/linear"  # what `llmfast tune` wrote on this machine
 
-# (operation, out_features of the result, in_features, tokens rounded up to a power of 2)
+# (operation, out_features of the result, in_features, bucket of tokens)
 Key = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """``gemv``: one token, summed by lanes. ``tiles``: tensor cores. ``cublas``: not ours."""
+    """``gemv``: one token, summed by lanes. ``tiles``: tensor cores. ``cublas``: not ours.
+
+    ``apart``, of a gated layer: a dense layer as it is launched alone, then the activation.
+    """
 
     tier: str
     block_n: int = 0  # rows of the weight that a program takes
     block_k: int = 0  # columns of them at a time
     num_warps: int = 4
-    num_stages: int = 3  # of the loop over columns; 1: no weight waits in shared memory
+    num_stages: int = 3  # of the loop over columns, of tiles
 
     def fits(self, tokens: int, gated: bool, shared_memory: int) -> bool:
         """Whether the stages of a program fit in ``shared_memory`` bytes."""
-        if self.tier == "cublas" or (self.tier == "gemv" and self.num_stages == 1):
+        if self.tier != "tiles":
             return True  # nothing is staged
-        rows = self.block_n * (2 if gated else 1) + (block_m(tokens) if self.tier == "tiles" else 1)
+        rows = self.block_n * (2 if gated else 1) + block_m(tokens)
         return rows * self.block_k * 2 * self.num_stages <= shared_memory
+
+
+# by operation, what is taken where no kernel of ours is faster
+LIBRARY = {"dense_linear": Launch("cublas"), "gated_linear": Launch("apart")}
 
 
 class BadTable(ValueError):
@@ -48,13 +54,22 @@ class BadTable(ValueError):
 
 
 def bucket(tokens: int) -> int:
-    """``tokens`` rounded up to a power of 2: what a table distinguishes."""
-    return 1 << (tokens - 1).bit_length()
+    """1, or what a tile holds: 16 and the powers of 2 above. What a table distinguishes."""
+    return 1 if tokens == 1 else block_m(tokens)
 
 
 def block_m(tokens: int) -> int:
     """Tokens of a tile; a dot takes 16 at the least."""
-    return max(16, bucket(tokens))
+    return max(16, 1 << (tokens - 1).bit_length())
+
+
+def prefetched(tokens: int) -> int:
+    """Elements of each row that a program of tiles asks for before its input is there.
+
+    It is alone on its multiprocessor, with nothing on its way until then: 2% of a step on an H100.
+    With more tokens the tiles are fewer and larger, and it does not pay.
+    """
+    return 512 if tokens <= 32 else 0
 
 
 def choose_launch(
@@ -69,14 +84,14 @@ def choose_launch(
     """Pick the launch for ``tokens`` tokens of ``k`` features to ``n``. Pure: it asks no device.
 
     Args:
-        operation: one of ``OPERATIONS``.
+        operation: ``dense_linear`` or ``gated_linear``.
         n: features of the result, so half the rows of a gated layer's weight.
         tokens: at least 1.
         shared_memory: what one program may use, in bytes.
         table: of this GPU.
     """
     if tokens > MAX_TOKENS:
-        return Launch("cublas")
+        return LIBRARY[operation]
     measured = (table or {}).get((operation, n, k, bucket(tokens)))
     if measured is not None:
         return measured
@@ -84,15 +99,16 @@ def choose_launch(
 
 
 def _heuristic(n: int, k: int, tokens: int, gated: bool, shared_memory: int) -> Launch:
+    widest = 1 << (k - 1).bit_length()
     if tokens == 1:
-        block_k = min(2048, 1 << (k - 1).bit_length())
-        return Launch("gemv", 2 if gated else 4, block_k, 8 if block_k >= 1024 else 4, num_stages=1)
-    if tokens > 16:
-        return Launch("cublas")
+        block_k = min(4096 if gated else 2048, widest)
+        return Launch("gemv", 1 if gated else 2, block_k, max(block_k // 512, 1))
+    if tokens > 32:
+        return LIBRARY["gated_linear" if gated else "dense_linear"]
     # enough programs for every multiprocessor, and enough bytes on their way in each
-    block_n, block_k = (64, 128) if n >= 6144 and not gated else (32, 256)
-    for num_stages in (5, 4, 3, 2):
-        launch = Launch("tiles", block_n, block_k // (2 if gated else 1), 4, num_stages)
+    block_k = max(min(128 if gated else 256, widest), 16)
+    for num_stages in range(8, 1, -1):
+        launch = Launch("tiles", 32, block_k, 4, num_stages)
         if launch.fits(tokens, gated, shared_memory):
             break
     return launch
@@ -144,11 +160,11 @@ def _entry(entry: dict[str, Any]) -> tuple[Key, Launch]:
     operation, (n, k, tokens) = entry["operation"], (entry[name] for name in ("n", "k", "tokens"))
     launch = Launch(**{field.name: entry[field.name] for field in fields(Launch)})
     numbers = (n, k, tokens, launch.block_n, launch.block_k, launch.num_warps, launch.num_stages)
-    if operation not in OPERATIONS or launch.tier not in ("gemv", "tiles", "cublas"):
+    if operation not in LIBRARY or launch.tier not in ("gemv", "tiles", LIBRARY[operation].tier):
         raise ValueError(f"{operation}, {launch.tier}")
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{numbers}")
-    if launch.tier != "cublas":
+    if launch.tier in ("gemv", "tiles"):
         powers = (launch.block_n, launch.block_k, launch.num_warps)
         if launch.num_stages < 1 or not all(p > 0 and p & (p - 1) == 0 for p in powers):
             raise ValueError(f"{launch}")

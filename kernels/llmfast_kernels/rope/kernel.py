@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dependent import wait_for_inputs
 from ..kv_cache.kernel import cache_offsets
 from ..norm.kernel import inverse_rms, scale
 from ..relaunch import ALIGNMENT, Relaunch, aligned
@@ -90,6 +91,7 @@ def _rope_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    wait_for_inputs()
     # int64: tokens times heads times head_dim passes 2**31 for a long prefill
     token = tl.program_id(0 if MANY_TOKENS else 1).to(tl.int64)
     block = tl.program_id(1 if MANY_TOKENS else 0)
@@ -187,6 +189,7 @@ def _rope_write_kv_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of 2
 ):
+    wait_for_inputs()
     token = tl.program_id(0 if MANY_TOKENS else 1).to(tl.int64)
     block = tl.program_id(1 if MANY_TOKENS else 0)
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -396,7 +399,7 @@ def _load_pairs(
     return a, b
 
 
-_rope = Relaunch(_rope_kernel)
+_rope = Relaunch(_rope_kernel, dependent=True)
 
 
 def launch_apply_rope(
@@ -441,7 +444,7 @@ def launch_apply_rope(
     return q_out, k_out
 
 
-_rope_write_kv = Relaunch(_rope_write_kv_kernel)
+_rope_write_kv = Relaunch(_rope_write_kv_kernel, dependent=True)
 
 
 def launch_rope_write_kv(

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
 from .filters import cut_lists, load_min_p, load_top_k, load_top_p, weigh_lists
 from .keys import key_of, ratio_and_weight
@@ -146,6 +147,7 @@ def _survey_kernel(
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_inputs()
     pid = tl.program_id(0)
     n_chunks = tl.cdiv(n_vocab, CHUNK)
     row = (pid // n_chunks).to(tl.int64)  # int64: rows times columns may pass 2**31
@@ -220,6 +222,7 @@ def _bound_kernel(
     MAX_CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     n_chunks = tl.cdiv(n_vocab, CHUNK)
     chunks = tl.arange(0, MAX_CHUNKS)
@@ -283,6 +286,7 @@ def _weigh_kernel(
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_inputs()
     # backwards: what was surveyed last may still be in the L2 cache
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     n_chunks = tl.cdiv(n_vocab, CHUNK)
@@ -421,6 +425,7 @@ def _draw_kernel(
     MAX_CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
     if z_max == float("inf"):
@@ -446,10 +451,10 @@ def _draw_kernel(
     tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
-_survey = Relaunch(_survey_kernel)
-_bound = Relaunch(_bound_kernel)
-_weigh = Relaunch(_weigh_kernel)
-_draw = Relaunch(_draw_kernel)
+_survey = Relaunch(_survey_kernel, dependent=True)
+_bound = Relaunch(_bound_kernel, dependent=True)
+_weigh = Relaunch(_weigh_kernel, dependent=True)
+_draw = Relaunch(_draw_kernel, dependent=True)
 
 
 def launch_sample_tokens(

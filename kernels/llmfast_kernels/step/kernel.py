@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
 
 BLOCK = 128  # rows of a program
@@ -24,6 +25,7 @@ def _begin_step_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < n_rows
     context = tl.load(context_ptr + rows, mask=mask, other=0)
@@ -55,6 +57,7 @@ def _end_step_kernel(
     BLOCK: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
 ):
+    wait_for_inputs()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < n_rows
     context_len = tl.load(context_len_ptr + rows, mask=mask, other=0)
@@ -75,7 +78,7 @@ def _end_step_kernel(
         tl.store(seen_ptr + rows.to(tl.int64) * stride_seen + token, one, mask=mask)
 
 
-_begin, _end = Relaunch(_begin_step_kernel), Relaunch(_end_step_kernel)
+_begin, _end = (Relaunch(k, dependent=True) for k in (_begin_step_kernel, _end_step_kernel))
 
 
 def launch_begin_step(
