@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
+
+from llmfast_kernels import sample_tokens
 
 from ..errors import UserError
 from ..model.patch import evaluating
@@ -14,17 +18,32 @@ from ..model.trace import NotTraced
 from ..runner.cache import PagedCache
 from ..runner.model import StepModel, make_step_model
 from ..runner.step import Chunk, make_step
+from .graphs import DecodeGraphs
+from .inputs import Inputs, Size, buffer_bytes, step_of, views
+from .request import Answer
 from .request import Sequence as Tokens
+from .sampler import Choice, choose, drawing, is_plain
 from .scheduler import Plan
 
 logger = logging.getLogger("llmfast")
 
+GRAPHS: dict[str, type[DecodeGraphs]] = {"cuda": DecodeGraphs}  # where steps can be captured
 CPU_CACHE_BYTES = 2**30  # no GPU's memory is there to be filled
 _SAMPLING_COPIES = 8  # of the logits in float32: what a choice with every parameter may hold
 
 
+@dataclass(eq=False)
+class Flight:
+    """A step that was started."""
+
+    rows: dict[Tokens, int]  # of those whose token it chooses
+    choices: list[Choice] = field(default_factory=list)
+    result: torch.Tensor | None = None  # tokens and status, once it is done
+    done: torch.cuda.Event | None = None
+
+
 class Executor:
-    """Runs steps eagerly, on the model's device."""
+    """Runs steps on the model's device: those in which all decode as CUDA graphs, on a GPU."""
 
     def __init__(
         self,
@@ -36,6 +55,7 @@ class Executor:
         utilization: float,
         block_size: int,
         num_blocks: int | None,
+        eager: bool = False,
     ) -> None:
         """Arguments and errors are those of :class:`.llm.LLM`."""
         longest = _longest(model, max_model_len)
@@ -69,38 +89,167 @@ class Executor:
         self.num_blocks = num_blocks
         self.max_model_len = longest
         self.vocabulary = self._model.vocabulary
+        self.device = self._model.device
         logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
+        device = self._model.device
+        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._status = torch.zeros_like(self._sampled)
+        width = -(-longest // block_size)
+        largest = Size(max_num_seqs, max_num_seqs, width)
+        self._buffer = torch.zeros(buffer_bytes(largest), dtype=torch.uint8, device=device)
+        graphs = GRAPHS.get(device.type)
+        self._graphs = None
+        if graphs is not None and not eager:
+            self._graphs = graphs(self._decode, device, max_num_seqs, width)
 
-    def run(self, plan: Plan, ready: Sequence[Tokens]) -> torch.Tensor:
-        """Copy what the plan wants copied, then run its step.
+    @property
+    def asynchronous(self) -> bool:
+        """Whether :meth:`launch` returns before the step has run."""
+        return self.device.type == "cuda"
+
+    def launch(self, plan: Plan, answers: Sequence[Answer], previous: Flight | None) -> Flight:
+        """Start a step; on a GPU this returns before it has run.
 
         Args:
-            ready: those of the plan's sequences whose logits are wanted.
+            plan: what the step computes.
+            answers: of the plan's sequences whose next token is to be chosen, in its order.
+            previous: the step that was started before, if the tokens it chooses may be unknown.
 
         Returns:
-            Logits ``[len(ready), vocabulary]`` of the last token that is computed of each.
+            What :meth:`collect` takes.
         """
-        device = self._model.device
-        if plan.copies:
-            source, target = torch.tensor(plan.copies, device=device).T
+        self._copy_blocks(plan.copies)
+        plain = all(is_plain(answer) for answer in answers)
+        decodes = len(answers) == len(plan.counts) == sum(plan.counts.values())
+        flight = Flight({answer.sequence: row for row, answer in enumerate(answers)})
+        graph = None
+        if decodes and plain and self._graphs is not None:
+            graph = self._graphs.get(len(answers), *drawing(answers))
+        if graph is not None:
+            buffer = self._fill(graph.size, plan, answers, previous)
+            self._buffer[: len(buffer)].copy_(buffer, non_blocking=True)
+            graph.replay()
+        else:
+            longest = max(len(sequence.blocks) for sequence in plan.counts)
+            size = Size(sum(plan.counts.values()), len(plan.counts), longest)
+            buffer = self._fill(size, plan, answers, previous)
+            inputs = views(buffer.to(self._model.device, non_blocking=True), size)
+            step = step_of(inputs, self._sampled, max(plan.counts.values()), self._decodes(plan))
+            step.max_context_len = max(s.computed + n for s, n in plan.counts.items())
+            logits = self._model(step, self.cache, inputs.last[: len(answers)])
+            if not plain:
+                flight.choices = choose(logits, answers)
+                tokens = torch.tensor([choice.token for choice in flight.choices])
+                self._sampled[: len(answers)] = tokens.to(self._sampled)
+            elif answers:
+                self._draw(logits, inputs, *drawing(answers))
+        if plain and answers:
+            flight.result = self._results(len(answers))
+        if self._model.device.type == "cuda":
+            flight.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            flight.done.record()
+        return flight
+
+    def collect(self, flight: Flight) -> list[Choice]:
+        """Wait for a step, and give what was chosen for each of its answers."""
+        if flight.done is not None:
+            flight.done.synchronize()
+        if flight.result is not None:
+            tokens, status = flight.result.tolist()
+            flight.choices = [Choice(*row, None, []) for row in zip(tokens, status, strict=True)]
+        return flight.choices
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        if copies:
+            source, target = torch.tensor(copies, device=self._model.device).T
             for tensor in (*self.cache.keys, *self.cache.values):
                 tensor[target] = tensor[source]
-        chunks, last, end = [], {}, 0
-        for sequence, count in plan.counts.items():
-            start = sequence.computed
-            own = sequence.tokens[start : start + count]
-            chunks.append(Chunk(own, start, sequence.blocks, self._first_row))
-            end += count
-            last[sequence] = end - 1
-        width = max(len(chunk.blocks) for chunk in chunks)
-        step = make_step(chunks, self.cache.block_size, width, device)
-        step.max_context_len = max(c.start + len(c.token_ids) for c in chunks)
-        rows = torch.tensor([last[s] for s in ready], dtype=torch.int64, device=device)
-        return self._model(step, self.cache, rows)
+
+    @staticmethod
+    def _decodes(plan: Plan) -> int:
+        """How many sequences stand first that have one token each."""
+        counts = list(plan.counts.values())
+        return next((i for i, count in enumerate(counts) if count != 1), len(counts))
+
+    def _results(self, rows: int) -> torch.Tensor:
+        """Tokens and status ``[2, rows]`` of the latest step, on their way to the host."""
+        latest = torch.stack((self._sampled[:rows], self._status[:rows]))
+        if latest.device.type != "cuda":
+            return latest
+        result = torch.empty(latest.shape, dtype=latest.dtype, pin_memory=True)
+        return result.copy_(latest, non_blocking=True)
+
+    def _fill(
+        self, size: Size, plan: Plan, answers: Sequence[Answer], previous: Flight | None
+    ) -> torch.Tensor:
+        """The buffer of a step, on the host; rows past the plan's are idle."""
+        pinned = self._model.device.type == "cuda"
+        buffer = torch.zeros(buffer_bytes(size), dtype=torch.uint8, pin_memory=pinned)
+        of = views(buffer, size).arrays()
+        block_size, at = self.cache.block_size, 0
+        of["source"].fill(-1)
+        of["slots"].fill(-1)
+        ends: dict[Tokens, int] = {}
+        for row, (sequence, count) in enumerate(plan.counts.items()):
+            start, stop = sequence.computed, sequence.computed + count
+            blocks = sequence.blocks
+            of["block_table"][row, : len(blocks)] = blocks
+            of["context_len"][row] = stop
+            if count == 1:
+                of["positions"][at] = self._first_row + start
+                of["slots"][at] = blocks[start // block_size] * block_size + start % block_size
+            else:
+                places = np.arange(start, stop)
+                of["positions"][at : at + count] = self._first_row + places
+                own = np.asarray(blocks)[places // block_size]
+                of["slots"][at : at + count] = own * block_size + places % block_size
+            known = sequence.tokens[start:stop]
+            of["token_ids"][at : at + len(known)] = known
+            at += count
+            if len(known) < count:  # the last is what the step before chooses
+                assert previous is not None
+                of["source"][at - 1] = previous.rows[sequence]
+            of["query_start"][row + 1] = at
+            ends[sequence] = at - 1
+        rows = len(plan.counts)
+        of["query_start"][rows + 1 :] = at + np.arange(1, size.rows - rows + 1)
+        of["last"][rows:] = np.arange(rows, size.rows)
+        for row, answer in enumerate(answers):
+            params = answer.params
+            of["last"][row] = ends[answer.sequence]
+            of["seeds"][row] = answer.seed
+            of["numbers"][row] = answer.position
+            of["temperature"][row] = params.temperature
+            of["top_k"][row] = min(max(params.top_k, 0), 2**31 - 1)
+            of["top_p"][row] = params.top_p
+            of["min_p"][row] = params.min_p
+        return buffer
+
+    def _draw(self, logits: torch.Tensor, inputs: Inputs, draws: bool, filters: bool) -> None:
+        """Choose the tokens of plain rows."""
+        n = len(logits)
+        sampled = sample_tokens(
+            logits,
+            temperature=inputs.temperature[:n] if draws else None,
+            top_k=inputs.top_k[:n] if filters else None,
+            top_p=inputs.top_p[:n] if filters else None,
+            min_p=inputs.min_p[:n] if filters else None,
+            seeds=inputs.seeds[:n] if draws else None,
+            positions=inputs.numbers[:n] if draws else None,
+        )
+        self._sampled[:n] = sampled.tokens
+        self._status[:n] = sampled.status
+
+    def _decode(self, size: Size, draws: bool, filters: bool) -> None:
+        """A step in which every row decodes, over fixed buffers: what a graph captures."""
+        inputs = views(self._buffer, size)
+        step = step_of(inputs, self._sampled, 1, size.rows)
+        self._draw(self._model(step, self.cache, inputs.last), inputs, draws, filters)
 
     def close(self) -> None:
         """Let go of the cache, and of what was changed of the user's model."""
         device = self._model.device
+        self._graphs = None
         self._model.restore()
         del self._model
         self.cache.keys.clear()  # whoever still has the cache, has no memory of it

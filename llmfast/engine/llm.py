@@ -6,7 +6,9 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from operator import index
 from types import TracebackType
@@ -20,7 +22,7 @@ from ..model.load import load
 from ..model.patch import refuse
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
-from .executor import Executor
+from .executor import Executor, Flight
 from .request import (
     FINISHED,
     RUNNING,
@@ -32,9 +34,9 @@ from .request import (
     RequestOutput,
 )
 from .request import Sequence as Tokens
-from .sampler import Choice, choose
+from .sampler import Choice, is_plain
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler
+from .scheduler import Plan, Scheduler
 from .text import Detokenizer, find_stop, held_back
 
 logger = logging.getLogger("llmfast")
@@ -45,6 +47,16 @@ _STATUS = {
     1: "the model's logits hold NaN or infinity",
     2: "every token is barred: by logit_bias, min_tokens or the model",
 }
+
+
+@dataclass(eq=False)
+class _Started:
+    """A step that is on its way."""
+
+    flight: Flight
+    # of each sequence: its tokens in the cache after the step, and how often it was preempted
+    computed: dict[Tokens, tuple[int, int]]
+    ready: list[Tokens]
 
 
 class LLM:
@@ -94,7 +106,8 @@ class LLM:
             enable_prefix_caching: keep finished blocks, for prompts that begin alike.
             block_size: tokens of a block: 16, 32, 64, 128 or 256.
             num_blocks: of the cache, instead of what gpu_memory_utilization gives.
-            enforce_eager: has no effect yet: every step runs without CUDA graphs.
+            enforce_eager: run every step without CUDA graphs. Otherwise, on a GPU, those in which
+                every sequence decodes are captured when first needed.
             seed: of the seeds of requests that have none.
 
         Raises:
@@ -139,6 +152,7 @@ class LLM:
             utilization=gpu_memory_utilization,
             block_size=block_size,
             num_blocks=num_blocks,
+            eager=enforce_eager,
         )
         self.max_model_len = self._executor.max_model_len
         num_blocks = self._executor.num_blocks
@@ -151,6 +165,7 @@ class LLM:
         self._owners: dict[Tokens, tuple[Request, Answer]] = {}
         self._texts: dict[Answer, Detokenizer] = {}
         self._aborted: set[str] = set()
+        self._flights: deque[_Started] = deque()  # steps on their way, oldest first
         self._count = 0
         self._closed = False
 
@@ -430,7 +445,7 @@ class LLM:
             if request is not None:
                 self._drop([request])
         plan = self._scheduler.schedule()
-        if not plan.counts:
+        if not plan.counts and not self._flights:
             assert not self._requests, "nothing is scheduled and something waits"
             return
         now = time.perf_counter()
@@ -439,20 +454,57 @@ class LLM:
             if metrics.first_scheduled is None:
                 metrics.first_scheduled = now
                 metrics.cached_tokens = sequence.cached_tokens or 0
-        ready = [s for s, count in plan.counts.items() if count == s.remaining]
         try:
-            logits = self._executor.run(plan, ready)
-            answers = [self._owners[sequence][1] for sequence in ready]
-            choices = choose(logits, answers) if ready else []
-            for sequence, count in plan.counts.items():
-                self._scheduler.advance(sequence, count)
-            for sequence, choice in zip(ready, choices, strict=True):
-                self._take(*self._owners[sequence], choice)
+            if plan.counts:
+                self._launch(plan)
+            while len(self._flights) > (self._ahead() if plan.counts else 0):
+                self._collect()
         except BaseException:
-            for sequence in plan.counts:
-                if sequence.state == RUNNING:
-                    self._scheduler.preempt(sequence)
+            self._flights.clear()
+            for sequence in list(self._scheduler.running):
+                self._scheduler.preempt(sequence)
             raise
+
+    def _ahead(self) -> int:
+        """How many steps may be on their way while the next one is prepared.
+
+        One, so that a GPU need not wait for the host; but none while what is chosen depends on
+        tokens that the host has not seen.
+        """
+        if not self._executor.asynchronous:
+            return 0
+        return int(all(is_plain(answer) for _, answer in self._owners.values()))
+
+    def _launch(self, plan: Plan) -> None:
+        ready = [s for s, count in plan.counts.items() if count == s.remaining]
+        answers = [self._owners[sequence][1] for sequence in ready]
+        previous = self._flights[-1].flight if self._flights else None
+        flight = self._executor.launch(plan, answers, previous)
+        computed = {}
+        for sequence, count in plan.counts.items():
+            self._scheduler.begin(sequence, count)
+            computed[sequence] = (sequence.computed, sequence.preemptions)
+        for sequence in ready:
+            sequence.pending += 1
+        self._flights.append(_Started(flight, computed, ready))
+
+    def _collect(self) -> None:
+        """Wait for the oldest step on its way, and give each answer that has one its token."""
+        started = self._flights.popleft()
+        choices = self._executor.collect(started.flight)
+        # those that have ended, or lost their blocks, since it was started have no use for it
+        alive = {
+            sequence
+            for sequence, (_, preemptions) in started.computed.items()
+            if sequence.state == RUNNING and sequence.preemptions == preemptions
+        }
+        for sequence, (computed, _) in started.computed.items():
+            if sequence in alive:
+                self._scheduler.confirm(sequence, computed)
+        for sequence, choice in zip(started.ready, choices, strict=True):
+            if sequence in alive:
+                sequence.pending -= 1
+                self._take(*self._owners[sequence], choice)
 
     def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
         """Append a token, and see whether the answer ends with it."""

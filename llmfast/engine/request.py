@@ -29,7 +29,9 @@ class Sequence:
     # the scheduler's
     arrival: int = 0
     state: str = WAITING
-    computed: int = 0  # tokens whose keys and values are in the cache
+    computed: int = 0  # tokens whose keys and values are in the cache, once what is begun has run
+    confirmed: int = 0  # of these, those that are in it for sure
+    pending: int = 0  # tokens that the GPU has chosen, or will have, and that are not in `tokens`
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of tokens
     awaits: bytes | None = None  # the digest of a block that another sequence is computing
@@ -39,7 +41,12 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens to compute before the next can be chosen; 1 for a sequence that decodes."""
-        return len(self.tokens) - self.computed
+        return self.total - self.computed
+
+    @property
+    def total(self) -> int:
+        """Its tokens, with those that are not known yet."""
+        return len(self.tokens) + self.pending
 
     @property
     def shared(self) -> int:
@@ -67,6 +74,11 @@ class Answer:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+
+    @property
+    def position(self) -> int:
+        """The number of the token that is chosen next, from 0."""
+        return self.num_output + self.sequence.pending
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,27 @@ class Choice(NamedTuple):
     top: list[tuple[int, float]]  # the most likely tokens, as many as were asked for
 
 
+def is_plain(answer: Answer) -> bool:
+    """Whether its next token depends on logits, temperature, filters and seed alone.
+
+    So that it can be chosen while the one before it is not known on the host.
+    """
+    p = answer.params
+    penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+    return (
+        penalties == (0, 0, 1)
+        and not p.logit_bias
+        and p.logprobs is None
+        and answer.position >= p.min_tokens
+    )
+
+
+def drawing(answers: Sequence[Answer]) -> tuple[bool, bool]:
+    """Whether one of some answers is drawn, and whether one of them with filters."""
+    drawn = [p for p in (answer.params for answer in answers) if p.temperature > 0]
+    return bool(drawn), any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in drawn)
+
+
 @torch.no_grad()
 def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Choice]:
     """Choose a token for each answer from its row of ``logits``.
@@ -66,7 +87,7 @@ def _drawing(
     given: dict[str, torch.Tensor] = {
         "temperature": _column(params, lambda p: p.temperature, device),
         "seeds": torch.tensor([a.seed for a in answers], device=device),
-        "positions": torch.tensor([a.num_output for a in answers], device=device),
+        "positions": torch.tensor([a.position for a in answers], device=device),
     }
     if any(p.top_k > 0 for p in params):
         most = 2**31 - 1
@@ -112,7 +133,7 @@ def _bias(
     biases: dict[int, dict[int, float]] = {}
     for row, (answer, p) in enumerate(zip(answers, params, strict=True)):
         bias = dict(p.logit_bias or {})
-        if answer.num_output < p.min_tokens:
+        if answer.position < p.min_tokens:
             bias |= dict.fromkeys(answer.stop_tokens, -math.inf)
         if bias:
             biases[row] = bias

@@ -69,9 +69,10 @@ class Scheduler:
         heapq.heappush(self._waiting, (sequence.arrival, sequence))
 
     def schedule(self) -> Plan:
-        """Choose the next step. The caller runs it, then calls :meth:`advance` for each sequence.
+        """Choose the next step. The caller starts it and calls :meth:`begin` for each sequence.
 
-        The plan is empty only if nothing is left to do.
+        When the step has run it calls :meth:`confirm`; it may schedule the next one before. The
+        plan is empty only if nothing is left to do, or all that runs waits for its last token.
         """
         plan = Plan()
         budget = self.max_num_batched_tokens
@@ -80,6 +81,8 @@ class Scheduler:
             if not budget:
                 break
             if sequence.state != RUNNING or sequence.remaining != 1:
+                continue
+            if sequence.total >= sequence.limit:  # its last token, which is never computed
                 continue
             while sequence.state == RUNNING and not self._grow(sequence):
                 self.preempt(self.running[-1])  # no older than this one, so not in the plan yet
@@ -95,15 +98,19 @@ class Scheduler:
             self._admit(plan, budget)
         return plan
 
-    def advance(self, sequence: Sequence, count: int) -> None:
-        """The keys and values of ``count`` more tokens are in the cache."""
-        size = self.blocks.block_size
-        first = sequence.computed // size
+    def begin(self, sequence: Sequence, count: int) -> None:
+        """A step that computes ``count`` more of its tokens is on its way."""
         sequence.computed += count
+
+    def confirm(self, sequence: Sequence, computed: int) -> None:
+        """The keys and values of its first ``computed`` tokens are in the cache, and all known."""
+        size = self.blocks.block_size
+        first = sequence.confirmed // size
+        sequence.confirmed = computed
         if not self.blocks.caching:
             return
         self.blocks.extend_digests(sequence.digests, sequence.tokens)
-        for i in range(first, sequence.computed // size):
+        for i in range(first, computed // size):
             digest = sequence.digests[i]
             own = sequence.tokens[i * size : (i + 1) * size]
             self.blocks.register(sequence.blocks[i], digest, own)
@@ -133,7 +140,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence.blocks, forget=forget)
         sequence.blocks = []
-        sequence.computed = 0
+        sequence.computed = sequence.confirmed = sequence.pending = 0
         for digest in sequence.digests:
             if self._computing.get(digest) is sequence:
                 del self._computing[digest]
@@ -210,7 +217,7 @@ class Scheduler:
             sequence.blocks = hits
             known = len(hits) * blocks.block_size
         sequence.blocks += blocks.allocate(total - len(sequence.blocks))
-        sequence.computed = known
+        sequence.computed = sequence.confirmed = known
         if sequence.cached_tokens is None:
             sequence.cached_tokens = known
         for digest in sequence.digests[known // blocks.block_size :]:

@@ -152,15 +152,11 @@ class Run:
             interleaved=part.interleaved,
             **head_norms,
         )
-        attended = self.operations.paged_attention(
+        attended = step.attend(
+            self.operations.paged_attention,
             q,
             keys,
             values,
-            query_start=step.query_start,
-            context_len=step.context_len,
-            block_table=step.block_table,
-            max_query_len=step.max_query_len,
-            max_context_len=step.max_context_len,
             scale=part.scale,
             window=part.window,
             softcap=part.softcap,

@@ -49,15 +49,11 @@ def attend(
     k, v = (x[0].transpose(0, 1) for x in (key, value))
     keys, values = cache.keys[layer], cache.values[layer]
     write_kv(k, v, keys, values, step.slots)
-    out = paged_attention(
+    out = step.attend(
+        paged_attention,
         query[0].transpose(0, 1),
         keys,
         values,
-        query_start=step.query_start,
-        context_len=step.context_len,
-        block_table=step.block_table,
-        max_query_len=step.max_query_len,
-        max_context_len=step.max_context_len,
         scale=scaling,
         window=window,
         softcap=softcap,

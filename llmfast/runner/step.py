@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -20,6 +22,48 @@ class Step:
     block_table: torch.Tensor  # int32 [B, max_blocks]
     max_query_len: int  # no sequence has more tokens in this step
     max_context_len: int | None = None  # about the longest context, for the number of programs
+    decodes: int = 0  # so many sequences stand first that have one token each
+
+    @cached_property
+    def rest_start(self) -> torch.Tensor:
+        """Where the sequences after those ``decodes`` begin, among their own tokens."""
+        return self.query_start[self.decodes :] - self.decodes
+
+    def attend(
+        self,
+        paged_attention: Callable[..., Any],
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attention of the step's queries ``[T, Hq, D]`` over a layer's cache, by an operation.
+
+        Single tokens and prompts go apart, since each would take the tiles of the other.
+        """
+
+        def of(sequences: slice, start: torch.Tensor, longest: int) -> torch.Tensor:
+            out: torch.Tensor = paged_attention(
+                q[sequences],
+                keys,
+                values,
+                query_start=start,
+                context_len=self.context_len[sequences],
+                block_table=self.block_table[sequences],
+                max_query_len=longest,
+                max_context_len=self.max_context_len,
+                **options,
+            )
+            return out
+
+        n = self.decodes
+        if self.max_query_len == 1 or not 0 < n < len(self.context_len):
+            return of(slice(None), self.query_start, self.max_query_len)
+        parts = (
+            of(slice(n), self.query_start[: n + 1], 1),  # as many tokens as sequences
+            of(slice(n, None), self.rest_start, self.max_query_len),
+        )
+        return torch.cat(parts)
 
 
 @dataclass

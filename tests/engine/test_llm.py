@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ import llmfast
 from block_books import check_books
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
+from llmfast.engine import executor
 from llmfast.engine.executor import Executor
+from llmfast.engine.graphs import DecodeGraphs, Graph, buckets
+from llmfast.engine.inputs import Size
 from llmfast.errors import UserError
 from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make, tokens
@@ -26,6 +30,22 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 def model_of(kind="Llama"):
     """On the CPU: float64 has no kernels, and the references are what the engine is judged by."""
     return make(kind).double()
+
+
+class Replayed(DecodeGraphs):
+    """Graphs whose replay runs the step, over the same buffers and padded to the same buckets."""
+
+    def _capture(self, key):
+        size = Size(key[0], key[0], self._width)
+        return Graph(size, SimpleNamespace(replay=lambda: self._decode(size, *key[1:])))
+
+
+@pytest.fixture(autouse=True, params=["in turn", "ahead"])
+def how(request, monkeypatch):
+    """On a GPU steps are started before the host has seen the tokens before, and are graphs."""
+    if request.param == "ahead":
+        monkeypatch.setattr(Executor, "asynchronous", True)
+        monkeypatch.setitem(executor.GRAPHS, "cpu", Replayed)
 
 
 def engine(kind="Llama", model=None, **kwargs):
@@ -224,16 +244,16 @@ def test_a_cache_that_runs_out_changes_nothing():
 def test_a_prefix_is_computed_once(monkeypatch):
     steps = []
     with engine(num_blocks=60) as llm:
-        run = llm._executor.run
+        launch = llm._executor.launch
 
-        def count(plan, ready):
+        def count(plan, *args):
             steps.append(sum(plan.counts.values()))
-            return run(plan, ready)
+            return launch(plan, *args)
 
-        monkeypatch.setattr(llm._executor, "run", count)
+        monkeypatch.setattr(llm._executor, "launch", count)
         prompts = [[*LONG[:48], 5 + i] for i in range(4)]
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2), False)
-        assert steps[:2] == [49, 4]
+        assert steps[0] == 49 and sum(steps) == 49 + 3 + 4  # and one token each to follow
         assert [o.metrics.cached_tokens for o in outputs] == [0, 48, 48, 48]
         (again,) = llm.generate([LONG[:48]], PARAMS[0], use_tqdm=False)
         assert again.metrics.cached_tokens == 32  # its last block gives the logits
@@ -456,7 +476,7 @@ def test_nothing_left_to_choose():
 
 
 @pytest.mark.parametrize(
-    ("where", "nth"), [((Executor, "run"), 1), ((Executor, "run"), 4), ((LLM, "_take"), 3)]
+    ("where", "nth"), [((Executor, "launch"), 1), ((Executor, "launch"), 4), ((LLM, "_take"), 3)]
 )
 def test_a_step_that_raises_leaves_the_engine_usable(where, nth, monkeypatch):
     with engine() as llm:
@@ -682,3 +702,44 @@ def test_models_that_it_cannot_run():
 def test_the_size_of_a_cache_on_the_cpu():
     with LLM(make("Llama"), max_num_seqs=3, max_model_len=100) as llm:
         assert llm._executor.cache.num_blocks == 3 * 2 and llm._executor.cache.block_size == 64
+
+
+# ---------------------------------------------------------------------------- steps ahead
+
+
+def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request, monkeypatch):
+    waiting, decoded = [], []
+    launch, decode = Executor.launch, Executor._decode
+
+    def watch(self, plan, answers, previous):
+        waiting.append(previous is not None)
+        return launch(self, plan, answers, previous)
+
+    def count(self, size, *drawing):
+        decoded.append(size.rows)
+        return decode(self, size, *drawing)
+
+    monkeypatch.setattr(Executor, "launch", watch)
+    monkeypatch.setattr(Executor, "_decode", count)
+    with engine(enable_prefix_caching=False) as llm:
+        llm.generate(ids(3, 9, 7, 20, 1), GREEDY, use_tqdm=False)
+        ahead = llm._executor.asynchronous
+        assert any(waiting) == ahead
+        assert set(decoded) == ({8} if ahead else set())  # all decode together until all end
+        waiting.clear()
+        llm.generate(PROMPTS[:2], PARAMS[1], use_tqdm=False)  # its penalty wants every token
+        assert not any(waiting)
+        check_empty(llm)
+
+
+def test_buckets_of_rows():
+    assert buckets(1) == [1] and buckets(6) == [1, 2, 4, 6]
+    assert buckets(256) == [1, 2, 4, 8, 16, *range(32, 257, 32)]
+    assert buckets(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]
+
+
+def test_eager_steps_have_no_graphs():
+    with engine(enforce_eager=True) as llm:
+        assert llm._executor._graphs is None
+        (output,) = llm.generate([PROMPTS[4]], GREEDY, use_tqdm=False)
+        assert_as_alone(output, 4, 0)

@@ -60,7 +60,8 @@ class Cache:
         chosen = []
         plan = self.plan()
         for sequence, count in plan.counts.items():
-            self.scheduler.advance(sequence, count)
+            self.scheduler.begin(sequence, count)
+            self.scheduler.confirm(sequence, sequence.computed)
             if sequence.remaining == 0:
                 sequence.tokens.append(choose(sequence))
                 chosen.append(sequence)
