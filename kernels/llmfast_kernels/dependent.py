@@ -10,12 +10,16 @@ On other GPUs, and in Triton's interpreter, all of this is nothing.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
+
+WANTED = os.environ.get("LLMFAST_DEPENDENT_LAUNCH", "1") != "0"
 
 
 @triton.constexpr_function
@@ -56,6 +60,7 @@ def prefetch_rows(row_ptrs, k, COLS: tl.constexpr):
 
 def launch_options() -> dict[str, bool]:
     """Options for launching, on the current device, a kernel that waits for its inputs."""
-    if knobs.runtime.interpret or torch.version.hip or not torch.cuda.is_available():
+    absent = knobs.runtime.interpret or torch.version.hip or not torch.cuda.is_available()
+    if absent or not WANTED:
         return {}
     return {"launch_pdl": True} if torch.cuda.get_device_capability()[0] >= 9 else {}

@@ -313,6 +313,15 @@ def test_a_table_goes_before_the_heuristic():
     assert choose(129, table=beyond) == CUBLAS
 
 
+def test_ours_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(launches, "WANTED", False)
+    for operation, library in launches.LIBRARY.items():
+        for tokens in (1, 16):
+            table = {(operation, 6144, 4096, tokens): TILES}
+            choose = partial(choose_launch, operation, 6144, 4096, tokens)
+            assert choose(shared_memory=SHARED[0], table=table) == library
+
+
 TABLE = {("dense_linear", 6144, 4096, 1): GEMV, ("gated_linear", 14336, 4096, 16): TILES}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ logger = logging.getLogger("llmfast")
 
 MAX_TOKENS = 128  # more are no longer bound by the weights' bytes
 SCHEMA = 1
+WANTED = os.environ.get("LLMFAST_LINEAR", "1") != "0"  # ours, and not the library's alone
 PACKAGED = Path(__file__).with_name("tables")
 OWN = Path.home() / ".cache/llmfast/linear"  # what `llmfast tune` wrote on this machine
 
@@ -90,7 +92,7 @@ def choose_launch(
         shared_memory: what one program may use, in bytes.
         table: of this GPU.
     """
-    if tokens > MAX_TOKENS:
+    if tokens > MAX_TOKENS or not WANTED:
         return LIBRARY[operation]
     measured = (table or {}).get((operation, n, k, bucket(tokens)))
     if measured is not None:

@@ -1,0 +1,37 @@
+"""When kernels are launched before the one before has ended."""
+
+import pytest
+import torch
+from triton import knobs
+
+from llmfast_kernels import dependent
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(dependent, "WANTED", True)
+
+
+def test_from_hopper_on(hopper, monkeypatch):
+    assert dependent.launch_options() == {"launch_pdl": True}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert dependent.launch_options() == {}
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "value"),
+    [
+        (torch.version, "hip", "6.3"),
+        (torch.cuda, "is_available", lambda: False),
+        (knobs.runtime, "interpret", True),
+        (dependent, "WANTED", False),
+    ],
+    ids=["on AMD", "without a GPU", "in the interpreter", "switched off"],
+)
+def test_not(hopper, monkeypatch, of, name, value):
+    monkeypatch.setattr(of, name, value)
+    assert dependent.launch_options() == {}
