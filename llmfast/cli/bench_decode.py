@@ -49,6 +49,7 @@ class Request:
     json_path: str | None = None
     results: Path | None = None
     commit: str | None = None
+    dtype: str | None = None
 
     def check(self) -> None:
         """Refuse what cannot be measured, before anything is imported or loaded.
@@ -134,6 +135,14 @@ def decode_command(
         str | None,
         typer.Option(help="Commit of the sources, where the checkout has no history to ask."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="bf16|fp16|fp32",
+            help="Of the weights and the cache.",
+            show_default="bf16 for a shape on a GPU, else the model's own",
+        ),
+    ] = None,
 ) -> None:
     """Measure decoding: tokens a second, share of the memory roofline, memory, first token.
 
@@ -153,6 +162,7 @@ def decode_command(
             json_path,
             results,
             commit,
+            dtype,
         )
     )
 
@@ -166,7 +176,7 @@ def bench_decode(request: Request) -> Measured:
     request.check()
     from ..measure.shapes import Source
 
-    source = Source(request.shape, request.model)
+    source = Source(request.shape, request.model, request.dtype)
     source.check()
     with ui.progress("Importing") as step, _quiet_transformers():
         import torch

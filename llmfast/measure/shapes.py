@@ -107,16 +107,20 @@ class Source:
 
     shape: str | None = None
     model: str | None = None  # None, and no shape: the embedded model
+    dtype: str | None = None  # a name of DTYPE_NAMES; None: bf16 on a GPU, what the model has
 
     def check(self) -> None:
         """
         Raises:
-            UserError: an unknown shape, or a shape and a model.
+            UserError: an unknown shape or dtype, or a shape and a model.
         """
         if self.shape is not None and self.model is not None:
             raise UserError("give --shape or --model, not both")
         if self.shape is not None and self.shape not in SHAPES:
             raise UserError(f"--shape must be one of {', '.join(SHAPES)}; got {self.shape!r}")
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
+            names = ", ".join(DTYPE_NAMES.values())
+            raise UserError(f"--dtype must be one of {names}; got {self.dtype!r}")
 
     @property
     def case(self) -> dict[str, str]:
@@ -130,27 +134,30 @@ class Source:
 
     def make(self, device: torch.device) -> Any:
         """The model in evaluation mode, with no token at which it would stop by itself."""
+        dtype = next((dtype for dtype, name in DTYPE_NAMES.items() if name == self.dtype), None)
         if self.shape is not None:
-            model = random_model(self.shape, device)
+            model = random_model(self.shape, device, dtype)
         else:
             from ..model.load import load
 
-            model = load(self.model, device=device).model
+            model = load(self.model, device=device, dtype=dtype).model
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig(pad_token_id=0)
         return model
 
 
-def random_model(shape: str, device: torch.device) -> Any:
-    """A model with random weights, made on ``device``: bfloat16 on a GPU, float32 on the CPU.
+def random_model(shape: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A model with random weights, made on ``device``.
+
+    ``dtype`` is bfloat16 on a GPU and float32 on the CPU unless given.
 
     The weights are normal with a standard deviation of 0.02, so activations stay small.
     """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with device:
         return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype).eval()
 

@@ -86,6 +86,14 @@ def test_random_weights_keep_activations_small(tiny):
     assert model.generation_config.eos_token_id is None
 
 
+@pytest.mark.parametrize("dtype", shapes.DTYPE_NAMES, ids=str)
+def test_a_source_s_dtype_is_its_model_s(shape, dtype):
+    source = Source(shape="tiny", dtype=shapes.DTYPE_NAMES[dtype])
+    source.check()
+    assert source.make(torch.device("cpu")).dtype == dtype
+    assert shape.make(torch.device("cpu")).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("source", "case"),
     [
@@ -106,6 +114,7 @@ def test_a_source_names_its_case(source, case):
     [
         (Source(shape="llama"), ["--shape must be one of", "llama-3.1-8b", "'llama'"]),
         (Source(shape="qwen3-8b", model="x"), ["--shape or --model, not both"]),
+        (Source(dtype="int4"), ["--dtype must be one of bf16, fp16, fp32", "'int4'"]),
     ],
 )
 def test_an_unknown_source_is_refused(source, words):
