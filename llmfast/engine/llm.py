@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import time
@@ -21,6 +22,7 @@ from ..model.patch import refuse
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
 from .executor import Executor
+from .logits import score, widen
 from .request import (
     FINISHED,
     RUNNING,
@@ -342,14 +344,30 @@ class LLM:
         stops = set(params.stop_token_ids or ()) | (
             set() if params.ignore_eos else self._end_tokens
         )
+        bad_words = self._words(params)
         answers: list[Answer] = []
         for number in range(params.n):
             parent = answers[0].sequence if answers else None
             sequence = Tokens(list(ids), len(ids), most, parent)
             own = _seed_of(seed, number)
-            answers.append(Answer(number, sequence, params, own, frozenset(stops)))
+            answers.append(Answer(number, sequence, params, own, frozenset(stops), bad_words))
         self._count += 1
-        return Request(str(self._count - 1), text, ids, answers, RequestMetrics())
+        request = Request(str(self._count - 1), text, ids, answers, RequestMetrics())
+        if params.prompt_logprobs is not None and ids:
+            request.prompt_logprobs = [None]
+            answers[0].sequence.scored = 1
+        return request
+
+    def _words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The bad words as token ids; texts both as a first word and after a space."""
+        words: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words or ():
+            if not isinstance(word, str):
+                words[tuple(word)] = None
+            elif self.tokenizer is not None:
+                for text in (word, " " + word.lstrip()):
+                    words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
+        return tuple(word for word in words if word)
 
     def _check(self, request: Request, params: SamplingParams) -> None:
         """Raise UserError if a request cannot be run."""
@@ -365,18 +383,24 @@ class LLM:
             ("the prompt", ids),
             ("stop_token_ids", params.stop_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words", [t for w in params.bad_words or () if not isinstance(w, str) for t in w]),
         ):
             bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
             if bad is not None:
                 raise UserError(
                     f"{name} has the token id {bad}; the model's are 0 to {vocabulary - 1}"
                 )
-        if (params.logprobs or 0) > vocabulary:
-            raise UserError(
-                f"logprobs is {params.logprobs}, more than the {vocabulary} tokens of the model"
-            )
+        for name, most in (
+            ("logprobs", params.logprobs),
+            ("prompt_logprobs", params.prompt_logprobs),
+        ):
+            if (most or 0) > vocabulary:
+                raise UserError(f"{name} is {most}, more than the {vocabulary} tokens of the model")
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts want a tokenizer; give stop_token_ids instead")
+        if self.tokenizer is None and any(isinstance(w, str) for w in params.bad_words or ()):
+            raise UserError("bad_words as texts want a tokenizer; give lists of token ids instead")
 
     def _drop(self, requests: Sequence[Request]) -> None:
         """Abort those that are not finished."""
@@ -439,23 +463,57 @@ class LLM:
             if metrics.first_scheduled is None:
                 metrics.first_scheduled = now
                 metrics.cached_tokens = sequence.cached_tokens or 0
+        wide, rows = widen(plan, self._scheduler.max_num_seqs)
         ready = [s for s, count in plan.counts.items() if count == s.remaining]
+        last = [rows[s][-1] if s in rows else s for s in ready]
+        scored = [row for own in rows.values() for row in own if row.computed + 1 < row.prompt_len]
         try:
-            logits = self._executor.run(plan, ready)
+            logits = self._executor.run(wide, [*last, *scored])
             answers = [self._owners[sequence][1] for sequence in ready]
-            choices = choose(logits, answers) if ready else []
+            choices = choose(logits[: len(ready)], answers) if ready else []
             for sequence, count in plan.counts.items():
                 self._scheduler.advance(sequence, count)
+            if scored:
+                self._take_prompts(rows, logits[len(ready) :])
             for sequence, choice in zip(ready, choices, strict=True):
-                self._take(*self._owners[sequence], choice)
+                if sequence.state == RUNNING:
+                    self._take(*self._owners[sequence], choice)
         except BaseException:
             for sequence in plan.counts:
                 if sequence.state == RUNNING:
                     self._scheduler.preempt(sequence)
             raise
 
+    def _take_prompts(self, rows: dict[Tokens, list[Tokens]], logits: torch.Tensor) -> None:
+        """Append log-probabilities of prompts, of those rows that a token of the prompt follows."""
+        start = 0
+        for sequence, own in rows.items():
+            request, answer = self._owners[sequence]
+            first, end = sequence.scored or 1, min(own[-1].computed + 2, sequence.prompt_len)
+            tokens = sequence.tokens[first:end]
+            most = [answer.params.prompt_logprobs or 0] * len(tokens)
+            found = score(logits[start : start + len(tokens)], tokens, most)
+            start += len(tokens)
+            assert request.prompt_logprobs is not None
+            for token, (logprob, top) in zip(tokens, found, strict=True):
+                if math.isnan(logprob):
+                    for each in request.answers:
+                        self._finish(request, each, "error", error=_STATUS[1], forget=True)
+                    break
+                request.prompt_logprobs.append(self._logprobs(token, logprob, top))
+            sequence.scored = end
+
+    def _logprobs(
+        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
+    ) -> dict[int, Logprob]:
+        found = dict([*top, (token, logprob)])
+        return {t: Logprob(lp, self._piece(t)) for t, lp in found.items()}
+
     def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
         """Append a token, and see whether the answer ends with it."""
+        if choice.error is not None:
+            self._finish(request, answer, "error", error=choice.error)
+            return
         if choice.status:
             message = _STATUS.get(choice.status, f"sampling failed with status {choice.status}")
             self._finish(request, answer, "error", error=message, forget=True)
@@ -468,8 +526,7 @@ class LLM:
         answer.num_output += 1
         if params.logprobs is not None and choice.logprob is not None:
             answer.cumulative_logprob += choice.logprob
-            found = dict([*choice.top, (token, choice.logprob)])
-            answer.logprobs.append({t: Logprob(lp, self._piece(t)) for t, lp in found.items()})
+            answer.logprobs.append(self._logprobs(token, choice.logprob, choice.top))
         if token in answer.stop_tokens:
             ends = token in self._end_tokens and not params.ignore_eos
             answer.stop_reason = None if ends else token
@@ -507,6 +564,7 @@ class LLM:
                     error=answer.error,
                 )
             )
+        prompt_logprobs = request.prompt_logprobs
         return RequestOutput(
             request_id=request.id,
             prompt=request.prompt,
@@ -514,6 +572,7 @@ class LLM:
             outputs=outputs,
             finished=request.finished,
             metrics=request.metrics,
+            prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
         )
 
     def _shown(self, answer: Answer) -> list[int]:

@@ -218,5 +218,7 @@ class Scheduler:
         return True
 
     def _usable_digests(self, sequence: Sequence) -> list[bytes]:
-        """Of the blocks that may be shared: the last token is computed anew, for its logits."""
+        """Of the blocks that may be shared: what logits are wanted of is computed anew."""
+        if sequence.scores_prompt:
+            return []
         return sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.block_size]
