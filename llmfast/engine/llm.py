@@ -163,6 +163,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer prompts, all at once.
 
@@ -171,6 +173,7 @@ class LLM:
                 ``{"prompt_token_ids": ids}``; one of them or a list.
             sampling_params: for all prompts, or a list with one for each.
             use_tqdm: show a progress bar.
+            priority: for all prompts, or a list with one for each: lower ones go first.
 
         Returns:
             An output for each prompt, in their order. A request that cannot be run (an empty
@@ -179,10 +182,10 @@ class LLM:
 
         Raises:
             UserError: text without a tokenizer.
-            ValueError: another number of ``sampling_params`` than of prompts.
+            ValueError: another number of ``sampling_params`` or priorities than of prompts.
             TypeError: something that is no prompt.
         """
-        requests = self._add(prompts, sampling_params, streaming=False)
+        requests = self._add(prompts, sampling_params, priority, streaming=False)
         progress: Any = None
         try:
             if use_tqdm:
@@ -208,6 +211,8 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer conversations: lists of ``{"role": ..., "content": ...}``; one, or a list of them.
 
@@ -215,22 +220,31 @@ class LLM:
             UserError: there is no tokenizer, or it has no chat template; otherwise as
                 :meth:`generate`.
         """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [self.chat_prompt(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The prompt that the chat template makes of a conversation, for generate or stream.
+
+        Raises:
+            UserError: there is no tokenizer, or it has no chat template.
+        """
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise UserError("LLM.chat: wants a tokenizer with a chat template; this has none")
-        single = bool(messages) and isinstance(messages[0], Mapping)
-        prompts = []
-        for conversation in [messages] if single else messages:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-            ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template has them
-            prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template has them
+        return {"prompt": text, "prompt_token_ids": ids}
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[RequestOutput]:
         """Answer prompts, and yield the output of a request each time that it has grown.
 
@@ -239,7 +253,7 @@ class LLM:
         is asked for; leaving the loop aborts what is not finished. Several streams may be read in
         turn: a step runs the requests of all. Arguments and errors are those of :meth:`generate`.
         """
-        requests = self._add(prompts, sampling_params, streaming=True)
+        requests = self._add(prompts, sampling_params, priority, streaming=True)
         try:
             while requests:
                 if not any(request.changed for request in requests):
@@ -281,8 +295,20 @@ class LLM:
 
     # ----------------------------------------------------------------------------- requests
 
-    def _add(self, prompts: Any, params: Any, *, streaming: bool) -> list[Request]:
-        """Queue requests; those that cannot be run are finished already, with an error."""
+    def _add(
+        self,
+        prompts: Any,
+        params: Any,
+        priority: int | Sequence[int] = 0,
+        *,
+        streaming: bool,
+        request_id: str | None = None,
+    ) -> list[Request]:
+        """Queue requests; those that cannot be run are finished already, with an error.
+
+        Args:
+            request_id: of a single prompt, that no unfinished request has; None: one is made.
+        """
         if self._closed:
             raise RuntimeError("LLM: it is closed")
         parts = _as_list(prompts)
@@ -295,14 +321,17 @@ class LLM:
         for given in params:
             if not isinstance(given, SamplingParams):
                 raise TypeError(f"LLM: wants SamplingParams, got {type(given).__name__}")
+        priorities = _as_priorities(priority, len(parts))
         known = [self._tokenize(prompt) for prompt in parts]  # raises before anything is queued
         requests = []
-        for (text, ids), given in zip(known, params, strict=True):
+        for (text, ids), given, own in zip(known, params, priorities, strict=True):
             request = self._make_request(text, ids, given)
+            request.id = request_id or request.id
             requests.append(request)
             try:
                 self._check(request, given)
                 for answer in request.answers:
+                    answer.sequence.priority = own
                     self._scheduler.add(answer.sequence)
             except UserError as error:
                 for answer in request.answers:
@@ -601,6 +630,14 @@ def _as_list(prompts: Any) -> list[Any]:
         except TypeError:
             pass  # a list of tensors or arrays of token ids
     return parts
+
+
+def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
+    if not isinstance(priority, Sequence):
+        return [index(priority)] * count
+    if len(priority) != count:
+        raise ValueError(f"LLM: wants as many priorities as prompts, {count}; got {len(priority)}")
+    return [index(each) for each in priority]
 
 
 def _stops(params: SamplingParams) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ class Sequence:
     limit: int  # of len(tokens); it ends there
     parent: Sequence | None = None  # the first answer to the same prompt
     scored: int | None = None  # tokens of the prompt with log-probabilities; None: not wanted
+    priority: int = 0  # lower ones first
     # the scheduler's
     arrival: int = 0
     state: str = WAITING
@@ -41,6 +42,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute before the next can be chosen; 1 for a sequence that decodes."""
         return len(self.tokens) - self.computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priorities, then earlier arrivals."""
+        return self.priority, self.arrival
 
     @property
     def shared(self) -> int:

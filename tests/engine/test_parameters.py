@@ -302,3 +302,32 @@ def test_without_them_a_step_is_not_touched(monkeypatch):
         )
         run(llm, [PROMPT], GREEDY)
     assert rows == [1] * 12
+
+
+# ---------------------------------------------------------------------------------- priorities
+
+
+def test_priorities_change_the_order_and_nothing_else():
+    params = SamplingParams(seed=2, max_tokens=20)
+    prompts = [LONG[:20], LONG[10:30], LONG[20:40]]
+    with engine(num_blocks=5, enable_prefix_caching=False) as llm:
+        usual = run(llm, prompts, params)
+        turned = llm.generate(prompts, params, use_tqdm=False, priority=[2, 1, 0])
+        one = list(llm.stream(prompts[0], params, priority=7))[-1]
+        check_empty(llm)
+    expected = [output.outputs[0].token_ids for output in usual]
+    assert [output.outputs[0].token_ids for output in turned] == expected
+    assert one.outputs[0].token_ids == expected[0]
+    for outputs in (usual, turned[::-1]):
+        assert outputs[0].metrics.preemptions == 0
+        ends = [output.metrics.finished for output in outputs]
+        assert ends[0] == min(ends) and ends[2] == max(ends)
+
+
+def test_bad_priorities():
+    with engine() as llm:
+        with pytest.raises(ValueError, match="as many priorities as prompts, 1; got 2"):
+            llm.generate([PROMPT], GREEDY, use_tqdm=False, priority=[1, 2])
+        with pytest.raises(TypeError):
+            llm.generate([PROMPT], GREEDY, use_tqdm=False, priority=0.5)
+        check_empty(llm)
