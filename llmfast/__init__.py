@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.async_llm import AsyncLLM
     from .engine.llm import LLM
     from .engine.request import CompletionOutput, RequestOutput
     from .engine.sampling_params import SamplingParams
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Loaded",
     "Report",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncLLM": ".engine.async_llm",
     "LLM": ".engine.llm",
     "CompletionOutput": ".engine.request",
     "Loaded": ".model.load",
