@@ -12,10 +12,12 @@ from .. import __version__
 from ..errors import UserError
 from . import ui
 from .bench import bench_app
+from .chat import chat_command
 from .demo import demo_command
 from .env import env_command
 from .eval import eval_command
 from .generate import generate_command
+from .run import run_command
 from .tune import tune_command
 
 
@@ -80,6 +82,8 @@ def _root(
 
 # each command's docstring is its help
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
+app.command("run")(run_command)
 app.command("env")(env_command)
 app.command("demo")(demo_command)
 app.command("eval")(eval_command)

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from hashlib import blake2b
 from operator import index
 from types import TracebackType
@@ -245,7 +245,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """Answer prompts, and yield the output of a request each time that it has grown.
 
         An output has everything so far. Its text has no half characters, nor anything that may
