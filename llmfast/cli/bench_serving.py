@@ -289,12 +289,14 @@ def _bench(request: Request, measure: Callable[[Source, Progress], Measured]) ->
     from rich.console import Console
 
     console = Console(stderr=request.json_path == "-")
-    console.print(_table(found, env))
+    title, table = _table(found, env)
+    console.print(title, highlight=False, markup=False)
+    console.print(table)
     write_figures(found, env, request.suite, request.json_path, request.results)
 
 
-def _table(found: Measured, env: Env) -> Table:
-    """A line for each metric, a column for each case."""
+def _table(found: Measured, env: Env) -> tuple[str, Table]:
+    """What was run, and a line for each metric with a column for each case."""
     from rich.table import Table
 
     from ..measure.results import CEILING_CASE, parse_case
@@ -306,12 +308,7 @@ def _table(found: Measured, env: Env) -> Table:
     common = {k: v for k, v in keys[0].items() if all(key.get(k) == v for key in keys)}
     what = ", ".join(f"{k} {v}" for k, v in common.items())
     where = "the CPU" if env.gpu == "none" else env.gpu
-    table = Table(
-        title=f"{name}, {weights}, on {where}: {what}",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")
     for key in keys:
         own = [f"{k} {v}" for k, v in key.items() if k not in common]
@@ -325,4 +322,4 @@ def _table(found: Measured, env: Env) -> Table:
             f"{title}, {unit}",
             *("" if row is None else f"{row.value:,.2f}" for row in cells),
         )
-    return table
+    return f"{name}, {weights}, on {where}: {what}", table
