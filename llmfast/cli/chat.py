@@ -121,6 +121,9 @@ class Chat:
         while True:
             try:
                 line = input("> " if self._interactive else "").strip()
+                if line == "/quit":
+                    return
+                self.take(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -128,25 +131,24 @@ class Chat:
                     raise
                 print()
                 ui.note("/quit ends the conversation")
-                continue
-            if line == "/quit":
-                return
-            if line == "/reset":
-                self.messages = list(self._opening)
-            elif line == "/stats":
-                print(self._last or "nothing was answered yet", file=sys.stderr)
-            elif line.startswith("/"):
-                ui.note(f"there is no {line.split()[0]}; there are {', '.join(COMMANDS)}")
-            elif line:
-                self.answer(line)
+
+    def take(self, line: str) -> None:
+        """Do what a line says."""
+        if line == "/reset":
+            self.messages = list(self._opening)
+        elif line == "/stats":
+            print(self._last or "nothing was answered yet", file=sys.stderr)
+        elif line.startswith("/"):
+            ui.note(f"there is no {line.split()[0]}; there are {', '.join(COMMANDS)}")
+        elif line:
+            self.answer(line)
 
     def answer(self, line: str) -> None:
         """Answer a line, token by token."""
-        self.messages.append({"role": "user", "content": line})
+        asked = [*self.messages, {"role": "user", "content": line}]
         try:
-            prompt = self._prompt(self.messages)
+            prompt = self._prompt(asked)
         except UserError as failure:
-            self.messages.pop()
             ui.note(str(failure))
             return
         started, shown, output = time.perf_counter(), "", None
@@ -159,11 +161,11 @@ class Chat:
                 shown = text
         except KeyboardInterrupt:
             stream.close()
-        if output is None or output.outputs[0].error is not None:
-            self.messages.pop()
-            if output is not None:
-                ui.note(f"{output.outputs[0].error}; /reset begins a new conversation")
+        if output is None:  # interrupted before its first token
             return
+        if output.outputs[0].error is not None:
+            ui.note(f"{output.outputs[0].error}; /reset begins a new conversation")
+            return
+        self.messages = [*asked, {"role": "assistant", "content": shown}]
         print(flush=True)
-        self.messages.append({"role": "assistant", "content": shown})
         self._last = Turn(output, time.perf_counter() - started)

@@ -1,10 +1,13 @@
 """Parameters that bar tokens, processors, and log-probabilities of prompts, against plain loops."""
 
+import functools
 import math
 import re
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from engines import LONG, VOCABULARY, check_empty, engine, logits_of, text_engine
 from llmfast import SamplingParams
@@ -331,3 +334,70 @@ def test_bad_priorities():
         with pytest.raises(TypeError):
             llm.generate([PROMPT], GREEDY, use_tqdm=False, priority=0.5)
         check_empty(llm)
+
+
+# ------------------------------------------------------------------------------- in any company
+
+
+def halve(ids, logits):
+    return logits / (2 if len(ids) % 2 else 1)
+
+
+MIXED_PROMPTS = [LONG[:n] for n in (1, 16, 33, 47, 60)]
+MIXED = [
+    SamplingParams(temperature=0, max_tokens=20),
+    SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=1),
+    SamplingParams(seed=1, n=2, max_tokens=12, prompt_logprobs=0, logprobs=1),
+    SamplingParams(seed=2, max_tokens=15, allowed_token_ids=list(range(3, 60)), min_tokens=4),
+    SamplingParams(seed=3, max_tokens=15, logits_processors=[halve], bad_words=[[7, 8], [9]]),
+]
+
+
+def shape(output):
+    """What must not depend on company: tokens exactly, log-probabilities by their values."""
+    numbers = []
+    for found in [*(output.prompt_logprobs or ()), *(output.outputs[0].logprobs or ())]:
+        numbers += [(token, each.logprob) for token, each in sorted((found or {}).items())]
+    kept = [(answer.token_ids, answer.finish_reason) for answer in output.outputs]
+    return kept, [token for token, _ in numbers], [number for _, number in numbers]
+
+
+@functools.cache
+def alone(prompt, params):
+    with engine(enable_prefix_caching=False) as llm:
+        return shape(run(llm, [MIXED_PROMPTS[prompt]], MIXED[params])[0])
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    asked=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from([0, 0, -1, 2])),
+        min_size=2,
+        max_size=7,
+    ),
+    blocks=st.integers(6, 20),
+    seqs=st.sampled_from([1, 2, 4, 16]),
+    budget=st.sampled_from([3, 16, 50, 400]),
+    caching=st.booleans(),
+)
+def test_any_mix_yields_what_each_yields_alone(asked, blocks, seqs, budget, caching):
+    prompts, params, priorities = zip(*asked, strict=True)
+    with engine(
+        num_blocks=blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+    ) as llm:
+        outputs = llm.generate(
+            [MIXED_PROMPTS[i] for i in prompts],
+            [MIXED[i] for i in params],
+            use_tqdm=False,
+            priority=priorities,
+        )
+        check_empty(llm)
+    for output, prompt, param in zip(outputs, prompts, params, strict=True):
+        tokens, ids, numbers = shape(output)
+        wanted = alone(prompt, param)
+        assert (tokens, ids) == wanted[:2]
+        # 1e-9: thousands of float64 roundings
+        assert numbers == pytest.approx(wanted[2], abs=1e-9)
