@@ -63,7 +63,7 @@ class AsyncLLM:
         self._llm = LLM(model, **options)
         self.tokenizer = self._llm.tokenizer
         self.max_model_len = self._llm.max_model_len
-        self._ids: set[str] = set()
+        self._ids: dict[str, _Reader] = {}  # in work
         self._made = itertools.count()
         self._lock = Lock()  # over _ids and _closed, and the order of what is asked for
         self._closed = False
@@ -105,20 +105,38 @@ class AsyncLLM:
                 request_id = next(i for n in self._made if (i := f"r{n}") not in self._ids)
             if request_id in self._ids:
                 raise ValueError(f"AsyncLLM: request {request_id!r} is in work already")
-            self._ids.add(request_id)
-            reader = _Reader(request_id)
+            reader = self._ids[request_id] = _Reader(request_id)
             self._asked.put(lambda: self._add(reader, prompt, sampling_params, priority))
+
+        def release_if_cancelled(task: asyncio.Task[Any]) -> None:
+            if task.cancelled():
+                self._release(reader)
+
+        # a task that is cancelled while it does something else may never come back here
+        task = asyncio.current_task()
+        if task is not None:
+            task.add_done_callback(release_if_cancelled)
         try:
             finished = False
             while not finished:
                 output = await reader.get()
                 finished = output.finished
+                if finished:
+                    self._release(reader)
                 yield output
         finally:
-            with self._lock:
-                self._ids.discard(request_id)
-                if not self._closed:
-                    self._asked.put(lambda: self._leave(reader))
+            if task is not None:
+                task.remove_done_callback(release_if_cancelled)
+            self._release(reader)
+
+    def _release(self, reader: _Reader) -> None:
+        """Nobody waits for it any more: its request ends and its id is free."""
+        with self._lock:
+            if self._ids.get(reader.request_id) is not reader:
+                return
+            del self._ids[reader.request_id]
+            if not self._closed:
+                self._asked.put(lambda: self._leave(reader))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its last output has the finish reason ``"abort"``.

@@ -154,6 +154,46 @@ def test_a_task_cancelled_before_its_request_was_seen():
     serve(body)
 
 
+def test_a_task_cancelled_while_it_does_something_else():
+    """Its exception keeps the generator from being collected."""
+
+    async def body(llm):
+        began = asyncio.Event()
+
+        async def read():
+            async for _ in llm.generate(PROMPTS[1], LONGEST, "mine"):
+                began.set()
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(read())
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as kept:
+            await task
+        await quiet(llm)
+        again = await last(llm, PROMPTS[1], GREEDY, "mine")
+        assert kept.value is not None and tokens(again) == alone()[1]
+
+    serve(body)
+
+
+def test_a_time_limit_for_each_output():
+    async def body(llm):
+        outputs = llm.generate(PROMPTS[1], GREEDY)
+        seen = []
+        with contextlib.suppress(StopAsyncIteration):
+            while True:  # each of them in a task of its own, before Python 3.12
+                seen.append(await asyncio.wait_for(anext(outputs), 30))
+        assert tokens(seen[-1]) == alone()[1]
+        late = llm.generate(PROMPTS[1], LONGEST)
+        await anext(late)
+        with pytest.raises(TimeoutError):
+            while True:
+                await asyncio.wait_for(anext(late), 0)
+
+    serve(body)
+
+
 def test_a_reader_that_stops_reading_stops_nobody():
     async def body(llm):
         stuck = llm.generate(PROMPTS[1], GREEDY)
