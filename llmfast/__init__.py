@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .model.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
+    from .quantization.driver import Quantized, quantize
     from .runner.warmup import warmup
 
 __version__ = "0.1.0"
@@ -19,12 +20,14 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "Loaded",
+    "Quantized",
     "Report",
     "RequestOutput",
     "SamplingParams",
     "load",
     "patch",
     "patched",
+    "quantize",
     "unpatch",
     "warmup",
 ]
@@ -33,12 +36,14 @@ _HOMES = {
     "LLM": ".engine.llm",
     "CompletionOutput": ".engine.request",
     "Loaded": ".model.load",
+    "Quantized": ".quantization.driver",
     "Report": ".model.report",
     "RequestOutput": ".engine.request",
     "SamplingParams": ".engine.sampling_params",
     "load": ".model.load",
     "patch": ".patching",
     "patched": ".patching",
+    "quantize": ".quantization.driver",
     "unpatch": ".patching",
     "warmup": ".runner.warmup",
 }

@@ -1,0 +1,74 @@
+"""Quantized weights that a model carries, so that the runner multiplies in their own bits.
+
+The model's parameters hold the dequantized values meanwhile: whatever does not run through the
+runner computes with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from .driver import Quantized, replaced_by
+from .weights import QuantizedWeight
+
+_ATTRIBUTE = "_llmfast_weights"
+
+
+@dataclass(frozen=True)
+class _Attached:
+    weights: Mapping[str, QuantizedWeight]  # by the names of linear layers, on the CPU
+    before: Mapping[str, torch.Tensor] | None  # the parameters' values, on the CPU
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
+        return self  # nothing of it is ever changed
+
+
+def weights_of(model: nn.Module) -> Mapping[str, QuantizedWeight] | None:
+    """The quantized weights that ``model`` carries, by the names of its linear layers."""
+    found = vars(model).get(_ATTRIBUTE)
+    return found.weights if isinstance(found, _Attached) else None
+
+
+@torch.no_grad()
+def attach(model: nn.Module, quantized: Quantized, *, keep: bool) -> None:
+    """Let ``model`` carry the weights, and put their dequantized values into its parameters.
+
+    Args:
+        model: as transformers built it.
+        quantized: names of layers and other parameters of the model.
+        keep: hold the parameters' values on the CPU, for :func:`detach`.
+
+    Raises:
+        UserError: the model carries weights already, or a name or shape that is not the model's;
+            nothing is changed then.
+    """
+    if weights_of(model) is not None:
+        raise UserError("weights: this model has quantized weights already")
+    replaced = replaced_by("weights", model, quantized)
+    before: dict[str, torch.Tensor] | None = {} if keep else None
+    weights = {name: w.to("cpu") for name, w in quantized.weights.items()}
+    setattr(model, _ATTRIBUTE, _Attached(weights, before))
+    for name, parameter, make in replaced:  # one after another: there is memory for one
+        value = make()
+        if before is not None:
+            before[name] = parameter.data.cpu()
+        parameter.data = value
+
+
+@torch.no_grad()
+def detach(model: nn.Module) -> None:
+    """Put the values back that :func:`attach` was to keep; without such nothing happens."""
+    found = vars(model).get(_ATTRIBUTE)
+    if not isinstance(found, _Attached) or found.before is None:
+        return
+    parameters = dict(model.named_parameters())
+    for name, value in found.before.items():
+        if name in parameters:
+            parameters[name].data = value.to(parameters[name])
+    delattr(model, _ATTRIBUTE)
