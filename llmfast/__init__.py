@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .model.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
+    from .quantization.checkpoint import save_quantized
     from .quantization.driver import Quantized, quantize
     from .runner.warmup import warmup
 
@@ -28,6 +29,7 @@ __all__ = [
     "patch",
     "patched",
     "quantize",
+    "save_quantized",
     "unpatch",
     "warmup",
 ]
@@ -44,6 +46,7 @@ _HOMES = {
     "patch": ".patching",
     "patched": ".patching",
     "quantize": ".quantization.driver",
+    "save_quantized": ".quantization.checkpoint",
     "unpatch": ".patching",
     "warmup": ".runner.warmup",
 }

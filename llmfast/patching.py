@@ -131,7 +131,7 @@ def _attach(
             )
     if any(w.bits != 4 for w in weights.weights.values()):
         raise UserError("patch: weights of 8 bits have no kernel yet; give weights of 4 bits")
-    attach(model, weights, keep=True)
+    attach(model, weights)
     return [
         f"weights: {len(weights.weights)} linear layers in four bits; the parameters hold the "
         "dequantized values until unpatch."

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError
 from .driver import Quantized, replaced_by
 from .weights import QuantizedWeight
 
@@ -35,29 +34,37 @@ def weights_of(model: nn.Module) -> Mapping[str, QuantizedWeight] | None:
     return found.weights if isinstance(found, _Attached) else None
 
 
-@torch.no_grad()
-def attach(model: nn.Module, quantized: Quantized, *, keep: bool) -> None:
-    """Let ``model`` carry the weights, and put their dequantized values into its parameters.
-
-    Args:
-        model: as transformers built it.
-        quantized: names of layers and other parameters of the model.
-        keep: hold the parameters' values on the CPU, for :func:`detach`.
+def carry(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Let ``model`` carry ``weights``, whose dequantized values its parameters hold already.
 
     Raises:
-        UserError: the model carries weights already, or a name or shape that is not the model's;
-            nothing is changed then.
+        UserError: a name or shape that is not the model's.
     """
-    if weights_of(model) is not None:
-        raise UserError("weights: this model has quantized weights already")
+    for _ in replaced_by("weights", model, Quantized(dict(weights))):
+        pass
+    setattr(model, _ATTRIBUTE, _Attached(weights, None))
+
+
+@torch.no_grad()
+def attach(model: nn.Module, quantized: Quantized) -> None:
+    """Let ``model`` carry the weights, and put their dequantized values into its parameters.
+
+    What they held is kept on the CPU, for :func:`detach`.
+
+    Args:
+        model: as transformers built it, without quantized weights.
+        quantized: names of layers and other parameters of the model.
+
+    Raises:
+        UserError: a name or shape that is not the model's; nothing is changed then.
+    """
     replaced = replaced_by("weights", model, quantized)
-    before: dict[str, torch.Tensor] | None = {} if keep else None
+    before: dict[str, torch.Tensor] = {}
     weights = {name: w.to("cpu") for name, w in quantized.weights.items()}
     setattr(model, _ATTRIBUTE, _Attached(weights, before))
     for name, parameter, make in replaced:  # one after another: there is memory for one
         value = make()
-        if before is not None:
-            before[name] = parameter.data.cpu()
+        before[name] = parameter.data.cpu()
         parameter.data = value
 
 

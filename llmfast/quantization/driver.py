@@ -146,7 +146,7 @@ def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
         UserError: a name or a shape that is not the model's, or a model that ``llmfast.patch`` has
             changed; nothing is changed then.
     """
-    _check_unpatched("simulate", model)
+    check_unpatched("simulate", model)
     with _replaced(_values("simulate", model, quantized)):
         yield
 
@@ -263,7 +263,8 @@ def _awq_layer(
     return found
 
 
-def _check_unpatched(what: str, model: nn.Module) -> None:
+def check_unpatched(what: str, model: nn.Module) -> None:
+    """Raise UserError, beginning with ``what``, if ``llmfast.patch`` has changed the model."""
     if PATCH in vars(model):  # it may compute with merged copies of its weights
         raise UserError(f"{what}: the model is patched; call llmfast.unpatch(model) first")
 
@@ -271,7 +272,7 @@ def _check_unpatched(what: str, model: nn.Module) -> None:
 def _check_model(
     model: PreTrainedModel, prefix: str, layers: nn.ModuleList, scheme: Scheme
 ) -> None:
-    _check_unpatched("quantize", model)
+    check_unpatched("quantize", model)
     if model.training:
         raise UserError("quantize: the model is in training mode; call model.eval() first")
     for index, layer in enumerate(layers):

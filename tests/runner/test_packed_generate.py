@@ -115,7 +115,7 @@ def test_the_engine_runs_packed_weights_that_a_model_carries():
     from llmfast.quantization.attached import attach
     from llmfast.runner.model import make_step_model
 
-    attach(model, found, keep=False)
+    attach(model, found)
     steps = make_step_model(model)
     assert steps.packed_bytes > 0
 
