@@ -16,6 +16,7 @@ from .demo import demo_command
 from .env import env_command
 from .eval import eval_command
 from .generate import generate_command
+from .quantize import quantize_command
 from .tune import tune_command
 
 
@@ -83,6 +84,7 @@ app.command("generate")(generate_command)
 app.command("env")(env_command)
 app.command("demo")(demo_command)
 app.command("eval")(eval_command)
+app.command("quantize")(quantize_command)
 app.command("tune")(tune_command)
 app.add_typer(bench_app, name="bench", help="Run benchmarks and render their results.")
 
