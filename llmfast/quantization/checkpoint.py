@@ -256,3 +256,5 @@ def _write(
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # safetensors writes a file that nobody else may read
+    (folder / "model.safetensors").chmod(path.stat().st_mode)

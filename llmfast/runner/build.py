@@ -145,7 +145,8 @@ def _pack(layers: list[nn.Linear], weights: list[QuantizedWeight]) -> Linear | N
     if len(biases) not in (0, len(layers)):
         return None
     try:
-        packed = PackedInt4.from_quantized(side_by_side(weights).to(first.device), first.dtype)
+        merged = side_by_side([w.to(first.device) for w in weights])
+        packed = PackedInt4.from_quantized(merged, first.dtype)
     except ValueError:
         return None
     return Linear(packed, torch.cat([b.data for b in biases]) if biases else None)

@@ -1,6 +1,7 @@
 """``patch(model, weights=...)``: generate over packed weights, and everything back afterwards."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +9,13 @@ import torch
 import llmfast
 from generating import batch
 from llmfast.errors import UserError
-from llmfast.quantization.attached import weights_of
+from llmfast.quantization.attached import attach, weights_of
 from llmfast.quantization.driver import quantize, simulate
+from llmfast_kernels.linear.reference import int4_linear_reference
 from tiny_models import make, tokens
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(device):
-    if device.type == "cuda":
-        pytest.skip("the kernel has no float32; tests/ops runs it in 16 bits")
+# models are on the CPU in float32, which the kernel does not have: a test below runs it on a GPU
+CPU = torch.device("cpu")
 
 
 def state(model):
@@ -44,10 +43,10 @@ def test_generate_is_that_of_the_simulated_model(kind):
     assert "8 of their 8 linear layers in four bits" in line
     assert any("linear layers in four bits; the parameters" in note for note in report.notes)
     with simulate(twin, quantize(twin, group_size=32)):
-        wanted = twin.generate(**batch(torch.device("cpu")), **GREEDY)
+        wanted = twin.generate(**batch(CPU), **GREEDY)
         assert torch.equal(logits(model), logits(twin))  # its own forward has the same weights
     assert not torch.equal(logits(model), dense)
-    assert torch.equal(model.generate(**batch(torch.device("cpu")), **GREEDY), wanted)
+    assert torch.equal(model.generate(**batch(CPU), **GREEDY), wanted)
     takeover = model.generate.args[1]
     assert takeover.blocks.packed_bytes > 0
     memory = llmfast.warmup(model, max_length=16, progress=False).memory
@@ -65,15 +64,15 @@ def test_generate_is_that_of_the_simulated_model(kind):
     assert model.generate.args[1].blocks.packed_bytes == 0
 
 
-def test_what_quantize_found_is_taken(device):
+def test_what_quantize_found_is_taken():
     model = make("Llama")
     before = state(model)
     ids = tokens(8, 64)
     found = llmfast.quantize(model, method="awq", group_size=32, calibration=ids)
     with llmfast.patched(model, ops="all", weights=found) as report:
         assert any("8 of their 8" in note for note in report.notes)
-        ours = model.generate(**batch(device), **GREEDY)
-        own = type(model).generate(model, **batch(device), **GREEDY)
+        ours = model.generate(**batch(CPU), **GREEDY)
+        own = type(model).generate(model, **batch(CPU), **GREEDY)
         assert torch.equal(ours, own)
     assert_is(model, before)
 
@@ -90,10 +89,10 @@ def test_calibrated_methods_find_their_codes_in_patch():
 def test_a_moved_model_is_packed_anew():
     model = make("Llama")
     llmfast.patch(model, ops="generate", weights="int4", group_size=32)
-    first = model.generate(**batch(torch.device("cpu")), **GREEDY)
+    first = model.generate(**batch(CPU), **GREEDY)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    assert torch.equal(model.generate(**batch(torch.device("cpu")), **GREEDY), first)
+    assert torch.equal(model.generate(**batch(CPU), **GREEDY), first)
     assert model.generate.args[1].blocks.packed_bytes > 0
 
 
@@ -109,15 +108,39 @@ def test_a_copy_is_unpatched_by_itself():
     assert_is(model, before)
 
 
-def test_the_engine_runs_packed_weights_that_a_model_carries():
-    model = make("Llama")
-    found = quantize(model, group_size=32)
-    from llmfast.quantization.attached import attach
-    from llmfast.runner.model import make_step_model
+def test_the_engine_runs_the_packed_weights_that_a_model_carries():
+    model, twin = make("Llama"), make("Llama")
+    attach(model, quantize(model, group_size=32))
+    prompt = tokens(1, 12)[0].tolist()
+    calls = []
 
-    attach(model, found)
-    steps = make_step_model(model)
-    assert steps.packed_bytes > 0
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return int4_linear_reference(*args, **kwargs)
+
+    engine = llmfast.LLM(model, max_num_seqs=2)
+    steps = engine._executor._model
+    steps.operations = replace(steps.operations, int4_linear=counted)
+    params = llmfast.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    (result,) = engine.generate([prompt], params)
+    engine.close()
+    assert calls
+    with simulate(twin, quantize(twin, group_size=32)):
+        wanted = twin.generate(torch.tensor([prompt]), min_new_tokens=8, max_new_tokens=8)
+    assert list(result.outputs[0].token_ids) == wanted[0, 12:].tolist()
+
+
+@pytest.mark.gpu
+def test_generate_on_a_gpu_in_bfloat16():
+    model = make("Llama", "cuda").bfloat16()
+    before = state(model)
+    report = llmfast.patch(model, weights="int4", group_size=32)
+    assert any("8 of their 8 linear layers in four bits" in note for note in report.notes)
+    for rows in (1, 3):
+        given = batch(torch.device("cuda"), padding=(0,) * rows)
+        assert model.generate(**given, **GREEDY).shape[0] == rows
+    llmfast.unpatch(model)
+    assert_is(model, before)
 
 
 @pytest.mark.parametrize(
