@@ -55,7 +55,7 @@ def load_folder(
     where = f"{folder}: quantization_config"
     marker, read = _reader(where, quantization_config)
     state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _files(folder):
         state |= load_file(path)
     names = sorted(key.removesuffix(marker) for key in state if key.endswith(marker))
     if not names:
@@ -73,6 +73,17 @@ def load_folder(
         if on_progress is not None:
             on_progress("loading weights", done, len(names))
     return weights, state
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors of the model: some folders hold its weights in another form as well."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(parts))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _reader(where: str, config: Mapping[str, Any]) -> tuple[str, Read]:

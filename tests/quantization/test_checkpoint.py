@@ -120,6 +120,25 @@ def test_a_folder_gives_the_reference_s_logits(name, tmp_path):
         assert torch.equal(read[layer].scales, w.scales)
 
 
+def test_a_folder_in_parts(tmp_path):
+    model = make("Llama")
+    folder, found = quantized_folder(tmp_path / "model", model, "gptq symmetric v1")
+    wanted, state = simulated(model, found), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    assert torch.equal(logits(llmfast.load(folder, device="cpu").model), wanted)
+    (folder / "gptq_model-4bit-32g.safetensors").unlink()
+    halves = {"a.safetensors": list(state)[::2], "b.safetensors": list(state)[1::2]}
+    for file, names in halves.items():
+        save_file({name: state[name] for name in names}, folder / file)
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    save_file(other, folder / "consolidated.safetensors")
+    where = {name: file for file, names in halves.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(logits(llmfast.load(folder, device="cpu").model), wanted)
+    (folder / "b.safetensors").unlink()
+    refused(folder, "No such file")
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "saved int8"])
 def test_patch_runs_a_loaded_folder_in_its_own_bits(name, tmp_path):
     device = torch.device("cpu")  # in float32
