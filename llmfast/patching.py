@@ -133,8 +133,8 @@ def _attach(
         raise UserError("patch: weights of 8 bits have no kernel yet; give weights of 4 bits")
     attach(model, weights)
     return [
-        f"weights: {len(weights.weights)} linear layers in four bits; the parameters hold the "
-        "dequantized values until unpatch."
+        f"weights: {len(weights.weights)} linear layers are rounded to four bits; the parameters "
+        "hold the dequantized values until unpatch."
     ]
 
 

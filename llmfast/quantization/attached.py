@@ -25,7 +25,11 @@ class _Attached:
     before: Mapping[str, torch.Tensor] | None  # the parameters' values, on the CPU
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
-        return self  # nothing of it is ever changed
+        # the quantized weights are never changed; the others become the copy's parameters
+        before = self.before
+        if before is not None:
+            before = {name: value.clone() for name, value in before.items()}
+        return _Attached(self.weights, before)
 
 
 def weights_of(model: nn.Module) -> Mapping[str, QuantizedWeight] | None:
@@ -40,8 +44,7 @@ def carry(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
     Raises:
         UserError: a name or shape that is not the model's.
     """
-    for _ in replaced_by("weights", model, Quantized(dict(weights))):
-        pass
+    replaced_by("weights", model, Quantized(dict(weights)))  # names and shapes are the model's
     setattr(model, _ATTRIBUTE, _Attached(weights, None))
 
 

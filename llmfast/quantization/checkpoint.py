@@ -176,8 +176,7 @@ def _contents(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The quantization_config and the tensors by name."""
     what = "save_quantized"
-    for _ in replaced_by(what, model, quantized):
-        pass  # names and shapes are the model's
+    replaced_by(what, model, quantized)  # names and shapes are the model's
     weights = quantized.weights
     if not weights:
         raise UserError(f"{what}: no weight is quantized")

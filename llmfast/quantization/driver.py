@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,7 +153,7 @@ def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
 
 def replaced_by(
     what: str, module: nn.Module, found: Quantized
-) -> Iterator[tuple[str, nn.Parameter, Callable[[], torch.Tensor]]]:
+) -> list[tuple[str, nn.Parameter, Callable[[], torch.Tensor]]]:
     """The parameters of ``module`` that ``found`` replaces: name, parameter, and a function that
     makes the new value, in the parameter's dtype and on its device.
 
@@ -168,7 +168,7 @@ def replaced_by(
     for name, value in found.folded.items():
         parameter = _parameter(what, parameters, name, tuple(value.shape))
         result.append((name, parameter, partial(value.to, parameter, copy=True)))
-    return iter(result)
+    return result
 
 
 def _dequantized(w: QuantizedWeight, parameter: nn.Parameter) -> torch.Tensor:

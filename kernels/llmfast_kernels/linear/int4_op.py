@@ -40,8 +40,8 @@ def int4_linear(
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.
         packed: int32, what :func:`pack_int4` makes of codes ``(n, k)``.
         scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype.
-        zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 8 does, or
-            the code 0 for the minimum if there are minima.
+        zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 8 does,
+            unless there are minima.
         bias: ``(n,)``, of x's dtype, contiguous.
         group_size: columns that share a scale: 32, 64, 128, or k.
         minima: of scales' shape and dtype, contiguous: what the codes 0 stand for. Not together
