@@ -6,39 +6,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.async_llm import AsyncLLM
     from .engine.llm import LLM
     from .engine.request import CompletionOutput, RequestOutput
     from .engine.sampling_params import SamplingParams
     from .model.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
+    from .quantization.checkpoint import save_quantized
+    from .quantization.driver import Quantized, quantize
     from .runner.warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Loaded",
+    "Quantized",
     "Report",
     "RequestOutput",
     "SamplingParams",
     "load",
     "patch",
     "patched",
+    "quantize",
+    "save_quantized",
     "unpatch",
     "warmup",
 ]
 
 _HOMES = {
+    "AsyncLLM": ".engine.async_llm",
     "LLM": ".engine.llm",
     "CompletionOutput": ".engine.request",
     "Loaded": ".model.load",
+    "Quantized": ".quantization.driver",
     "Report": ".model.report",
     "RequestOutput": ".engine.request",
     "SamplingParams": ".engine.sampling_params",
     "load": ".model.load",
     "patch": ".patching",
     "patched": ".patching",
+    "quantize": ".quantization.driver",
+    "save_quantized": ".quantization.checkpoint",
     "unpatch": ".patching",
     "warmup": ".runner.warmup",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +16,21 @@ from .model.patch import evaluating, families_of, refuse, swap_in, swap_out
 from .model.report import Report
 from .model.swap import Operations
 from .model.trace import NotTraced
+from .quantization.attached import attach, detach, weights_of
+from .quantization.driver import Quantized, quantize
 
 GENERATE = "generate"
 
 
 def patch(
-    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
+    model: PreTrainedModel,
+    *,
+    ops: str | Iterable[str] | None = None,
+    strict: bool = False,
+    weights: str | Quantized | None = None,
+    group_size: int | None = 64,
+    method: str = "nearest",
+    calibration: torch.Tensor | None = None,
 ) -> Report:
     """Make ``model`` run llmfast's operations and its ``generate`` the runner, reversibly.
 
@@ -36,6 +46,13 @@ def patch(
     transformers; a call that the runner cannot do (beams, for one) goes to transformers' own, and
     the reason is logged once. docs/runner.md has the list.
 
+    With ``weights``, the linear layers of the decoder get four-bit weights, and ``generate`` reads
+    those. The parameters hold the dequantized values, so that the model's own forward computes with
+    the same weights: it takes as much memory as before, and the packed weights come on top. What
+    the parameters held is kept in the CPU's memory and put back by :func:`unpatch`, whatever has
+    been written to them since. A model that was loaded with quantized weights needs no ``weights``;
+    its own are used.
+
     Args:
         model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
             On CPU tensors nothing is swapped unless ``ops`` says so, since the reference
@@ -43,6 +60,11 @@ def patch(
         ops: what to swap: any of ``norm``, ``activation``, ``attention``, ``generate``, or
             ``"all"``. None: all on a GPU, none on the CPU.
         strict: raise if anything was kept that llmfast has an operation for.
+        weights: ``"int4"``, to find codes here, or what :func:`llmfast.quantize` has found with
+            ``weights="int4"``. None: weights stay as they are.
+        group_size: of ``"int4"``: inputs that share a scale: 32, 64, 128, or None for all.
+        method: of ``"int4"``: ``"nearest"``, or ``"gptq"`` or ``"awq"`` with a calibration.
+        calibration: token ids, as :func:`llmfast.quantize` takes them.
 
     Returns:
         A :class:`Report` with a line for every module; it goes on counting calls that fell back.
@@ -50,20 +72,27 @@ def patch(
     Raises:
         UserError: the model is patched already, compiled, an encoder-decoder, not one of
             transformers, or on a device that the kernels do not run on; ``ops`` names an unknown
-            family; with ``strict``, what was kept. The model is then as it was.
+            family; with ``strict``, what was kept; weights that cannot be quantized so, that are
+            not of this model, or that it has already. The model is then as it was.
     """
     refuse(model)
     started = time.perf_counter()
     wanted = families_of(ops, model.device, (*MODULES, GENERATE))
     modules = tuple(family for family in wanted if family in MODULES)
     with torch.inference_mode(False):  # what is made here outlives the mode
-        report = swap_in(model, Operations(), families=modules, strict=strict)
-        if GENERATE in wanted:
-            try:
-                _take_over(model, report, strict)
-            except BaseException:
-                swap_out(model)
-                raise
+        try:
+            attached = _attach(model, weights, group_size, method, calibration)
+            report = swap_in(model, Operations(), families=modules, strict=strict)
+            report.notes += attached
+            if GENERATE in wanted:
+                try:
+                    _take_over(model, report, strict)
+                except BaseException:
+                    swap_out(model)
+                    raise
+        except BaseException:
+            detach(model)
+            raise
     if not wanted:
         report.notes.append(
             "On the CPU nothing is swapped: the reference operations are not faster than the "
@@ -71,6 +100,42 @@ def patch(
         )
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _attach(
+    model: PreTrainedModel,
+    weights: str | Quantized | None,
+    group_size: int | None,
+    method: str,
+    calibration: torch.Tensor | None,
+) -> list[str]:
+    """Let the model carry the weights that are asked for; what to tell of it."""
+    if weights is None:
+        own = weights_of(model)
+        return [] if own is None else [f"weights: {len(own)} linear layers were loaded quantized."]
+    if weights_of(model) is not None:
+        raise UserError("patch: weights: this model has quantized weights already")
+    if isinstance(weights, str):
+        if weights != "int4":
+            raise UserError(
+                f"patch: weights must be 'int4' or what llmfast.quantize gives; got {weights!r}"
+            )
+        dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        with evaluating(model):
+            weights = quantize(
+                model,
+                method=method,
+                group_size=group_size,
+                calibration=calibration,
+                scale_dtype=dtype,
+            )
+    if any(w.bits != 4 for w in weights.weights.values()):
+        raise UserError("patch: weights of 8 bits have no kernel yet; give weights of 4 bits")
+    attach(model, weights)
+    return [
+        f"weights: {len(weights.weights)} linear layers are rounded to four bits; the parameters "
+        "hold the dequantized values until unpatch."
+    ]
 
 
 def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
@@ -101,14 +166,13 @@ def unpatch(model: PreTrainedModel) -> None:
 
     swap_out(model)
     give_back(model)
+    detach(model)
 
 
 @contextmanager
-def patched(
-    model: PreTrainedModel, *, ops: str | Iterable[str] | None = None, strict: bool = False
-) -> Iterator[Report]:
-    """:func:`patch` for the length of a ``with`` block."""
-    report = patch(model, ops=ops, strict=strict)
+def patched(model: PreTrainedModel, **options: Any) -> Iterator[Report]:
+    """:func:`patch` for the length of a ``with`` block, with the same options."""
+    report = patch(model, **options)
     try:
         yield report
     finally:

@@ -59,7 +59,7 @@ class Request:
         """
         for name, text in (("--batch", self.batch), ("--prompt", self.prompt)):
             if text is not None:
-                _numbers(name, text)
+                numbers(name, text)
         if self.tokens is not None and self.tokens < 2:
             raise UserError(f"--tokens must be at least 2, got {self.tokens}")
         if self.repeats < 1:
@@ -68,17 +68,16 @@ class Request:
             raise UserError(f"--starts must be 0 or more, got {self.starts}")
         if self.peers not in PEERS:
             raise UserError(f"--peers must be {' or '.join(PEERS)}, got {self.peers!r}")
-        if self.json_path not in (None, "-") and not Path(str(self.json_path)).parent.is_dir():
-            raise UserError(f"--json: there is no folder {Path(str(self.json_path)).parent}")
+        check_json(self.json_path)
 
     def cases(self, *, gpu: bool) -> list[Case]:
         """Every batch with every prompt. Without a GPU a batch of 1 takes long enough."""
         from ..measure.decode import Case, usual_tokens
 
-        batches = _numbers("--batch", self.batch or ("1,8,32,128" if gpu else "1"))
+        batches = numbers("--batch", self.batch or ("1,8,32,128" if gpu else "1"))
         return [
             Case(batch, prompt, self.tokens or usual_tokens(batch))
-            for prompt in _numbers("--prompt", self.prompt)
+            for prompt in numbers("--prompt", self.prompt)
             for batch in batches
         ]
 
@@ -178,7 +177,7 @@ def bench_decode(request: Request) -> Measured:
 
     source = Source(request.shape, request.model, request.dtype)
     source.check()
-    with ui.progress("Importing") as step, _quiet_transformers():
+    with ui.progress("Importing") as step, quiet_transformers():
         import torch
 
         from ..measure.decode import measure_decode
@@ -209,12 +208,21 @@ def bench_decode(request: Request) -> Measured:
     for row in found.rows:
         if row.metric == "start_to_first_token_s":
             console.print(_start(row))
-    _write(found, env, request)
+    write_figures(found, env, "decode", request.json_path, request.results)
     return found
 
 
+def check_json(path: str | None) -> None:
+    """
+    Raises:
+        UserError: ``--json`` names a file in a folder that is not there.
+    """
+    if path not in (None, "-") and not Path(str(path)).parent.is_dir():
+        raise UserError(f"--json: there is no folder {Path(str(path)).parent}")
+
+
 @contextmanager
-def _quiet_transformers() -> Generator[None]:
+def quiet_transformers() -> Generator[None]:
     """Its own bars would be drawn over ours."""
     from transformers.utils import logging
 
@@ -227,7 +235,7 @@ def _quiet_transformers() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def numbers(option: str, text: str) -> list[int]:
     """``"1,8,32"`` as numbers of at least 1, each once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -292,19 +300,22 @@ def _start(row: Row) -> str:
     )
 
 
-def _write(found: Measured, env: Env, request: Request) -> None:
+def write_figures(
+    found: Measured, env: Env, suite: str, json_path: str | None, results: Path | None
+) -> None:
+    """Merge what was measured into a file (``-``: print it), and into ``results/<suite>.json``."""
     from ..measure.environment import run_id
     from ..measure.results import Run, merge, to_data, validate
 
     run = Run(run_id(env), env, tuple(found.rows))
-    if request.json_path == "-":
+    if json_path == "-":
         data: dict[str, Any] = to_data((run,))
-        validate(data, suite="decode")
+        validate(data, suite=suite)
         print(json.dumps(data, indent=1))
-    elif request.json_path is not None:
-        merge(Path(request.json_path), run, suite="decode")
-        print(request.json_path, file=sys.stderr)
-    if request.results is not None:
-        path = request.results / "decode.json"
+    elif json_path is not None:
+        merge(Path(json_path), run, suite=suite)
+        print(json_path, file=sys.stderr)
+    if results is not None:
+        path = results / f"{suite}.json"
         merge(path, run)
         print(path, file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from . import ui
+from . import quantize, ui
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..measure.quality import Progress, Quality
     from ..measure.results import Run
     from ..model.report import Report
+    from ..quantization.driver import Quantized
 
 EMBEDDED_NAME = "smollm2-135m"
 WEIGHTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -42,6 +43,7 @@ class Request:
     dtype: str | None = None
     seed: int = 0
     json_path: str | None = None
+    choice: quantize.Choice | None = None
 
     def check(self) -> None:
         """Refuse what no model could be measured on, before one is loaded.
@@ -60,6 +62,10 @@ class Request:
             raise UserError(
                 f"--stride must be from 1 to the window of {self.window}, got {self.stride}"
             )
+        if self.choice is not None:
+            self.choice.check()
+            if self.choice.method != "nearest" and self.choice.calibration == self.text:
+                raise UserError(f"--calibration must be another text than --text; got {self.text}")
         if self.json_path not in (None, "-") and not Path(str(self.json_path)).parent.is_dir():
             raise UserError(f"--json: there is no folder {Path(str(self.json_path)).parent}")
 
@@ -102,6 +108,14 @@ def eval_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="For example cuda:1 or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="For example bfloat16.")] = None,
+    weights: Annotated[str | None, quantize.WEIGHTS] = None,
+    method: Annotated[str, quantize.METHOD] = quantize.Choice.method,
+    group_size: Annotated[int, quantize.GROUP_SIZE] = quantize.Choice.group_size,
+    zero_points: Annotated[bool, quantize.ZERO_POINTS] = quantize.Choice.zero_points,
+    calibration: Annotated[str, quantize.CALIBRATION] = quantize.Choice.calibration,
+    calibration_tokens: Annotated[
+        int, quantize.CALIBRATION_TOKENS
+    ] = quantize.Choice.calibration_tokens,
     seed: Annotated[int, typer.Option(help="Of the bootstrap that gives the intervals.")] = 0,
     json_path: Annotated[
         str | None,
@@ -110,10 +124,29 @@ def eval_command(
 ) -> None:
     """Measure perplexity, KL divergence to a reference and top-1 agreement, with 95% intervals.
 
-    Compares the model as llmfast runs it with the reference, on the same windows of a text.
+    Compares the model as llmfast runs it with the reference, on the same windows of a text. With
+    --weights its linear layers are quantized first; the reference keeps its own.
     """
+    choice = None
+    if weights is not None:
+        choice = quantize.Choice(
+            weights, method, group_size, zero_points, calibration, calibration_tokens
+        )
     evaluate(
-        Request(model, reference, text, tokens, window, stride, ops, device, dtype, seed, json_path)
+        Request(
+            model=model,
+            reference=reference,
+            text=text,
+            tokens=tokens,
+            window=window,
+            stride=stride,
+            ops=ops,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            json_path=json_path,
+            choice=choice,
+        )
     )
 
 
@@ -137,12 +170,16 @@ def evaluate(request: Request) -> Quality:
         model, tokenizer = llmfast.load(request.model, device=request.device, dtype=request.dtype)
         ids = _encode(tokenizer, text.text, request)
     if request.reference is None:
-        reference: Any = _twin(model)
+        reference: Any = _twin(model, apart=request.choice is not None)
     else:
         with ui.progress(f"Loading {request.reference}"):
             reference = llmfast.load(
                 request.reference, device=request.device, dtype=request.dtype
             ).model
+    if request.choice is not None:
+        with ui.progress("Quantizing") as step:
+            found = request.choice.find(model, tokenizer, step)
+        _put(model, found)
     with ui.progress("Compiling the kernels and proving each"):
         report = llmfast.patch(model, ops=_ops(request.ops))
     with _windows_bar() as advance:
@@ -163,7 +200,8 @@ def evaluate(request: Request) -> Quality:
     console.print(_table(quality, request, text.name))
     print(_swapped(report), file=sys.stderr if to_stdout else sys.stdout)
     if request.json_path is not None:
-        run = _run(quality, request, text.name, _weights(model), _weights(reference))
+        weights = _weights(model) if request.choice is None else request.choice.label
+        run = _run(quality, request, text.name, weights, _weights(reference))
         _write_json(run, request.json_path)
     return quality
 
@@ -178,10 +216,24 @@ def _encode(tokenizer: Any, text: str, request: Request) -> list[int]:
     return ids[: request.tokens]
 
 
-def _twin(model: Any) -> Any:
-    """A copy of the modules that shares the weights, so that a reference takes no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+def _twin(model: Any, apart: bool = False) -> Any:
+    """A copy of the modules that shares the weights, so that a reference takes no memory.
+
+    With ``apart``, parameters that are given other values in the model keep theirs in the copy.
+    """
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        own = type(parameter)(parameter.data, parameter.requires_grad) if apart else parameter
+        shared[id(parameter)] = own
+    return copy.deepcopy(model, shared)
+
+
+def _put(model: Any, found: Quantized) -> None:
+    """Give the model's parameters the dequantized values, for good."""
+    from ..quantization.driver import replaced_by
+
+    for _, parameter, make in replaced_by("eval", model, found):
+        parameter.data = make()
 
 
 def _ops(ops: str | None) -> str | list[str] | None:
@@ -270,6 +322,11 @@ def _slug(name: str | None) -> str:
 
 
 def _weights(model: Any) -> str:
+    from ..quantization.attached import weights_of
+
+    if carried := weights_of(model):
+        w = next(iter(carried.values()))
+        return f"int{w.bits}-{'channel' if w.groups == 1 else f'g{w.group_size}'}"
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
     return WEIGHTS.get(name, name)
 

@@ -12,10 +12,13 @@ from .. import __version__
 from ..errors import UserError
 from . import ui
 from .bench import bench_app
+from .chat import chat_command
 from .demo import demo_command
 from .env import env_command
 from .eval import eval_command
 from .generate import generate_command
+from .quantize import quantize_command
+from .run import run_command
 from .tune import tune_command
 
 
@@ -80,9 +83,12 @@ def _root(
 
 # each command's docstring is its help
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
+app.command("run")(run_command)
 app.command("env")(env_command)
 app.command("demo")(demo_command)
 app.command("eval")(eval_command)
+app.command("quantize")(quantize_command)
 app.command("tune")(tune_command)
 app.add_typer(bench_app, name="bench", help="Run benchmarks and render their results.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -68,6 +69,18 @@ def load(model: str | None, **options: Any) -> Loaded:
         finally:
             if quiet:
                 logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_log() -> Generator[None]:
+    """Keep the engine from logging each failed request: the command says what failed itself."""
+    logger = logging.getLogger("llmfast")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class Flight:
     """A step that was started."""
 
     rows: dict[Tokens, int]  # of those whose token it chooses
+    scored: dict[Tokens, int]  # of how many tokens of a sequence there are logits
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of these, end to end
     choices: list[Choice] = field(default_factory=list)
     result: torch.Tensor | None = None  # tokens and status, once it is done
     done: torch.cuda.Event | None = None
@@ -107,13 +110,20 @@ class Executor:
         """Whether :meth:`launch` returns before the step has run."""
         return self.device.type == "cuda"
 
-    def launch(self, plan: Plan, answers: Sequence[Answer], previous: Flight | None) -> Flight:
+    def launch(
+        self,
+        plan: Plan,
+        answers: Sequence[Answer],
+        previous: Flight | None,
+        scored: dict[Tokens, int] | None = None,
+    ) -> Flight:
         """Start a step; on a GPU this returns before it has run.
 
         Args:
             plan: what the step computes.
             answers: of the plan's sequences whose next token is to be chosen, in its order.
             previous: the step that was started before, if the tokens it chooses may be unknown.
+            scored: of some of the plan's sequences, of how many first tokens logits are wanted.
 
         Returns:
             What :meth:`collect` takes.
@@ -121,9 +131,10 @@ class Executor:
         self._copy_blocks(plan.copies)
         plain = all(is_plain(answer) for answer in answers)
         decodes = len(answers) == len(plan.counts) == sum(plan.counts.values())
-        flight = Flight({answer.sequence: row for row, answer in enumerate(answers)})
+        rows = {answer.sequence: row for row, answer in enumerate(answers)}
+        flight = Flight(rows, scored or {})
         graph = None
-        if decodes and plain and self._graphs is not None:
+        if decodes and plain and not scored and self._graphs is not None:
             graph = self._graphs.get(len(answers), *drawing(answers))
         if graph is not None:
             buffer = self._fill(graph.size, plan, answers, previous)
@@ -136,7 +147,11 @@ class Executor:
             inputs = views(buffer.to(self._model.device, non_blocking=True), size)
             step = step_of(inputs, self._sampled, max(plan.counts.values()), self._decodes(plan))
             step.max_context_len = max(s.computed + n for s, n in plan.counts.items())
-            logits = self._model(step, self.cache, inputs.last[: len(answers)])
+            wanted = inputs.last[: len(answers)]
+            if scored:
+                wanted = torch.cat((wanted, self._scored_rows(plan, scored)))
+            logits = self._model(step, self.cache, wanted)
+            logits, flight.logits = logits[: len(answers)], logits[len(answers) :]
             if not plain:
                 flight.choices = choose(logits, answers)
                 tokens = torch.tensor([choice.token for choice in flight.choices])
@@ -158,6 +173,13 @@ class Executor:
             tokens, status = flight.result.tolist()
             flight.choices = [Choice(*row, None, []) for row in zip(tokens, status, strict=True)]
         return flight.choices
+
+    def _scored_rows(self, plan: Plan, scored: dict[Tokens, int]) -> torch.Tensor:
+        rows: list[int] = []
+        starts = accumulate(plan.counts.values(), initial=0)
+        for sequence, start in zip(plan.counts, starts, strict=False):
+            rows += range(start, start + scored.get(sequence, 0))
+        return torch.tensor(rows, device=self.device)
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         if copies:

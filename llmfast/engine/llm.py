@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import index
@@ -23,6 +24,7 @@ from ..model.patch import refuse
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
 from .executor import Executor, Flight
+from .logits import limit_scored, score
 from .request import (
     FINISHED,
     RUNNING,
@@ -176,6 +178,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer prompts, all at once.
 
@@ -184,6 +188,7 @@ class LLM:
                 ``{"prompt_token_ids": ids}``; one of them or a list.
             sampling_params: for all prompts, or a list with one for each.
             use_tqdm: show a progress bar.
+            priority: for all prompts, or a list with one for each: lower ones go first.
 
         Returns:
             An output for each prompt, in their order. A request that cannot be run (an empty
@@ -192,10 +197,10 @@ class LLM:
 
         Raises:
             UserError: text without a tokenizer.
-            ValueError: another number of ``sampling_params`` than of prompts.
+            ValueError: another number of ``sampling_params`` or priorities than of prompts.
             TypeError: something that is no prompt.
         """
-        requests = self._add(prompts, sampling_params, streaming=False)
+        requests = self._add(prompts, sampling_params, priority, streaming=False)
         progress: Any = None
         try:
             if use_tqdm:
@@ -221,6 +226,8 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer conversations: lists of ``{"role": ..., "content": ...}``; one, or a list of them.
 
@@ -228,23 +235,32 @@ class LLM:
             UserError: there is no tokenizer, or it has no chat template; otherwise as
                 :meth:`generate`.
         """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [self.chat_prompt(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The prompt that the chat template makes of a conversation, for generate or stream.
+
+        Raises:
+            UserError: there is no tokenizer, or it has no chat template.
+        """
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise UserError("LLM.chat: wants a tokenizer with a chat template; this has none")
-        single = bool(messages) and isinstance(messages[0], Mapping)
-        prompts = []
-        for conversation in [messages] if single else messages:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-            ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template has them
-            prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template has them
+        return {"prompt": text, "prompt_token_ids": ids}
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestOutput]:
+        *,
+        priority: int | Sequence[int] = 0,
+    ) -> Generator[RequestOutput]:
         """Answer prompts, and yield the output of a request each time that it has grown.
 
         An output has everything so far. Its text has no half characters, nor anything that may
@@ -252,7 +268,7 @@ class LLM:
         is asked for; leaving the loop aborts what is not finished. Several streams may be read in
         turn: a step runs the requests of all. Arguments and errors are those of :meth:`generate`.
         """
-        requests = self._add(prompts, sampling_params, streaming=True)
+        requests = self._add(prompts, sampling_params, priority, streaming=True)
         try:
             while requests:
                 if not any(request.changed for request in requests):
@@ -294,8 +310,20 @@ class LLM:
 
     # ----------------------------------------------------------------------------- requests
 
-    def _add(self, prompts: Any, params: Any, *, streaming: bool) -> list[Request]:
-        """Queue requests; those that cannot be run are finished already, with an error."""
+    def _add(
+        self,
+        prompts: Any,
+        params: Any,
+        priority: int | Sequence[int] = 0,
+        *,
+        streaming: bool,
+        request_id: str | None = None,
+    ) -> list[Request]:
+        """Queue requests; those that cannot be run are finished already, with an error.
+
+        Args:
+            request_id: of a single prompt, that no unfinished request has; None: one is made.
+        """
         if self._closed:
             raise RuntimeError("LLM: it is closed")
         parts = _as_list(prompts)
@@ -308,14 +336,17 @@ class LLM:
         for given in params:
             if not isinstance(given, SamplingParams):
                 raise TypeError(f"LLM: wants SamplingParams, got {type(given).__name__}")
+        priorities = _as_priorities(priority, len(parts))
         known = [self._tokenize(prompt) for prompt in parts]  # raises before anything is queued
         requests = []
-        for (text, ids), given in zip(known, params, strict=True):
+        for (text, ids), given, own in zip(known, params, priorities, strict=True):
             request = self._make_request(text, ids, given)
+            request.id = request_id or request.id
             requests.append(request)
             try:
                 self._check(request, given)
                 for answer in request.answers:
+                    answer.sequence.priority = own
                     self._scheduler.add(answer.sequence)
             except UserError as error:
                 for answer in request.answers:
@@ -357,14 +388,30 @@ class LLM:
         stops = set(params.stop_token_ids or ()) | (
             set() if params.ignore_eos else self._end_tokens
         )
+        bad_words = self._words(params)
         answers: list[Answer] = []
         for number in range(params.n):
             parent = answers[0].sequence if answers else None
             sequence = Tokens(list(ids), len(ids), most, parent)
             own = _seed_of(seed, number)
-            answers.append(Answer(number, sequence, params, own, frozenset(stops)))
+            answers.append(Answer(number, sequence, params, own, frozenset(stops), bad_words))
         self._count += 1
-        return Request(str(self._count - 1), text, ids, answers, RequestMetrics())
+        request = Request(str(self._count - 1), text, ids, answers, RequestMetrics())
+        if params.prompt_logprobs is not None and ids:
+            request.prompt_logprobs = [None]
+            answers[0].sequence.scored = 1
+        return request
+
+    def _words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The bad words as token ids; texts both as a first word and after a space."""
+        words: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words or ():
+            if not isinstance(word, str):
+                words[tuple(word)] = None
+            elif self.tokenizer is not None:
+                for text in (word, " " + word.lstrip()):
+                    words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
+        return tuple(word for word in words if word)
 
     def _check(self, request: Request, params: SamplingParams) -> None:
         """Raise UserError if a request cannot be run."""
@@ -380,18 +427,24 @@ class LLM:
             ("the prompt", ids),
             ("stop_token_ids", params.stop_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words", [t for w in params.bad_words or () if not isinstance(w, str) for t in w]),
         ):
             bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
             if bad is not None:
                 raise UserError(
                     f"{name} has the token id {bad}; the model's are 0 to {vocabulary - 1}"
                 )
-        if (params.logprobs or 0) > vocabulary:
-            raise UserError(
-                f"logprobs is {params.logprobs}, more than the {vocabulary} tokens of the model"
-            )
+        for name, most in (
+            ("logprobs", params.logprobs),
+            ("prompt_logprobs", params.prompt_logprobs),
+        ):
+            if (most or 0) > vocabulary:
+                raise UserError(f"{name} is {most}, more than the {vocabulary} tokens of the model")
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts want a tokenizer; give stop_token_ids instead")
+        if self.tokenizer is None and any(isinstance(w, str) for w in params.bad_words or ()):
+            raise UserError("bad_words as texts want a tokenizer; give lists of token ids instead")
 
     def _drop(self, requests: Sequence[Request]) -> None:
         """Abort those that are not finished."""
@@ -476,10 +529,11 @@ class LLM:
         return int(all(is_plain(answer) for _, answer in self._owners.values()))
 
     def _launch(self, plan: Plan) -> None:
+        scored = limit_scored(plan, self._scheduler.max_num_seqs)
         ready = [s for s, count in plan.counts.items() if count == s.remaining]
         answers = [self._owners[sequence][1] for sequence in ready]
         previous = self._flights[-1].flight if self._flights else None
-        flight = self._executor.launch(plan, answers, previous)
+        flight = self._executor.launch(plan, answers, previous, scored)
         computed = {}
         for sequence, count in plan.counts.items():
             self._scheduler.begin(sequence, count)
@@ -501,13 +555,45 @@ class LLM:
         for sequence, (computed, _) in started.computed.items():
             if sequence in alive:
                 self._scheduler.confirm(sequence, computed)
+        if started.flight.scored:
+            self._take_prompts(started.flight, alive)
         for sequence, choice in zip(started.ready, choices, strict=True):
-            if sequence in alive:
+            if sequence in alive and sequence.state == RUNNING:
                 sequence.pending -= 1
                 self._take(*self._owners[sequence], choice)
 
+    def _take_prompts(self, flight: Flight, alive: set[Tokens]) -> None:
+        """Append log-probabilities of prompts."""
+        start = 0
+        for sequence, count in flight.scored.items():
+            logits = flight.logits[start : start + count]
+            start += count
+            if sequence not in alive:
+                continue
+            request, answer = self._owners[sequence]
+            first = sequence.scored or 1
+            tokens = sequence.tokens[first : first + count]
+            found = score(logits, tokens, [answer.params.prompt_logprobs or 0] * count)
+            assert request.prompt_logprobs is not None
+            for token, (logprob, top) in zip(tokens, found, strict=True):
+                if math.isnan(logprob):
+                    for each in request.answers:
+                        self._finish(request, each, "error", error=_STATUS[1], forget=True)
+                    break
+                request.prompt_logprobs.append(self._logprobs(token, logprob, top))
+            sequence.scored = first + count
+
+    def _logprobs(
+        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
+    ) -> dict[int, Logprob]:
+        found = dict([*top, (token, logprob)])
+        return {t: Logprob(lp, self._piece(t)) for t, lp in found.items()}
+
     def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
         """Append a token, and see whether the answer ends with it."""
+        if choice.error is not None:
+            self._finish(request, answer, "error", error=choice.error)
+            return
         if choice.status:
             message = _STATUS.get(choice.status, f"sampling failed with status {choice.status}")
             self._finish(request, answer, "error", error=message, forget=True)
@@ -520,8 +606,7 @@ class LLM:
         answer.num_output += 1
         if params.logprobs is not None and choice.logprob is not None:
             answer.cumulative_logprob += choice.logprob
-            found = dict([*choice.top, (token, choice.logprob)])
-            answer.logprobs.append({t: Logprob(lp, self._piece(t)) for t, lp in found.items()})
+            answer.logprobs.append(self._logprobs(token, choice.logprob, choice.top))
         if token in answer.stop_tokens:
             ends = token in self._end_tokens and not params.ignore_eos
             answer.stop_reason = None if ends else token
@@ -559,6 +644,7 @@ class LLM:
                     error=answer.error,
                 )
             )
+        prompt_logprobs = request.prompt_logprobs
         return RequestOutput(
             request_id=request.id,
             prompt=request.prompt,
@@ -566,6 +652,7 @@ class LLM:
             outputs=outputs,
             finished=request.finished,
             metrics=request.metrics,
+            prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
         )
 
     def _shown(self, answer: Answer) -> list[int]:
@@ -594,6 +681,14 @@ def _as_list(prompts: Any) -> list[Any]:
         except TypeError:
             pass  # a list of tensors or arrays of token ids
     return parts
+
+
+def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
+    if not isinstance(priority, Sequence):
+        return [index(priority)] * count
+    if len(priority) != count:
+        raise ValueError(f"LLM: wants as many priorities as prompts, {count}; got {len(priority)}")
+    return [index(each) for each in priority]
 
 
 def _stops(params: SamplingParams) -> tuple[str, ...]:

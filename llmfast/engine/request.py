@@ -26,6 +26,8 @@ class Sequence:
     prompt_len: int
     limit: int  # of len(tokens); it ends there
     parent: Sequence | None = None  # the first answer to the same prompt
+    scored: int | None = None  # tokens of the prompt with log-probabilities; None: not wanted
+    priority: int = 0  # lower ones first
     # the scheduler's
     arrival: int = 0
     state: str = WAITING
@@ -49,9 +51,19 @@ class Sequence:
         return len(self.tokens) + self.pending
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priorities, then earlier arrivals."""
+        return self.priority, self.arrival
+
+    @property
     def shared(self) -> int:
         """Tokens that answers to the same prompt share: the last gives each its own logits."""
         return self.prompt_len - 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logits of its prompt are wanted that are not there yet."""
+        return self.scored is not None and self.scored < self.prompt_len
 
     @property
     def output(self) -> list[int]:
@@ -67,6 +79,7 @@ class Answer:
     params: SamplingParams
     seed: int
     stop_tokens: frozenset[int]
+    bad_words: tuple[tuple[int, ...], ...] = ()
     num_output: int = 0
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -130,6 +143,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    # of each token of the prompt: it, and the most likely ones; None for the first
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(eq=False)
@@ -141,6 +156,7 @@ class Request:
     prompt_ids: list[int]
     answers: list[Answer]
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as far as they are; or None
     changed: bool = False  # since a stream last looked
 
     @property

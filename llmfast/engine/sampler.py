@@ -10,6 +10,7 @@ import torch
 
 from llmfast_kernels import sample_tokens
 
+from .logits import process, score
 from .request import Answer
 from .sampling_params import SamplingParams
 
@@ -21,6 +22,7 @@ class Choice(NamedTuple):
     status: int  # of llmfast_kernels.sample_tokens; 0: the token is good
     logprob: float | None
     top: list[tuple[int, float]]  # the most likely tokens, as many as were asked for
+    error: str | None = None  # what a logits processor did wrong; the token means nothing then
 
 
 def is_plain(answer: Answer) -> bool:
@@ -32,8 +34,9 @@ def is_plain(answer: Answer) -> bool:
     penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
     return (
         penalties == (0, 0, 1)
-        and not p.logit_bias
+        and not (p.logit_bias or p.allowed_token_ids or answer.bad_words or p.logits_processors)
         and p.logprobs is None
+        and not answer.sequence.scores_prompt
         and answer.position >= p.min_tokens
     )
 
@@ -57,6 +60,8 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Choice]:
         whatever :func:`llmfast_kernels.sample_tokens` raises.
     """
     params = [answer.params for answer in answers]
+    raw = logits
+    logits, errors = process(raw, answers)
     wanted = [p.logprobs for p in params if p.logprobs is not None]
     sampled = sample_tokens(
         logits.contiguous(),
@@ -71,12 +76,19 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Choice]:
     if sampled.logprobs is not None:
         own = sampled.logprobs.tolist()
     if sampled.top_tokens is not None and sampled.top_logprobs is not None:
-        rows = zip(sampled.top_tokens.tolist(), sampled.top_logprobs.tolist(), strict=True)
+        pairs = zip(sampled.top_tokens.tolist(), sampled.top_logprobs.tolist(), strict=True)
         tops = [
             list(zip(ids[: p.logprobs or 0], values, strict=False))
-            for p, (ids, values) in zip(params, rows, strict=True)
+            for p, (ids, values) in zip(params, pairs, strict=True)
         ]
-    return [Choice(*row) for row in zip(tokens, status, own, tops, strict=True)]
+    if logits is not raw:  # log-probabilities are of the raw logits
+        rows = [r for r, p in enumerate(params) if p.logits_processors and p.logprobs is not None]
+        chosen = [tokens[row] for row in rows]
+        found = score(raw[rows], chosen, [params[row].logprobs or 0 for row in rows])
+        for row, (logprob, top) in zip(rows, found, strict=True):
+            own[row], tops[row] = logprob, top
+    failed = [errors.get(row) for row in range(len(answers))]
+    return [Choice(*row) for row in zip(tokens, status, own, tops, failed, strict=True)]
 
 
 def _drawing(
@@ -129,21 +141,36 @@ def _penalties(
 def _bias(
     answers: Sequence[Answer], params: Sequence[SamplingParams], logits: torch.Tensor
 ) -> torch.Tensor | None:
-    """The bias of each row; end tokens are barred before ``min_tokens``."""
+    """The bias of each row: what may not follow is at -inf."""
     biases: dict[int, dict[int, float]] = {}
     for row, (answer, p) in enumerate(zip(answers, params, strict=True)):
         bias = dict(p.logit_bias or {})
         if answer.position < p.min_tokens:
             bias |= dict.fromkeys(answer.stop_tokens, -math.inf)
-        if bias:
+        if answer.bad_words:
+            bias |= dict.fromkeys(_ends_of_bad_words(answer), -math.inf)
+        if bias or p.allowed_token_ids:
             biases[row] = bias
     if not biases:
         return None
     result = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
     for row, bias in biases.items():
-        tokens = torch.tensor(list(bias), device=logits.device)
-        result[row, tokens] = torch.tensor(list(bias.values()), device=logits.device)
+        if allowed := params[row].allowed_token_ids:
+            result[row] = -math.inf
+            result[row, torch.tensor(allowed, device=logits.device)] = 0
+        if bias:
+            tokens = torch.tensor(list(bias), device=logits.device)
+            result[row, tokens] += torch.tensor(list(bias.values()), device=logits.device)
     return result
+
+
+def _ends_of_bad_words(answer: Answer) -> list[int]:
+    """Tokens that would complete one."""
+    sequence, ends = answer.sequence, []
+    for *head, last in answer.bad_words:
+        if len(head) <= answer.num_output and (not head or sequence.tokens[-len(head) :] == head):
+            ends.append(last)
+    return ends
 
 
 def _column(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+LogitsProcessor = Callable[[list[int], "torch.Tensor"], "torch.Tensor"]
 _LARGEST = 3.0e38  # the sampler computes in float32
 
 
@@ -33,7 +37,17 @@ class SamplingParams:
         max_tokens: the longest answer; None: as far as the model and the cache go.
         logprobs: for each token of the answer, log-probabilities of it and of so many most likely
             ones, of the raw logits. None: none.
+        prompt_logprobs: the same for each token of the prompt but the first. All of the prompt is
+            computed then, nothing is taken from the prefix cache.
         logit_bias: added to the logits of tokens; -inf bars one.
+        allowed_token_ids: all other tokens are barred, end tokens too. None: all are allowed.
+        bad_words: texts, or lists of token ids, that the answer must not have: the last token of
+            one is barred where the answer ends with those before it. A text stands for its tokens
+            with and without a space in front; spelled in other tokens it is not noticed.
+        logits_processors: functions ``(ids, logits) -> logits``, called in their order for each
+            token: the list of the answer's token ids so far, and the raw logits ``[vocabulary]``,
+            a copy, on the model's device. Penalties and all that follows see what they return.
+            They run on the host, one row at a time. One that raises ends its request.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -55,7 +69,11 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str | Sequence[int]] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:
         self._integer("n", 1)
@@ -72,6 +90,7 @@ class SamplingParams:
         self._integer("min_tokens", 0)
         self._integer("max_tokens", 1, optional=True)
         self._integer("logprobs", 0, optional=True)
+        self._integer("prompt_logprobs", 0, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _wrong("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
 
@@ -80,9 +99,28 @@ class SamplingParams:
             raise _wrong("stop", "a text that is not empty, or a list of them", self.stop)
         object.__setattr__(self, "stop", tuple(stop))
         ids = self.stop_token_ids or ()
-        if not isinstance(ids, Sequence) or not all(_is_integer(i) and i >= 0 for i in ids):
+        if not _are_tokens(ids):
             raise _wrong("stop_token_ids", "a list of token ids", self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", tuple(ids))
+        allowed = self.allowed_token_ids
+        if allowed is not None:
+            if not _are_tokens(allowed) or not allowed:
+                raise _wrong("allowed_token_ids", "a list of at least one token id", allowed)
+            object.__setattr__(self, "allowed_token_ids", tuple(allowed))
+        words = self.bad_words or ()
+        if (
+            isinstance(words, str)
+            or not isinstance(words, Sequence)
+            or not all(word and (isinstance(word, str) or _are_tokens(word)) for word in words)
+        ):
+            wanted = "a list of texts or lists of token ids, none empty"
+            raise _wrong("bad_words", wanted, self.bad_words)
+        words = tuple(word if isinstance(word, str) else tuple(word) for word in words)
+        object.__setattr__(self, "bad_words", words)
+        processors = self.logits_processors or ()
+        if not isinstance(processors, Sequence) or not all(map(callable, processors)):
+            raise _wrong("logits_processors", "a list of functions", self.logits_processors)
+        object.__setattr__(self, "logits_processors", tuple(processors))
         bias = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(bias, Mapping) or not all(
             _is_integer(token) and token >= 0 and _is_number(by) and by <= _LARGEST
@@ -111,6 +149,10 @@ class SamplingParams:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, Sequence) and all(_is_integer(i) and i >= 0 for i in value)
 
 
 def _is_number(value: object) -> bool:

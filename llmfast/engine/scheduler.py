@@ -1,4 +1,4 @@
-"""What runs in the next step: first come, first served, within a budget of tokens.
+"""What runs in the next step: by priority, then first come, first served, within a budget.
 
 A sequence is a list of tokens, of which the first ``computed`` have their keys and values in the
 cache. A step computes some more of them: one for a sequence that decodes, a chunk of a prompt, or
@@ -29,8 +29,9 @@ class Scheduler:
     """Decodes run first, then prompts that have begun, then those that wait.
 
     A waiting sequence is admitted when the cache has room for all its tokens and one more block
-    for each running sequence. When a sequence that decodes finds no block, the youngest gives up
-    its blocks and waits again; the oldest never does, so work always gets done.
+    for each running sequence. When a sequence that decodes finds no block, the last in order gives
+    up its blocks and waits again; the first never does, so work always gets done. The order is that
+    of priorities, lower ones first, then of arrival. Nobody is preempted for one that waits.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.running: list[Sequence] = []  # oldest first
-        self._waiting: list[tuple[int, Sequence]] = []  # a heap; those that finished are skipped
+        self.running: list[Sequence] = []  # in order
+        # a heap; those that finished are skipped
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._arrivals = 0
         # digests of prompt blocks that a running sequence will have computed before long
         self._computing: dict[bytes, Sequence] = {}
@@ -66,7 +68,7 @@ class Scheduler:
             )
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def schedule(self) -> Plan:
         """Choose the next step. The caller starts it and calls :meth:`begin` for each sequence.
@@ -85,7 +87,7 @@ class Scheduler:
             if sequence.total >= sequence.limit:  # its last token, which is never computed
                 continue
             while sequence.state == RUNNING and not self._grow(sequence):
-                self.preempt(self.running[-1])  # no older than this one, so not in the plan yet
+                self.preempt(self.running[-1])  # not before this one, so not in the plan yet
                 preempted = True
             if sequence.state == RUNNING:
                 plan.counts[sequence] = 1
@@ -122,7 +124,7 @@ class Scheduler:
         self._stop(sequence, forget=False)
         sequence.state = WAITING
         sequence.preemptions += 1
-        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def finish(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Let a sequence go, wherever it is.
@@ -158,7 +160,7 @@ class Scheduler:
 
     def _admit(self, plan: Plan, budget: int) -> None:
         # whose prefix is being computed: those behind may go first
-        later: list[tuple[int, Sequence]] = []
+        later: list[tuple[tuple[int, int], Sequence]] = []
         while self._waiting and budget and len(self.running) < self.max_num_seqs:
             if len(later) == self.max_num_seqs:  # so that a step does not look at thousands
                 break
@@ -173,7 +175,7 @@ class Scheduler:
                 later.append(entry)
                 break
             sequence.state = RUNNING
-            bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
             plan.counts[sequence] = min(sequence.remaining, budget)
             budget -= plan.counts[sequence]
         for entry in later:
@@ -225,5 +227,7 @@ class Scheduler:
         return True
 
     def _usable_digests(self, sequence: Sequence) -> list[bytes]:
-        """Of the blocks that may be shared: the last token is computed anew, for its logits."""
+        """Of the blocks that may be shared: what logits are wanted of is computed anew."""
+        if sequence.scores_prompt:
+            return []
         return sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.block_size]

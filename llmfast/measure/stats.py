@@ -52,6 +52,20 @@ def median_estimate(samples: Sequence[float]) -> Estimate:
     return Estimate(statistics.median(ordered), ordered[k - 1], ordered[n - k])
 
 
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The value below which ``share`` (0 to 1) of the samples lie, linear between two of them.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    if not samples:
+        raise ValueError("percentile: wanted at least 1 sample, got 0")
+    ordered = sorted(samples)
+    whole, part = divmod(share * (len(ordered) - 1), 1)
+    low, high = ordered[int(whole)], ordered[min(int(whole) + 1, len(ordered) - 1)]
+    return low + (high - low) * part
+
+
 def bootstrap_means(
     sums: torch.Tensor, counts: torch.Tensor, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> torch.Tensor:

@@ -10,16 +10,14 @@ UNITS = {
     "ms": "ms",
     "ms_per_step": "ms",
     "ttft_ms": "ms",
-    "ttft_p50_ms": "ms",
-    "ttft_p99_ms": "ms",
-    "itl_p50_ms": "ms",
-    "itl_p99_ms": "ms",
+    **{f"{time}_p{share}_ms": "ms" for time in ("ttft", "itl", "e2e") for share in (50, 90, 99)},
     "s": "s",
     "start_to_first_token_s": "s",
     "gb_per_s": "GB/s",
     "tflops": "TFLOP/s",
     "tok_per_s": "tok/s",
     "out_tok_per_s": "tok/s",
+    "total_tok_per_s": "tok/s",
     "req_per_s": "req/s",
     "peak_over_weights_cache_gib": "GiB",
     "roofline_share": "1",
@@ -41,7 +39,11 @@ class Suite:
 
 
 _OPS = ("us", "gb_per_s")
-_SERVE = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "req_per_s")
+_SERVE = (
+    *(f"{time}_p{share}_ms" for time in ("ttft", "itl", "e2e") for share in (50, 90, 99)),
+    "req_per_s",
+    "out_tok_per_s",
+)
 _DECODE = (
     "tok_per_s",
     "ms_per_step",
@@ -73,8 +75,13 @@ SUITES: dict[str, Suite] = {
     "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_patch.py"),
     "decode": Suite("token by token generation", _DECODE, "llmfast bench decode"),
     "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
-    "throughput": Suite("many requests at once", ("out_tok_per_s", "gpu_busy_share")),
-    "serve": Suite("requests that arrive over time", _SERVE),
+    "throughput": Suite(
+        "many requests at once",
+        ("out_tok_per_s", "total_tok_per_s", "s", "gpu_busy_share"),
+        "llmfast bench throughput",
+    ),
+    "latency": Suite("a batch, answered in full", ("s",), "llmfast bench latency"),
+    "serve": Suite("requests that arrive over time", _SERVE, "llmfast bench serve"),
     "quality": Suite(
         "what a model lost",
         ("perplexity", "perplexity_ratio", "kl_to_dense", "top1_agreement"),

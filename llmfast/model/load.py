@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -50,6 +50,10 @@ def load(
 
     Weights come from GGUF and safetensors files only: neither can run code when it is read.
 
+    A folder of GPTQ, AWQ (gemm layout) or compressed-tensors (pack-quantized) gives a model that
+    computes with the dequantized weights and carries the quantized ones, so that
+    :func:`llmfast.patch` and :class:`llmfast.LLM` multiply in four bits.
+
     Args:
         path_or_id: None or ``"embedded"`` for the embedded model; a ``.gguf`` file; a folder that
             holds one ``.gguf`` file or a Hugging Face model; or an id on the Hugging Face hub.
@@ -59,7 +63,7 @@ def load(
             on any other device ``"auto"`` for a Hugging Face model, bfloat16 for GGUF.
         trust_remote_code: run the Python code that a Hugging Face model may bring along.
         on_progress: called as ``on_progress(what, done, total)`` after each tensor of a GGUF
-            file; transformers draws its own bars for the rest.
+            file and each quantized layer; transformers draws its own bars for the rest.
 
     Returns:
         ``Loaded(model, tokenizer)``; the model is in eval mode.
@@ -79,7 +83,7 @@ def load(
         return Loaded(model, tokenizer)
     if wanted is None:
         wanted = torch.float32 if where.type == "cpu" else "auto"
-    return _load_hugging_face(source, where, wanted, trust_remote_code)
+    return _load_hugging_face(source, where, wanted, trust_remote_code, on_progress)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -140,7 +144,11 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _load_hugging_face(
-    source: Path | str, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool
+    source: Path | str,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    on_progress: Callable[[str, int, int], None] | None,
 ) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -156,6 +164,9 @@ def _load_hugging_face(
         _check_files(source)
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if isinstance(source, Path) and _is_read_here(config):
+        model = _load_quantized(source, config, dtype, trust_remote_code, on_progress)
+        return Loaded(model.to(device).eval(), tokenizer)
     with _explained(source):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
@@ -165,12 +176,58 @@ def _load_hugging_face(
             output_loading_info=True,
             **options,
         )
-    if missing := found["missing_keys"]:
+    _check_found(source, found["missing_keys"])
+    return Loaded(model.to(device).eval(), tokenizer)
+
+
+def _check_found(source: Path | str, missing: Collection[str]) -> None:
+    if missing:
         raise UserError(
             f"{source}: {len(missing)} weights are missing, the first is {min(missing)!r};"
             " get the model again, or one that is a causal language model"
         )
-    return Loaded(model.to(device).eval(), tokenizer)
+
+
+def _is_read_here(config: Any) -> bool:
+    from ..quantization.checkpoint import METHODS
+
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") in METHODS
+
+
+def _load_quantized(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from ..quantization.attached import carry
+    from ..quantization.checkpoint import load_folder
+
+    quantization_config = config.quantization_config
+    del config.quantization_config  # what transformers builds then is the dense model
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.dtype or torch.float16
+    with _explained(folder):
+        weights, state = load_folder(folder, quantization_config, dtype, on_progress)
+        biases = {key for name in weights if (key := f"{name}.bias") in state and state[key].any()}
+        with torch.device("meta"):
+            kind = type(
+                AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            )
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    _check_found(folder, found["missing_keys"])
+    if lost := biases & set(found["unexpected_keys"]):
+        raise UserError(f"{folder}: {min(lost)!r} has no place in {kind.__name__}")
+    carry(model, weights)
+    return cast("PreTrainedModel", model)
 
 
 def _check_files(folder: Path) -> None:

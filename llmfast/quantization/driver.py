@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -127,7 +128,7 @@ def quantize(
         else:
             folds = find_folds(layer, probe.hidden, probe.calls[index])
             found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
-        with _replaced(_values(layer, found)):
+        with _replaced(_values("quantize", layer, found)):
             hidden = [run_layer(layer, x, call) for x, call in zip(hidden, calls, strict=True)]
         result.add(f"{prefix}.{index}", found)
         if on_progress is not None:
@@ -145,32 +146,48 @@ def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
         UserError: a name or a shape that is not the model's, or a model that ``llmfast.patch`` has
             changed; nothing is changed then.
     """
-    _check_unpatched("simulate", model)
-    with _replaced(_values(model, quantized)):
+    check_unpatched("simulate", model)
+    with _replaced(_values("simulate", model, quantized)):
         yield
 
 
-def _values(module: nn.Module, found: Quantized) -> dict[nn.Parameter, torch.Tensor]:
+def replaced_by(
+    what: str, module: nn.Module, found: Quantized
+) -> list[tuple[str, nn.Parameter, Callable[[], torch.Tensor]]]:
+    """The parameters of ``module`` that ``found`` replaces: name, parameter, and a function that
+    makes the new value, in the parameter's dtype and on its device.
+
+    Raises:
+        UserError: a name or a shape that is not the module's; it begins with ``what``.
+    """
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    values = {}
-    for name, w in found.weights.items():
-        parameter = _parameter(parameters, f"{name}.weight", w.shape)
-        values[parameter] = w.dequantize(parameter.dtype).to(parameter.device)
+    result: list[tuple[str, nn.Parameter, Callable[[], torch.Tensor]]] = []
+    for layer, w in found.weights.items():
+        parameter = _parameter(what, parameters, f"{layer}.weight", w.shape)
+        result.append((f"{layer}.weight", parameter, partial(_dequantized, w, parameter)))
     for name, value in found.folded.items():
-        parameter = _parameter(parameters, name, tuple(value.shape))
-        values[parameter] = value.to(parameter)
-    return values
+        parameter = _parameter(what, parameters, name, tuple(value.shape))
+        result.append((name, parameter, partial(value.to, parameter, copy=True)))
+    return result
+
+
+def _dequantized(w: QuantizedWeight, parameter: nn.Parameter) -> torch.Tensor:
+    return w.to(parameter.device).dequantize(parameter.dtype)
+
+
+def _values(what: str, module: nn.Module, found: Quantized) -> dict[nn.Parameter, torch.Tensor]:
+    return {parameter: make() for _, parameter, make in replaced_by(what, module, found)}
 
 
 def _parameter(
-    parameters: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]
+    what: str, parameters: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]
 ) -> nn.Parameter:
     parameter = parameters.get(name)
     if parameter is None:
-        raise UserError(f"simulate: the model has no parameter {name!r}")
+        raise UserError(f"{what}: the model has no parameter {name!r}")
     if tuple(parameter.shape) != shape:
         raise UserError(
-            f"simulate: {name!r} has shape {tuple(parameter.shape)} in the model; got {shape}"
+            f"{what}: {name!r} has shape {tuple(parameter.shape)} in the model; got {shape}"
         )
     return parameter
 
@@ -246,7 +263,8 @@ def _awq_layer(
     return found
 
 
-def _check_unpatched(what: str, model: nn.Module) -> None:
+def check_unpatched(what: str, model: nn.Module) -> None:
+    """Raise UserError, beginning with ``what``, if ``llmfast.patch`` has changed the model."""
     if PATCH in vars(model):  # it may compute with merged copies of its weights
         raise UserError(f"{what}: the model is patched; call llmfast.unpatch(model) first")
 
@@ -254,7 +272,7 @@ def _check_unpatched(what: str, model: nn.Module) -> None:
 def _check_model(
     model: PreTrainedModel, prefix: str, layers: nn.ModuleList, scheme: Scheme
 ) -> None:
-    _check_unpatched("quantize", model)
+    check_unpatched("quantize", model)
     if model.training:
         raise UserError("quantize: the model is in training mode; call model.eval() first")
     for index, layer in enumerate(layers):

@@ -72,7 +72,7 @@ def to_gptq(w: QuantizedWeight, *, version: int) -> dict[str, torch.Tensor]:
     what = "to_gptq"
     offset = _version_offset(what, version)
     _no_minima(what, w)
-    zeros = ((_zeros(w).int() - offset) % 2**w.bits).to(torch.uint8)
+    zeros = ((w.zero_points().int() - offset) % 2**w.bits).to(torch.uint8)
     return {
         "qweight": _pack(what, w.codes, w.bits).T.contiguous(),
         "qzeros": _pack(what, zeros.T, w.bits),
@@ -124,7 +124,7 @@ def to_awq(w: QuantizedWeight) -> dict[str, torch.Tensor]:
         raise ValueError(f"{what}: the format has no act-order; got a g_idx")
     return {
         "qweight": _pack(what, _to_awq_order(what, w.codes.T), 4),
-        "qzeros": _pack(what, _to_awq_order(what, _zeros(w).T), 4),
+        "qzeros": _pack(what, _to_awq_order(what, w.zero_points().T), 4),
         "scales": w.scales.T.contiguous(),
     }
 
@@ -320,12 +320,6 @@ def _to_awq_order(what: str, codes: torch.Tensor) -> torch.Tensor:
     if codes.shape[1] % 8:
         raise ValueError(f"{what}: outputs must be a multiple of 8; got {codes.shape[1]}")
     return codes.reshape(len(codes), -1, 8)[..., list(AWQ_ORDER)].flatten(1)
-
-
-def _zeros(w: QuantizedWeight) -> torch.Tensor:
-    if w.zeros is not None:
-        return w.zeros
-    return torch.full(w.scales.shape, 2 ** (w.bits - 1), dtype=torch.uint8, device=w.scales.device)
 
 
 def _unless_middle(zeros: torch.Tensor, bits: int) -> torch.Tensor | None:

@@ -62,6 +62,12 @@ class QuantizedWeight:
     def symmetric(self) -> bool:
         return self.zeros is None and self.minima is None
 
+    def zero_points(self) -> torch.Tensor:
+        """``zeros``, or where there are none the middle of the codes: uint8 ``[n, groups]``."""
+        if self.zeros is not None:
+            return self.zeros
+        return torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.uint8)
+
     def group_of_input(self) -> torch.Tensor:
         """The group of each input, int64 ``[k]``, on the codes' device."""
         if self.g_idx is not None:

@@ -19,9 +19,24 @@ from llmfast_kernels.norm import reference as norm
 from llmfast_kernels.rope.reference import rope_write_kv_reference
 
 from ..model.trace import Norm
+from ..quantization.packed import PackedInt4
 from .cache import PagedCache
 from .rope import RopeTable
 from .step import Step
+
+_GATED = {
+    "silu": llmfast_kernels.silu_mul,
+    "gelu_tanh": llmfast_kernels.gelu_tanh_mul,
+    "gelu": llmfast_kernels.gelu_mul,
+}
+
+
+def _activate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    return _GATED[activation](gate_up)
+
+
+def _activate_reference(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    return linear.ACTIVATIONS[activation](gate_up)
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,8 @@ class BlockOperations:
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] = llmfast_kernels.add_rms_norm
     rope_write_kv: Callable[..., torch.Tensor] = llmfast_kernels.rope_write_kv
     paged_attention: Callable[..., Any] = llmfast_kernels.paged_attention
+    int4_linear: Callable[..., torch.Tensor] = llmfast_kernels.int4_linear
+    activate: Callable[[torch.Tensor, str], torch.Tensor] = _activate
 
 
 REFERENCES = BlockOperations(
@@ -43,6 +60,8 @@ REFERENCES = BlockOperations(
     add_rms_norm=norm.add_rms_norm_reference,
     rope_write_kv=rope_write_kv_reference,
     paged_attention=paged_attention_reference,
+    int4_linear=linear.int4_linear_reference,
+    activate=_activate_reference,
 )
 
 
@@ -50,7 +69,7 @@ REFERENCES = BlockOperations(
 class Linear:
     """What ``x @ weight.T + bias`` is computed of."""
 
-    weight: torch.Tensor  # [out_features, in_features]
+    weight: torch.Tensor | PackedInt4  # [out_features, in_features]
     bias: torch.Tensor | None
 
 
@@ -86,6 +105,10 @@ class Block:
     mlp: GatedMLP
     residual_scale: float = 1.0  # what attention and MLP are multiplied with before they are added
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
+
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None, run: Run, layer: int
     ) -> Stream:
@@ -105,6 +128,8 @@ class Run:
     operations: BlockOperations
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if isinstance(layer.weight, PackedInt4):
+            return layer.weight.linear(x, layer.bias, self.operations.int4_linear)
         return self.operations.dense_linear(x, layer.weight, layer.bias)
 
     def norm(self, x: torch.Tensor, by: Norm) -> torch.Tensor:
@@ -166,7 +191,10 @@ class Run:
 
     def mlp(self, x: torch.Tensor, part: GatedMLP) -> torch.Tensor:
         weight, bias = part.gate_up.weight, part.gate_up.bias
-        h = self.operations.gated_linear(x, weight, bias, activation=part.activation)
+        if isinstance(weight, PackedInt4):
+            h = self.operations.activate(self.linear(x, part.gate_up), part.activation)
+        else:
+            h = self.operations.gated_linear(x, weight, bias, activation=part.activation)
         return self.linear(h, part.down)
 
 

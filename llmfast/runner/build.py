@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from ..model.modules import attributes
 from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy, relative_rms
 from ..model.trace import Layer, NotTraced, Trace
+from ..quantization.packed import PackedInt4, side_by_side
+from ..quantization.weights import QuantizedWeight
 from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
 from .cache import BLOCK_SIZE, PagedCache
 from .merge import MergedLinears
@@ -34,9 +36,30 @@ class Blocks:
     def recipes(self) -> list[str]:
         return sorted({block.recipe for block in self.blocks})
 
+    @property
+    def packed(self) -> list[PackedInt4]:
+        """The weights that are in four bits; merged ones are one."""
+        linears = [part for block in self.blocks for part in block.linears]
+        return [part.weight for part in linears if isinstance(part.weight, PackedInt4)]
+
     def restore(self) -> None:
         for merged in self.merged:
             merged.restore()
+
+
+@dataclass(frozen=True)
+class _Linears:
+    """The linear layers of a block: those that are packed, or all of them."""
+
+    qkv: Linear | None
+    out: Linear | None
+    gate_up: Linear | None
+    down: Linear | None
+
+    @property
+    def forms(self) -> tuple[Any, ...]:
+        """How each is packed: layers that differ in it do not share a proof."""
+        return tuple(map(_form, (self.qkv, self.out, self.gate_up, self.down)))
 
 
 @dataclass
@@ -50,12 +73,17 @@ class _Guess:
 
 
 def build_blocks(
-    model: PreTrainedModel, trace: Trace, max_length: int, operations: BlockOperations
+    model: PreTrainedModel,
+    trace: Trace,
+    max_length: int,
+    operations: BlockOperations,
+    weights: Mapping[str, QuantizedWeight],
 ) -> Blocks:
     """Choose and prove a recipe for every layer.
 
     The weights of a layer's projections are merged on the way; the model's own parameters become
-    views of them. If anything fails they are put back.
+    views of them. If anything fails they are put back. Layers with four-bit ``weights``, by their
+    names in the model, get packed ones instead, and their parameters are left alone.
 
     Raises:
         NotTraced: no recipe computes what a layer does.
@@ -63,11 +91,25 @@ def build_blocks(
     tables: dict[int, int] = {}
     result = Blocks([], [], [], [])
     chosen: dict[Any, _Guess] = {}
+    names = {module: name for name, module in trace.shadow.named_modules()}
+
+    def pack(layers: list[nn.Linear]) -> Linear | None:
+        found = [weights.get(names[layer]) for layer in layers]
+        return _pack(layers, [w for w in found if w is not None])
+
+    def merge(layers: list[nn.Linear]) -> Linear:
+        merged = MergedLinears(layers)
+        result.merged.append(merged)
+        return merged.linear
+
     try:
         for layer in trace.layers:
-            key = _key(layer, trace)
+            packed = _Linears(
+                pack(layer.qkv), pack([layer.out]), pack(layer.gate), pack([layer.down])
+            )
+            key = (*_key(layer, trace), packed.forms)
             if key not in chosen:
-                chosen[key], proof = _choose(layer, operations)
+                chosen[key], proof = _choose(layer, packed, operations)
                 result.proofs.append(proof)
             guess = chosen[key]
             rope = None
@@ -79,9 +121,7 @@ def build_blocks(
                         RopeTable(layer.rotary, max_length, model.dtype, model.device)
                     )
                 rope = tables[number]
-            qkv, gate_up = MergedLinears(layer.qkv), MergedLinears(layer.gate)
-            result.merged += [qkv, gate_up]
-            result.blocks.append(_block(layer, guess, rope, qkv.linear, gate_up.linear))
+            result.blocks.append(_block(layer, guess, rope, packed, merge))
     except BaseException:
         result.restore()
         raise
@@ -95,15 +135,45 @@ def _key(layer: Layer, trace: Trace) -> tuple[Any, ...]:
     return (attributes(layer.module), layer.call.key, layer.call.window, number)
 
 
-def _block(layer: Layer, guess: _Guess, rope: int | None, qkv: Linear, gate_up: Linear) -> Block:
+def _pack(layers: list[nn.Linear], weights: list[QuantizedWeight]) -> Linear | None:
+    """The layers side by side in four bits; None if they are not all of that, and of one form."""
+    first, biases = layers[0].weight, [layer.bias for layer in layers if layer.bias is not None]
+    if len(weights) < len(layers) or any(w.bits != 4 for w in weights):
+        return None
+    if first.is_cuda and first.dtype == torch.float32:
+        return None  # the kernel is for 16 bits
+    if len(biases) not in (0, len(layers)):
+        return None
+    try:
+        merged = side_by_side([w.to(first.device) for w in weights])
+        packed = PackedInt4.from_quantized(merged, first.dtype)
+    except ValueError:
+        return None
+    return Linear(packed, torch.cat([b.data for b in biases]) if biases else None)
+
+
+def _form(layer: Linear | None) -> tuple[Any, ...] | None:
+    if layer is None or not isinstance(layer.weight, PackedInt4):
+        return None
+    w = layer.weight
+    return (w.group_size, *(t is None for t in (w.zeros, w.minima, w.permutation)))
+
+
+def _block(
+    layer: Layer,
+    guess: _Guess,
+    rope: int | None,
+    packed: _Linears,
+    merge: Callable[[list[nn.Linear]], Linear],
+) -> Block:
     call = layer.call
     q_norm, k_norm = layer.heads or (None, None)
     return Block(
         recipe=guess.recipe,
         norms=(*layer.before, *layer.between, *layer.after),
         attention=Attention(
-            qkv=qkv,
-            out=Linear(layer.out.weight.data, _data(layer.out.bias)),
+            qkv=packed.qkv or merge(layer.qkv),
+            out=packed.out or Linear(layer.out.weight.data, _data(layer.out.bias)),
             heads=call.query_heads,
             kv_heads=call.kv_heads,
             head_dim=call.head_dim,
@@ -117,8 +187,8 @@ def _block(layer: Layer, guess: _Guess, rope: int | None, qkv: Linear, gate_up: 
             sinks=call.kwargs.get("s_aux"),
         ),
         mlp=GatedMLP(
-            gate_up,
-            Linear(layer.down.weight.data, _data(layer.down.bias)),
+            packed.gate_up or merge(layer.gate),
+            packed.down or Linear(layer.down.weight.data, _data(layer.down.bias)),
             layer.activation.removesuffix("_mul"),
         ),
         residual_scale=guess.residual_scale,
@@ -132,7 +202,7 @@ def _data(bias: nn.Parameter | None) -> torch.Tensor | None:
 # ------------------------------------------------------------------------------ choice and proof
 
 
-def _choose(layer: Layer, operations: BlockOperations) -> tuple[_Guess, Proof]:
+def _choose(layer: Layer, packed: _Linears, operations: BlockOperations) -> tuple[_Guess, Proof]:
     """The guess nearest to the layer by the reference operations; proved with the real ones."""
     name = type(layer.module).__name__
     if len(layer.heads) not in (0, 2):
@@ -142,13 +212,13 @@ def _choose(layer: Layer, operations: BlockOperations) -> tuple[_Guess, Proof]:
     oracle = _oracle(layer)
     best, distance = None, float("inf")
     for guess in _guesses(layer):
-        error = relative_rms(_run(layer, guess, REFERENCES), oracle)
+        error = relative_rms(_run(layer, guess, packed, REFERENCES), oracle)
         if error < distance:
             best, distance = guess, error
     if best is None:
         raise NotTraced(f"{name} is built as no recipe is")
     try:
-        ours = _run(layer, best, operations)
+        ours = _run(layer, best, packed, operations)
     except (TypeError, ValueError, NotImplementedError) as error:  # of an operation's contract
         raise NotTraced(str(error)) from error
     proof = compare(ours, layer.output[0], oracle)
@@ -169,7 +239,9 @@ def _guesses(layer: Layer) -> Iterator[_Guess]:
 
 
 @torch.no_grad()
-def _run(layer: Layer, guess: _Guess, operations: BlockOperations) -> torch.Tensor:
+def _run(
+    layer: Layer, guess: _Guess, packed: _Linears, operations: BlockOperations
+) -> torch.Tensor:
     """The layer's output by a block: two chunks of a prefill and a decoded token.
 
     The cache is shuffled, its blocks of the runner's own size: a GPU then compiles what steps run.
@@ -181,9 +253,7 @@ def _run(layer: Layer, guess: _Guess, operations: BlockOperations) -> torch.Tens
         table = RopeTable(layer.rotary, length, hidden.dtype, device)
         first_row = table.admit(length)
         tables.append(table)
-    block = _block(
-        layer, guess, 0 if tables else None, _side_by_side(layer.qkv), _side_by_side(layer.gate)
-    )
+    block = _block(layer, guess, 0 if tables else None, packed, _side_by_side)
     count = -(-length // BLOCK_SIZE)
     call = layer.call
     cache = PagedCache([(call.kv_heads, call.head_dim)], count, hidden.dtype, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from ..model.proof import Proof
 from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
+from ..quantization.attached import weights_of
+from ..quantization.weights import QuantizedWeight
 from .blocks import BlockOperations, Linear, Run
 from .build import Blocks, build_blocks
 from .cache import PagedCache
@@ -30,6 +33,7 @@ class StepModel(Protocol):
     device: torch.device
     proof: Proof  # of the logits of the whole model
     all_ours: bool  # its layers are ours, so a step can always be captured
+    packed_bytes: int  # of weights that the user's model does not have
 
     def __call__(self, step: Step, cache: PagedCache, rows: torch.Tensor) -> torch.Tensor:
         """Write the step's keys and values to the cache, and compute logits.
@@ -64,11 +68,13 @@ class StepModel(Protocol):
 def make_step_model(model: PreTrainedModel) -> StepModel:
     """Blocks where every layer has a recipe, else the model's own layers with our attention.
 
+    Quantized weights that the model carries run in their own bits in blocks.
+
     Raises:
         NotTraced: neither computes what the model does.
     """
     try:
-        return BlockModel(model)
+        return BlockModel(model, weights=weights_of(model))
     except NotTraced as error:
         reason = str(error)
     try:
@@ -92,6 +98,7 @@ class BlockModel:
         model: PreTrainedModel,
         max_length: int = CHECKED_LENGTH,
         *,
+        weights: Mapping[str, QuantizedWeight] | None = None,
         operations: BlockOperations | None = None,
         proving: Operations | None = None,
     ) -> None:
@@ -100,6 +107,9 @@ class BlockModel:
         Args:
             model: in evaluation mode. The weights of its merged projections become views.
             max_length: the longest sequence there will be; :meth:`resize` changes it.
+            weights: of linear layers, by their names in the model; four-bit ones are packed. Where
+                layers of one input differ in form, what the model has is used. The model must hold
+                their dequantized values while this runs: they are what the proofs compare with.
             operations: of the blocks; None: the kernels, on the CPU their references.
             proving: the operations that norms and MLPs are recognised with.
 
@@ -108,7 +118,8 @@ class BlockModel:
         """
         self.operations = operations or BlockOperations()
         traced = trace(model, proving or Operations())
-        self.built: Blocks = build_blocks(model, traced, max_length, self.operations)
+        self.built: Blocks = build_blocks(model, traced, max_length, self.operations, weights or {})
+        self.packed_bytes = sum(w.nbytes for w in self.built.packed)
         self.cache_shapes = [
             (b.attention.kv_heads, b.attention.head_dim) for b in self.built.blocks
         ]
@@ -140,7 +151,10 @@ class BlockModel:
 
     def describe(self) -> str:
         recipes = ", ".join(self.built.recipes)
-        return f"{len(self.built.blocks)} blocks run the recipe {recipes}"
+        text = f"{len(self.built.blocks)} blocks run the recipe {recipes}"
+        if packed := len(self.built.packed):
+            text += f", {packed} of their {4 * len(self.built.blocks)} linear layers in four bits"
+        return text
 
 
 class ForwardModel:
@@ -151,6 +165,7 @@ class ForwardModel:
     """
 
     all_ours = False
+    packed_bytes = 0
 
     def __init__(self, model: PreTrainedModel, reason: str = "asked for") -> None:
         """

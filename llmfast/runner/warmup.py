@@ -77,7 +77,8 @@ def warmup(
         ways = [Sampling(), Sampling(temperature=1.0)] if sampling else [Sampling()]
         done = warm_up(runner, batches, ways, progress=progress)
         weights = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
-    memory = {"weights": sum(s.nbytes() for s in weights.values()), **done.memory}
+        packed = takeover.blocks.packed_bytes if takeover.blocks is not None else 0
+    memory = {"weights": packed + sum(s.nbytes() for s in weights.values()), **done.memory}
     return dataclasses.replace(done, memory=memory)
 
 

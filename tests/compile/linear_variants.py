@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
-from llmfast_kernels.linear.int4_kernel import choose_int4_launch
+from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
 from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
 
@@ -48,7 +48,7 @@ def _linear(
 
 
 def _int4(
-    dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, zeros: bool
+    dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, kind: str
 ) -> Variant:
     launch = choose_int4_launch(n, tokens)
     pointer, groups = f"*{dtype}:16", -(-k // group)
@@ -70,12 +70,9 @@ def _int4(
         "BLOCK_M": block_m(tokens),
         "BLOCK_N": launch.block_n,
     }
-    if zeros:
-        signature["zeros_ptr"] = "*u8:16"
-    else:
-        constexprs["zeros_ptr"] = None
+    _kind(kind, dtype, signature, constexprs)
     return Variant(
-        name=f"linear/int4-g{group}{' zeros' if zeros else ''} {dtype} {tokens}x{k}x{n}",
+        name=f"linear/int4-g{group} {kind} {dtype} {tokens}x{k}x{n}",
         kernel="llmfast_kernels.linear.int4_kernel:_int4_kernel",
         signature=signature,
         constexprs=constexprs,
@@ -85,9 +82,41 @@ def _int4(
     )
 
 
+def _dequantize(dtype: str, n: int, k: int, group: int, target: str, *, kind: str) -> Variant:
+    pointer, groups = f"*{dtype}:16", -(-k // group)
+    signature = {
+        "packed_ptr": "*i32:16",
+        "scales_ptr": pointer,
+        "weight_ptr": pointer,
+        "n": "i32",
+        "k": "i32" if k % 16 else "i32:16",
+        "groups": "i32" if groups % 16 else "i32:16",
+    }
+    constexprs: dict[str, object] = {"GROUP": group, "BLOCK_N": DEQUANTIZED_ROWS}
+    _kind(kind, dtype, signature, constexprs)
+    return Variant(
+        name=f"linear/dequantize-g{group} {kind} {dtype} {k}x{n}",
+        kernel="llmfast_kernels.linear.int4_kernel:_dequantize_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=4,
+        num_stages=1,
+        targets=(target,),
+    )
+
+
+def _kind(kind: str, dtype: str, signature: dict[str, str], constexprs: dict[str, object]) -> None:
+    for name, pointer in (("zeros", "*u8:16"), ("minima", f"*{dtype}:16")):
+        if kind == name:
+            signature[f"{name}_ptr"] = pointer
+        else:
+            constexprs[f"{name}_ptr"] = None
+
+
 VARIANTS = [
-    _int4("bf16", 1, 6144, 4096, 128, "sm_90", zeros=False),
-    _int4("fp16", 64, 1536, 576, 64, "sm_80", zeros=True),
+    _int4("bf16", 1, 6144, 4096, 128, "sm_90", kind="symmetric"),
+    _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima"),
+    _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _linear("bf16", 1, 6144, 4096, "sm_90", act=None, bias=True),
     _linear("fp16", 1, 1536, 576, "sm_80", act="silu", bias=False),
     _linear("bf16", 16, 4096, 14336, "sm_90", act=None, bias=False),

@@ -91,7 +91,6 @@ NORM = [
     _norm("rms_norm", "bf16", 128, "sm_90", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "sm_80", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "gfx942", few_rows=False, unit_offset=False),
-    _norm("add_rms_norm", "fp32", 32768, "gfx942", few_rows=False, unit_offset=True),
 ]
 ACTIVATION = [
     _activation("silu", "bf16", 14336, "sm_90", merged=True),

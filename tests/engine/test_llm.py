@@ -4,7 +4,6 @@ import functools
 import gc
 import itertools
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ import llmfast
 from block_books import check_books
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
-from llmfast.engine import executor
 from llmfast.engine.executor import Executor
-from llmfast.engine.graphs import DecodeGraphs, Graph, buckets
-from llmfast.engine.inputs import Size
+from llmfast.engine.graphs import buckets
 from llmfast.errors import UserError
 from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make, tokens
 
+pytestmark = pytest.mark.usefixtures("how")
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
@@ -30,22 +28,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 def model_of(kind="Llama"):
     """On the CPU: float64 has no kernels, and the references are what the engine is judged by."""
     return make(kind).double()
-
-
-class Replayed(DecodeGraphs):
-    """Graphs whose replay runs the step, over the same buffers and padded to the same buckets."""
-
-    def _capture(self, key):
-        size = Size(key[0], key[0], self._width)
-        return Graph(size, SimpleNamespace(replay=lambda: self._decode(size, *key[1:])))
-
-
-@pytest.fixture(autouse=True, params=["in turn", "ahead"])
-def how(request, monkeypatch):
-    """On a GPU steps are started before the host has seen the tokens before, and are graphs."""
-    if request.param == "ahead":
-        monkeypatch.setattr(Executor, "asynchronous", True)
-        monkeypatch.setitem(executor.GRAPHS, "cpu", Replayed)
 
 
 def engine(kind="Llama", model=None, **kwargs):
@@ -711,9 +693,9 @@ def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request
     waiting, decoded = [], []
     launch, decode = Executor.launch, Executor._decode
 
-    def watch(self, plan, answers, previous):
+    def watch(self, plan, answers, previous, *args):
         waiting.append(previous is not None)
-        return launch(self, plan, answers, previous)
+        return launch(self, plan, answers, previous, *args)
 
     def count(self, size, *drawing):
         decoded.append(size.rows)

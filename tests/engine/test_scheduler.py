@@ -20,8 +20,9 @@ class Cache:
         self.scheduler = Scheduler(self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget)
         self.slots = {}
 
-    def add(self, prompt, max_tokens=4, parent=None):
-        sequence = Sequence(list(prompt), len(prompt), len(prompt) + max_tokens, parent)
+    def add(self, prompt, max_tokens=4, parent=None, priority=0):
+        limit = len(prompt) + max_tokens
+        sequence = Sequence(list(prompt), len(prompt), limit, parent, priority=priority)
         self.scheduler.add(sequence)
         return sequence
 
@@ -29,14 +30,17 @@ class Cache:
         """Schedule, and check everything about the plan."""
         blocks, size, slots = self.blocks, self.blocks.block_size, self.slots
         waiting = [s for _, s in self.scheduler._waiting if s.state != FINISHED]
-        left = bool(self.scheduler.running or waiting)
+        before = list(self.scheduler.running)
+        left = bool(before or waiting)
         plan = self.scheduler.schedule()
         assert bool(plan.counts) == left
         check_books(blocks, [s.blocks for s in self.scheduler.running])
         assert sum(plan.counts.values()) <= self.scheduler.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
-        arrivals = [s.arrival for s in self.scheduler.running]
-        assert arrivals == sorted(arrivals)
+        order = [(s.priority, s.arrival) for s in self.scheduler.running]
+        assert order == sorted(order)
+        stayed = [s for s in before if s.state == RUNNING]
+        assert before[: len(stayed)] == stayed and (stayed or not before)
         for source, target in plan.copies:
             for offset in range(size):
                 slots[target, offset] = slots.get((source, offset))
@@ -109,8 +113,9 @@ class Machine(RuleBasedStateMachine):
         own=st.lists(st.integers(0, 1), min_size=1, max_size=8),
         max_tokens=st.integers(1, 12),
         n=st.sampled_from([1, 1, 2, 3]),
+        priority=st.sampled_from([0, 0, 0, -1, 3]),
     )
-    def arrive(self, data, own, max_tokens, n):
+    def arrive(self, data, own, max_tokens, n, priority):
         prompt = own
         if self.sequences and data.draw(st.booleans()):
             tokens = data.draw(st.sampled_from(self.sequences)).tokens
@@ -118,7 +123,7 @@ class Machine(RuleBasedStateMachine):
         parent = None
         for _ in range(n):
             try:
-                sequence = self.cache.add(prompt, max_tokens, parent)
+                sequence = self.cache.add(prompt, max_tokens, parent, priority)
             except UserError:
                 total = len(prompt) + max_tokens - 1
                 assert total > self.cache.blocks.num_blocks * self.cache.blocks.block_size
@@ -290,6 +295,43 @@ def test_the_youngest_is_preempted_and_computed_again():
     cache.run(old, young)
     assert young.preemptions == 1 and old.preemptions == 0
     assert len(old.tokens) == 8 and len(young.tokens) == 6
+    cache.check_empty()
+
+
+def test_lower_priorities_go_first_and_within_one_the_earlier():
+    cache = Cache(num_blocks=40, seqs=1, budget=30)
+    late, first, second, urgent = (
+        cache.add([i] * 3, max_tokens=1, priority=p) for i, p in enumerate([5, 0, 0, -2])
+    )
+    for sequence in (urgent, first, second, late):
+        assert cache.step() == [sequence]
+    cache.check_empty()
+
+
+def test_a_prompt_that_has_begun_goes_before_one_that_waits_whatever_its_priority():
+    cache = Cache(num_blocks=40, budget=4)
+    usual = cache.add([1] * 10)
+    assert cache.counts(usual) == [4]
+    urgent, other = cache.add([2] * 6, priority=-1), cache.add([3] * 2)
+    assert cache.counts(usual, urgent, other) == [4, 0, 0]
+    assert cache.counts(usual, urgent, other) == [2, 2, 0]
+    assert cache.counts(usual, urgent, other) == [1, 3, 0]
+    cache.run(urgent, usual, other)
+    cache.check_empty()
+
+
+def test_the_lowest_priority_is_preempted_before_the_youngest():
+    cache = Cache(num_blocks=6, block_size=2, budget=16, caching=False)
+    low = cache.add([1], max_tokens=7, priority=1)
+    old, young = cache.add([2], max_tokens=7), cache.add([3], max_tokens=7)
+    while not low.preemptions:
+        assert cache.counts(old, young) == [1, 1]
+    assert (old.preemptions, young.preemptions) == (0, 0)
+    while not young.preemptions:
+        cache.step()
+    assert low.state == WAITING
+    cache.run(low, old, young)
+    assert old.preemptions == 0 and [len(s.tokens) for s in (low, old, young)] == [8] * 3
     cache.check_empty()
 
 

@@ -39,7 +39,7 @@ def activations(dtype: torch.dtype) -> None:
 def int4_linears(dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
-    for tokens, k, group_size in itertools.product((1, 17), (200, 256), (32, 128)):
+    for tokens, k, group_size in itertools.product((1, 17, 129), (200, 256), (32, 128)):
         codes = torch.randint(0, 16, (67, k), dtype=torch.uint8, device="cuda")
         groups = (67, -(-k // group_size))
         ops.int4_linear(
@@ -49,6 +49,13 @@ def int4_linears(dtype: torch.dtype) -> None:
             torch.randint(0, 16, groups, dtype=torch.uint8, device="cuda"),
             group_size=group_size,
             residual=randn(tokens, 67, dtype=dtype),
+        )
+        ops.int4_linear(
+            randn(tokens, k, dtype=dtype),
+            ops.pack_int4(codes),
+            randn(*groups, dtype=dtype),
+            group_size=group_size,
+            minima=randn(*groups, dtype=dtype),
         )
 
 

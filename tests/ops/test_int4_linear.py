@@ -6,12 +6,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from guards import GuardedEmpty, guarded
-from llmfast_kernels.linear import int4_linear, pack_int4, unpack_int4
+from guards import BAND, GuardedEmpty, guarded
+from llmfast_kernels.linear import (
+    free_int4_workspaces,
+    int4_linear,
+    int4_workspace_bytes,
+    pack_int4,
+    unpack_int4,
+)
 from llmfast_kernels.linear.int4_kernel import (
     MAX_TOKENS,
     Int4Launch,
     choose_int4_launch,
+    launch_dequantize_int4,
     launch_int4_linear,
 )
 from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
@@ -33,7 +40,7 @@ SHAPES = [
 on_cuda = torch.cuda.is_available()
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-each_kind = pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
 
 
 def skip_bfloat16_in_the_interpreter(device, dtype):
@@ -41,7 +48,7 @@ def skip_bfloat16_in_the_interpreter(device, dtype):
         pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
 
 
-def make(shape, dtype, device="cpu", zeros=True, more=True, seed=0):
+def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0):
     """The operation's arguments by name; results are about 1."""
     tokens, k, n, group_size = shape
     gen = torch.Generator().manual_seed(seed)
@@ -51,7 +58,11 @@ def make(shape, dtype, device="cpu", zeros=True, more=True, seed=0):
         "packed": pack_int4(torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)),
         "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 5 / k**0.5).to(dtype),
     }
-    if zeros:
+    if kind == "minima":
+        args["minima"] = (-7.5 * args["scales"] * (torch.rand(n, groups, generator=gen) + 0.5)).to(
+            dtype
+        )
+    if kind == "zeros":
         args["zeros"] = torch.randint(0, 16, (n, groups), generator=gen, dtype=torch.uint8)
     if more:
         args["bias"] = torch.randn(n, generator=gen).to(dtype)
@@ -59,8 +70,8 @@ def make(shape, dtype, device="cpu", zeros=True, more=True, seed=0):
     return {name: t.to(device) for name, t in args.items()} | {"group_size": group_size}
 
 
-def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, residual=None):
-    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, torch.float64)
+def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
+    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
     y = linear(x.double(), weight, None if bias is None else bias.double())
     return y if residual is None else y + residual.double()
 
@@ -116,8 +127,8 @@ def test_bad_codes_are_named():
 
 @each_shape
 @each_kind
-def test_reference_is_the_formula(shape, zeros):
-    args = make(shape, torch.float64, zeros=zeros)
+def test_reference_is_the_formula(shape, kind):
+    args = make(shape, torch.float64, kind=kind)
     codes = unpack_int4(args["packed"], shape[1])
     got = int4_linear_reference(**args)
     group_size = args["group_size"]
@@ -126,8 +137,11 @@ def test_reference_is_the_formula(shape, zeros):
             total = args["bias"][row] + args["residual"][t, row]
             for column in range(shape[1]):
                 g = column // group_size
-                zero = int(args["zeros"][row, g]) if zeros else 8
+                zero = {"symmetric": 8, "minima": 0}.get(kind)
+                zero = int(args["zeros"][row, g]) if zero is None else zero
                 weight = args["scales"][row, g] * (int(codes[row, column]) - zero)
+                if kind == "minima":
+                    weight = weight + args["minima"][row, g]
                 total = total + weight * args["x"][t, column]
             torch.testing.assert_close(got[t, row], total)
 
@@ -136,9 +150,9 @@ def test_reference_is_the_formula(shape, zeros):
 @each_dtype
 @each_kind
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
-def test_kernel_matches_float64(shape, dtype, zeros, more, device):
+def test_kernel_matches_float64(shape, dtype, kind, more, device):
     skip_bfloat16_in_the_interpreter(device, dtype)
-    args = make(shape, dtype, device, zeros, more)
+    args = make(shape, dtype, device, kind, more)
     got = launch_int4_linear(**args, _launch=SMALL)
     assert got.is_contiguous()
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
@@ -155,10 +169,10 @@ def test_kernel_matches_float64(shape, dtype, zeros, more, device):
     k=st.integers(1, 300),
     n=st.integers(1, 40),
     group_size=st.sampled_from([32, 64, 128, 0]),
-    zeros=st.booleans(),
+    kind=st.sampled_from(["symmetric", "zeros", "minima"]),
 )
-def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, zeros):
-    args = make((tokens, k, n, group_size or k), torch.float16, device, zeros)
+def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, kind):
+    args = make((tokens, k, n, group_size or k), torch.float16, device, kind)
     got = launch_int4_linear(**args, _launch=SMALL)
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
@@ -180,9 +194,10 @@ def test_every_code_and_zero_point_is_exact(dtype, device):
     assert torch.equal(got.cpu().double(), wanted)
 
 
-def test_nothing_outside_the_tensors_is_read_or_written(device, monkeypatch):
+@pytest.mark.parametrize("kind", ["zeros", "minima"])
+def test_nothing_outside_the_tensors_is_read_or_written(kind, device, monkeypatch):
     empty = GuardedEmpty()
-    args = make((3, 200, 33, 64), torch.float16, device)
+    args = make((3, 200, 33, 64), torch.float16, device, kind)
     reference, exact = int4_linear_reference(**args), in_float64(**args)
     for name, value in args.items():
         if isinstance(value, torch.Tensor):
@@ -195,13 +210,13 @@ def test_nothing_outside_the_tensors_is_read_or_written(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 31, 64, 100, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 31, 64, 100, 128, 129, 1000])
 @each_kind
 @each_dtype
-def test_the_operation_at_a_model_s_shapes(tokens, zeros, dtype):
+def test_the_operation_at_a_model_s_shapes(tokens, kind, dtype):
     shapes = ((4096, 6144, 128), (14336, 4096, 64), (576, 1536, 32), (4096, 64, 4096))
     for k, n, group_size in shapes:
-        args = make((tokens, k, n, group_size), dtype, "cuda", zeros)
+        args = make((tokens, k, n, group_size), dtype, "cuda", kind)
         assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))
 
 
@@ -234,6 +249,13 @@ def test_launches_fit_every_gpu(n, tokens):
         ({"scales": torch.ones(40, 3).half()}, ValueError, r"scales must be \(40, 2\).*\(40, 3\)"),
         ({"scales": torch.ones(40, 2)}, TypeError, "scales must have x's dtype torch.float16"),
         ({"zeros": torch.ones(40, 2)}, TypeError, "zeros must be torch.uint8"),
+        ({"minima": torch.ones(40, 2).half()}, ValueError, "zeros and minima exclude each other"),
+        (
+            {"zeros": None, "minima": torch.ones(40, 3).half()},
+            ValueError,
+            r"minima must be \(40, 2\)",
+        ),
+        ({"zeros": None, "minima": torch.ones(40, 2)}, TypeError, "minima must have x's dtype"),
         ({"bias": torch.ones(39).half()}, ValueError, r"bias must be \(40,\)"),
         ({"residual": torch.ones(40).half()}, ValueError, r"residual must be \(3, 40\)"),
         (
@@ -249,7 +271,82 @@ def test_bad_arguments_are_named(change, error, says):
         int4_linear(**args)
 
 
-def test_too_many_tokens_are_refused_by_the_launcher(device):
-    args = make((MAX_TOKENS + 1, 32, 4, 32), torch.float16, device)
-    with pytest.raises(NotImplementedError, match=r"^int4_linear: at most 128 tokens"):
-        launch_int4_linear(**args)
+# ------------------------------------------------------------------------------------ many tokens
+
+
+@pytest.fixture
+def no_workspaces():
+    free_int4_workspaces()
+    yield
+    free_int4_workspaces()
+
+
+@each_shape
+@each_dtype
+@each_kind
+def test_weights_are_dequantized_with_one_rounding(shape, dtype, kind, device):
+    """Bit for bit: a scale times a code is exact in float32, and so rounded once."""
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    args = make(shape, dtype, device, kind)
+    _, k, n, group_size = shape
+    packed, scales, zeros, minima = (
+        args.get(name) for name in ("packed", "scales", "zeros", "minima")
+    )
+    weight, buffer = guarded(torch.full((n, k), float("nan"), dtype=dtype, device=device), 7.0)
+    launch_dequantize_int4(packed, scales, zeros, minima, weight, group_size=group_size)
+    wanted = dequantize_int4(packed, scales, zeros, k, group_size, torch.float32, minima)
+    assert torch.equal(weight, wanted.to(dtype))
+    assert (buffer[:BAND] == 7.0).all() and (buffer[-BAND:] == 7.0).all()
+
+
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
+def test_many_tokens(dtype, kind, more, device, no_workspaces):
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    args = make((MAX_TOKENS + 1, 200, 33, 64), dtype, device, kind, more)
+    args["x"] = args["x"].view(3, 43, 200)
+    if more:
+        args["residual"] = args["residual"].view(3, 43, 33)
+    before = {name: t.clone() for name, t in args.items() if isinstance(t, torch.Tensor)}
+    got = launch_int4_linear(**args)
+    assert got.shape == (3, 43, 33) and got.is_contiguous()
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+    assert all(torch.equal(args[name], t) for name, t in before.items())
+
+
+def test_the_tiers_agree_at_their_border(device):
+    args = make((MAX_TOKENS + 1, 128, 40, 64), torch.float16, device, more=False)
+    many = launch_int4_linear(**args)
+    few = launch_int4_linear(**args | {"x": args["x"][:MAX_TOKENS].contiguous()})
+    exact = in_float64(**args)[:MAX_TOKENS]
+    assert_as_good(few, many[:MAX_TOKENS], exact)
+    assert_as_good(many[:MAX_TOKENS], few, exact)
+
+
+def test_the_workspace_is_one_and_as_large_as_the_largest_layer(device, no_workspaces):
+    for n, k in ((8, 64), (40, 128), (8, 64)):
+        launch_int4_linear(**make((MAX_TOKENS + 1, k, n, 64), torch.float16, device))
+    assert int4_workspace_bytes() == int4_workspace_bytes(device_of(device)) == 2 * 40 * 128
+    launch_int4_linear(**make((MAX_TOKENS, 256, 40, 64), torch.float16, device))
+    assert int4_workspace_bytes() == 2 * 40 * 128  # few tokens want none
+    assert int4_workspace_bytes(torch.device("meta")) == 0
+
+
+def device_of(device):
+    return torch.empty(0, device=device).device  # with its index
+
+
+@pytest.mark.gpu
+def test_a_captured_workspace_stays_where_it_is(no_workspaces):
+    args = make((MAX_TOKENS + 1, 128, 40, 64), torch.float16, "cuda")
+    wanted = int4_linear(**args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = int4_linear(**args)
+    int4_linear(**make((MAX_TOKENS + 1, 256, 80, 64), torch.float16, "cuda"))
+    taken = [torch.full((40 * 128,), 7.0, device="cuda", dtype=torch.half) for _ in range(9)]
+    graph.replay()
+    assert torch.equal(got, wanted)
+    assert all(bool((t == 7.0).all()) for t in taken)
+    assert int4_workspace_bytes() == 2 * (40 * 128 + 80 * 256)

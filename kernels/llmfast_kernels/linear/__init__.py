@@ -2,6 +2,15 @@
 
 from .int4_layout import pack_int4, unpack_int4
 from .int4_op import int4_linear
+from .int4_workspace import free_int4_workspaces, int4_workspace_bytes
 from .op import dense_linear, gated_linear
 
-__all__ = ["dense_linear", "gated_linear", "int4_linear", "pack_int4", "unpack_int4"]
+__all__ = [
+    "dense_linear",
+    "free_int4_workspaces",
+    "gated_linear",
+    "int4_linear",
+    "int4_workspace_bytes",
+    "pack_int4",
+    "unpack_int4",
+]

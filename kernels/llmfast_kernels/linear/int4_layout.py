@@ -60,9 +60,13 @@ def dequantize_int4(
     k: int,
     group_size: int,
     dtype: torch.dtype,
+    minima: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weights ``(n, k)``: ``scale * (code - zero)``, computed in ``dtype``."""
+    """The weights ``(n, k)``, computed in ``dtype``: ``scale * (code - zero)``, or
+    ``scale * code + minimum``."""
     codes = unpack_int4(packed, k).to(dtype)
     group = torch.arange(k, device=packed.device) // group_size
+    if minima is not None:
+        return scales.to(dtype)[:, group] * codes + minima.to(dtype)[:, group]
     middle = MIDDLE if zeros is None else zeros.to(dtype)[:, group]
     return scales.to(dtype)[:, group] * (codes - middle)

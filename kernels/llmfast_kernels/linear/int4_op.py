@@ -20,23 +20,32 @@ def int4_linear(
     bias: torch.Tensor | None = None,
     *,
     group_size: int,
+    minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply tokens with four-bit weights, dequantized on their way to the tensor cores.
 
         weight[n, k] = scales[n, g] * (code[n, k] - zeros[n, g]),  g = k // group_size
+                    or scales[n, g] * code[n, k] + minima[n, g]
         y = round(x @ weight.T + bias) + residual
 
     Codes less zero points are whole numbers that 16 bits hold exactly; products are summed in
     float32 and each group's sum is multiplied with its scale there. No weight is rounded.
 
+    On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go another way: the weights are rounded to
+    x's dtype in a workspace, and multiplied by cuBLAS. The workspace is one for each device and
+    dtype, so calls on two streams must not overlap; :func:`int4_workspace_bytes` is its size.
+
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.
         packed: int32, what :func:`pack_int4` makes of codes ``(n, k)``.
         scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype.
-        zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 8 does.
+        zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 8 does,
+            unless there are minima.
         bias: ``(n,)``, of x's dtype, contiguous.
         group_size: columns that share a scale: 32, 64, 128, or k.
+        minima: of scales' shape and dtype, contiguous: what the codes 0 stand for. Not together
+            with zeros.
         residual: ``(..., n)``, of x's dtype, contiguous.
 
     Returns:
@@ -45,7 +54,6 @@ def int4_linear(
     Raises:
         TypeError: a dtype that is not listed above.
         ValueError: a shape, device, memory layout or group size that breaks the contract.
-        NotImplementedError: on CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens.
         RuntimeError: an argument requires grad in grad mode; there is no backward.
 
     Paper: Frantar et al., MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on Large
@@ -70,14 +78,20 @@ def int4_linear(
     check_like(op, "scales", scales, groups, x)
     if zeros is not None:
         check_like(op, "zeros", zeros, groups, x, torch.uint8)
+    if minima is not None:
+        if zeros is not None:
+            raise ValueError(f"{op}: zeros and minima exclude each other; got both")
+        check_like(op, "minima", minima, groups, x)
     if bias is not None:
         check_like(op, "bias", bias, (n,), x)
     if residual is not None:
         check_like(op, "residual", residual, (*x.shape[:-1], n), x)
-    check_no_grad(op, x, scales, bias, residual)
+    check_no_grad(op, x, scales, minima, bias, residual)
     run = int4_linear_reference
     if x.is_cuda:
         from .int4_kernel import launch_int4_linear  # imports Triton
 
         run = launch_int4_linear
-    return run(x, packed, scales, zeros, bias, group_size=group_size, residual=residual)
+    return run(
+        x, packed, scales, zeros, bias, group_size=group_size, minima=minima, residual=residual
+    )

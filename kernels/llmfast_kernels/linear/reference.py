@@ -48,10 +48,11 @@ def int4_linear_reference(
     bias: torch.Tensor | None = None,
     *,
     group_size: int,
+    minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, exact)
+    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, exact, minima)
     y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
     y = y.to(x.dtype)
     return y if residual is None else y + residual

@@ -1,0 +1,147 @@
+"""``llmfast quantize``: find four- or eight-bit weights of a model, and save them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from . import ui
+
+if TYPE_CHECKING:
+    from ..quantization.driver import Progress, Quantized
+
+# the options that quantize and eval share
+WEIGHTS = typer.Option(metavar="int4|int8", help="What to round the linear layers to.")
+METHOD = typer.Option(metavar="nearest|gptq|awq", help="How codes are found.")
+GROUP_SIZE = typer.Option(help="Inputs that share a scale: 32, 64, 128, or 0 for all of a layer.")
+ZERO_POINTS = typer.Option("--zero-points", help="With zero points, not symmetric about 0.")
+CALIBRATION = typer.Option(
+    metavar="pride-and-prejudice|persuasion|FILE", help="What gptq and awq read."
+)
+CALIBRATION_TOKENS = typer.Option(help="How many tokens of it, from its start, at most.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the weights of a model are to become."""
+
+    weights: str = "int4"
+    method: str = "nearest"
+    group_size: int = 64  # 0: all inputs of a layer
+    zero_points: bool = False
+    calibration: str = "pride-and-prejudice"
+    calibration_tokens: int = 16384
+
+    @property
+    def label(self) -> str:
+        """As a case of the results names it: ``int4-g64-gptq``."""
+        group = f"g{self.group_size}" if self.group_size else "channel"
+        parts = [self.weights, group, *(["zeros"] if self.zero_points else []), self.method]
+        return "-".join(parts)
+
+    def check(self) -> None:
+        """Refuse what no model could be quantized to, before one is loaded.
+
+        Raises:
+            UserError: an option outside its range.
+        """
+        for option, value, known in (
+            ("--weights", self.weights, ("int4", "int8")),
+            ("--method", self.method, ("nearest", "gptq", "awq")),
+            ("--group-size", self.group_size, (32, 64, 128, 0)),
+        ):
+            if value not in known:
+                choices = ", ".join(map(str, known))
+                raise UserError(f"{option} must be one of {choices}; got {value}")
+        if self.calibration_tokens < 1:
+            raise UserError(
+                f"--calibration-tokens must be at least 1; got {self.calibration_tokens}"
+            )
+
+    def find(self, model: Any, tokenizer: Any, on_progress: Progress | None = None) -> Quantized:
+        """Find the codes of ``model``.
+
+        Raises:
+            UserError: as :func:`llmfast.quantize`, a text that cannot be read, or a model whose
+                weights are quantized already.
+        """
+        import torch
+
+        import llmfast
+
+        from ..measure.texts import read_text
+        from ..quantization.attached import weights_of
+
+        if weights_of(model) is not None:
+            raise UserError("the model has quantized weights already; give the one they came from")
+        ids = None
+        if self.method != "nearest":
+            text = read_text(self.calibration).text
+            tokens = tokenizer(text, verbose=False)["input_ids"]
+            ids = torch.tensor(tokens[: self.calibration_tokens])
+        longest = getattr(model.config, "max_position_embeddings", None) or 512
+        found: Quantized = llmfast.quantize(
+            model,
+            weights=self.weights,
+            method=self.method,
+            group_size=self.group_size or None,
+            symmetric=not self.zero_points,
+            calibration=ids,
+            window=min(512, longest),
+            on_progress=on_progress,
+        )
+        return found
+
+
+def quantize_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR-OR-HUB-ID",
+            help='A folder, a GGUF file, a model of the Hugging Face Hub, or "embedded".',
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The new folder; it must not exist, or be empty.")
+    ],
+    weights: Annotated[str, WEIGHTS] = Choice.weights,
+    method: Annotated[str, METHOD] = Choice.method,
+    group_size: Annotated[int, GROUP_SIZE] = Choice.group_size,
+    zero_points: Annotated[bool, ZERO_POINTS] = Choice.zero_points,
+    calibration: Annotated[str, CALIBRATION] = Choice.calibration,
+    calibration_tokens: Annotated[int, CALIBRATION_TOKENS] = Choice.calibration_tokens,
+    device: Annotated[str | None, typer.Option(help="For example cuda:1 or cpu.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of what is not quantized; auto: as it is stored.")
+    ] = "auto",
+) -> None:
+    """Round the linear layers of a model to 4 or 8 bits, and save it as safetensors.
+
+    The folder is in the format pack-quantized of compressed-tensors, which llmfast.load and other
+    engines read.
+    """
+    choice = Choice(weights, method, group_size, zero_points, calibration, calibration_tokens)
+    choice.check()
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out: {out} is there already, and not empty")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.absolute().parent}")
+    if method != "nearest":
+        from ..measure.texts import read_text
+
+        read_text(calibration)  # before minutes of loading
+    loaded = ui.load(model, device=device, dtype=dtype)
+    with ui.progress("Quantizing") as step:
+        found = choice.find(loaded.model, loaded.tokenizer, step)
+    for name, why in found.plain.items():
+        ui.note(f"{name}: {why}")
+    with ui.progress(f"Writing {out}"):
+        import llmfast
+
+        llmfast.save_quantized(loaded.model, loaded.tokenizer, found, out)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {len(found.weights)} linear layers in {choice.label}, {size / 2**20:.0f} MiB")

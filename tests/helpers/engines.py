@@ -1,0 +1,50 @@
+"""Engines on a tiny model in float64, and what must be left of them: nothing."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from block_books import check_books
+from generating import tokenizer
+from llmfast import LLM
+from tiny_models import make, tokens
+
+LONG = tokens(1, 60)[0].tolist()
+VOCABULARY = 101
+
+
+@functools.cache
+def model_of(kind: str = "Llama") -> Any:
+    """On the CPU: float64 has no kernels, and the references are what the engine is judged by."""
+    return make(kind).double()
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {"num_blocks": 40, "block_size": 16, **changes}
+
+
+def engine(**changes: Any) -> LLM:
+    return LLM(changes.pop("model", None) or model_of(), **options(**changes))
+
+
+def text_engine(**changes: Any) -> LLM:
+    """One whose token is a byte."""
+    return engine(tokenizer=tokenizer(), **changes)
+
+
+def check_empty(llm: LLM) -> None:
+    """Nothing is left of any request."""
+    assert not llm._requests and not llm._owners and not llm._texts
+    assert not llm._scheduler.running and not llm._scheduler._waiting
+    assert not llm._scheduler._computing
+    check_books(llm._blocks, [])
+    assert llm._blocks.num_free == llm._blocks.num_blocks
+
+
+def logits_of(token_ids: list[int], model: Any = None) -> torch.Tensor:
+    """What the model itself says: ``[len(token_ids), vocabulary]``."""
+    with torch.no_grad():
+        return (model or model_of())(torch.tensor([token_ids])).logits[0]
