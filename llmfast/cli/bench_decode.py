@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..measure.results import Env, Row
 
 PEERS = ("transformers", "none")
+_WEIGHTS = ("int4-g32", "int4-g64", "int4-g128")
 _COLUMNS = {  # of the table: a metric's title, and how its figure is written
     "tok_per_s": ("tok/s", ",.1f"),
     "ms_per_step": ("ms/step", ",.3f"),
@@ -50,6 +51,12 @@ class Request:
     results: Path | None = None
     commit: str | None = None
     dtype: str | None = None
+    weights: str | None = None
+
+    @property
+    def group_size(self) -> int | None:
+        """Of four-bit weights; None: the weights are as they are."""
+        return None if self.weights is None else int(self.weights.removeprefix("int4-g"))
 
     def check(self) -> None:
         """Refuse what cannot be measured, before anything is imported or loaded.
@@ -68,6 +75,8 @@ class Request:
             raise UserError(f"--starts must be 0 or more, got {self.starts}")
         if self.peers not in PEERS:
             raise UserError(f"--peers must be {' or '.join(PEERS)}, got {self.peers!r}")
+        if self.weights not in (None, *_WEIGHTS):
+            raise UserError(f"--weights must be {', '.join(_WEIGHTS)}; got {self.weights!r}")
         check_json(self.json_path)
 
     def cases(self, *, gpu: bool) -> list[Case]:
@@ -142,6 +151,14 @@ def decode_command(
             show_default="bf16 for a shape on a GPU, else the model's own",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int4-gN",
+            help="Round the decoder's linear layers to four bits first, in groups of N inputs: "
+            "32, 64 or 128.",
+        ),
+    ] = None,
 ) -> None:
     """Measure decoding: tokens a second, share of the memory roofline, memory, first token.
 
@@ -162,6 +179,7 @@ def decode_command(
             results,
             commit,
             dtype,
+            weights,
         )
     )
 
@@ -191,6 +209,7 @@ def bench_decode(request: Request) -> Measured:
             repeats=request.repeats,
             peers=request.peers != "none",
             starts=request.starts,
+            group_size=request.group_size,
             progress=step,
         )
         env = capture_env(commit=request.commit)

@@ -141,11 +141,14 @@ def measure_decode(
     repeats: int = 3,
     peers: bool = True,
     starts: int = 0,
+    group_size: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Measured:
     """Measure every case, and ``starts`` starts of a process of its own with a cold kernel cache.
 
-    A case that fails for want of memory is noted, and the others go on.
+    A case that fails for want of memory is noted, and the others go on. With ``group_size`` the
+    linear layers of the decoder have four-bit weights, rounded to nearest in groups of so many
+    inputs; starts and ``peers`` are of the weights as they are.
 
     Raises:
         UserError: the runner does not run this model, a case is longer than its context, or no
@@ -177,6 +180,7 @@ def measure_decode(
     model = source.make(device)
     dtype = DTYPE_NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
     found.model |= {"weights": dtype, "kv": dtype}
+    as_made = dict(found.model)
     if starts:
         for start, seconds_each in start_seconds.items():
             key = {"batch": 1, "prompt": cases[0].prompt, "start": start}
@@ -184,11 +188,14 @@ def measure_decode(
             found.add(OURS, key, "start_to_first_token_s", estimate, starts)
     _check_context(model, cases)
     prompts = {case: _prompts(model, case) for case in cases}
-    with _taken_over(model) as takeover:
+    if group_size is not None:
+        found.model["weights"] = f"int4-g{group_size}"
+    with _taken_over(model, group_size) as takeover:
         for case in cases:
             say(f"{case}: llmfast")
             with _noting(found, OURS, case):
                 _measure_ours(found, model, takeover, case, prompts[case], repeats)
+    found.model = as_made
     if peers:
         for case in cases:
             say(f"{case}: transformers")
@@ -230,7 +237,8 @@ def _measure_ours(
             direct.append(_run(runner, prompts.flatten(), [case.prompt] * case.batch, case.tokens))
             if index == 0 and cuda:  # generate is the same runner's: nothing is added by it
                 peak = torch.cuda.max_memory_allocated(model.device)
-                over = (peak - _weight_bytes(model) - runner.cache.nbytes) / 2**30
+                weights = _weight_bytes(model) + takeover.blocks.packed_bytes
+                over = (peak - weights - runner.cache.nbytes) / 2**30
                 exact = Estimate(over, over, over)
                 found.add(OURS, case.key, "peak_over_weights_cache_gib", exact, 1)
             if index > 0 or repeats == 1:  # one run less: a large batch's prompts take seconds
@@ -238,7 +246,8 @@ def _measure_ours(
     finally:
         runner.close()
         takeover.runner = None
-    found.add_times(OURS, case.key, case, direct, bytes_per_step(model, case))
+    saved = takeover.blocks.dense_bytes - takeover.blocks.packed_bytes
+    found.add_times(OURS, case.key, case, direct, bytes_per_step(model, case) - saved)
     found.add_times(OURS, case.key | THROUGH, case, through)
 
 
@@ -284,8 +293,8 @@ def _peer_times(model: Any, prompts: torch.Tensor, case: Case, repeats: int) -> 
 
 
 @contextmanager
-def _taken_over(model: Any) -> Iterator[Takeover]:
-    """``model`` patched, its ``generate`` the runner's.
+def _taken_over(model: Any, group_size: int | None = None) -> Iterator[Takeover]:
+    """``model`` patched, its ``generate`` the runner's; with ``group_size`` on four-bit weights.
 
     Raises:
         UserError: the runner does not run this model.
@@ -295,7 +304,11 @@ def _taken_over(model: Any) -> Iterator[Takeover]:
     from ..runner.generate import takeover_of
 
     # on the CPU patch swaps nothing unless it is told to
-    report = llmfast.patch(model, ops=None if model.device.type == "cuda" else "generate")
+    ops = None if model.device.type == "cuda" else "generate"
+    if group_size is None:
+        report = llmfast.patch(model, ops=ops)
+    else:
+        report = llmfast.patch(model, ops=ops, weights="int4", group_size=group_size)
     try:
         takeover = takeover_of(model)
         if takeover is None:

@@ -34,6 +34,7 @@ class StepModel(Protocol):
     proof: Proof  # of the logits of the whole model
     all_ours: bool  # its layers are ours, so a step can always be captured
     packed_bytes: int  # of weights that the user's model does not have
+    dense_bytes: int  # of those of the user's model that they stand for
 
     def __call__(self, step: Step, cache: PagedCache, rows: torch.Tensor) -> torch.Tensor:
         """Write the step's keys and values to the cache, and compute logits.
@@ -120,6 +121,7 @@ class BlockModel:
         traced = trace(model, proving or Operations())
         self.built: Blocks = build_blocks(model, traced, max_length, self.operations, weights or {})
         self.packed_bytes = sum(w.nbytes for w in self.built.packed)
+        self.dense_bytes = sum(w.n * w.k for w in self.built.packed) * model.dtype.itemsize
         self.cache_shapes = [
             (b.attention.kv_heads, b.attention.head_dim) for b in self.built.blocks
         ]
@@ -165,7 +167,7 @@ class ForwardModel:
     """
 
     all_ours = False
-    packed_bytes = 0
+    packed_bytes = dense_bytes = 0
 
     def __init__(self, model: PreTrainedModel, reason: str = "asked for") -> None:
         """

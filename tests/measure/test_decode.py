@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 import tiny_models
 from llmfast.errors import UserError
 from llmfast.measure import decode, shapes
-from llmfast.measure.decode import Case, Clock, bytes_per_step, measure_decode
+from llmfast.measure.decode import Case, Clock, Measured, bytes_per_step, measure_decode
 from llmfast.measure.results import parse_case
 from llmfast.measure.shapes import SHAPES, Source
 from llmfast.measure.stats import Estimate
@@ -240,6 +240,27 @@ def test_every_way_is_measured_in_one_process(tiny, monkeypatch):
             step = got[case, impl, "ms_per_step"].value
             assert row.value == pytest.approx(int(parse_case(case)["batch"]) * 1e3 / step)
     assert said == [(i, 5) for i in range(5)]
+
+
+def test_four_bit_weights_are_the_runner_s_and_the_peer_has_its_own(tiny, monkeypatch):
+    reads, own = [], Measured.add_times
+
+    def add_times(self, impl, key, case, times, step_bytes=None):
+        reads.append(step_bytes)
+        own(self, impl, key, case, times, step_bytes)
+
+    monkeypatch.setattr(Measured, "add_times", add_times)
+    case = Case(1, 20, 5)
+    found = measure_decode(tiny, [case], repeats=1, group_size=32)
+    assert {(row.impl, parse_case(row.case)["weights"]) for row in found.rows} == {
+        ("llmfast", "int4-g32"),
+        ("transformers", "fp32"),
+    }
+    dense = bytes_per_step(tiny.make(torch.device("cpu")), case)
+    layers = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)  # of weights, in two blocks
+    packed = 2 * (128 + 64 + 192) * (128 // 2) + 2 * 64 * (128 // 2)  # whole chunks of 128 columns
+    scales = layers // 32 * 4
+    assert reads[0] == dense - 4 * layers + packed + scales
 
 
 def test_without_peers_transformers_is_left_alone(tiny):
