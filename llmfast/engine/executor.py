@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -103,7 +104,7 @@ class Executor:
         graphs = GRAPHS.get(device.type)
         self._graphs = None
         if graphs is not None and not eager:
-            self._graphs = graphs(self._decode, device, max_num_seqs, width)
+            self._graphs = graphs(self._decode, self._idle, device, max_num_seqs, width)
 
     @property
     def asynchronous(self) -> bool:
@@ -261,6 +262,16 @@ class Executor:
         )
         self._sampled[:n] = sampled.tokens
         self._status[:n] = sampled.status
+
+    @contextmanager
+    def _idle(self, size: Size) -> Iterator[None]:
+        """Every row idle, for as long as a step of ``size`` is captured."""
+        kept = self._sampled.clone(), self._status.clone()  # a step to come may read them
+        buffer = self._fill(size, Plan(), [], None)
+        self._buffer[: len(buffer)].copy_(buffer)
+        yield
+        self._sampled.copy_(kept[0])
+        self._status.copy_(kept[1])
 
     def _decode(self, size: Size, draws: bool, filters: bool) -> None:
         """A step in which every row decodes, over fixed buffers: what a graph captures."""

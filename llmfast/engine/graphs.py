@@ -6,6 +6,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class DecodeGraphs:
     def __init__(
         self,
         decode: Callable[[Size, bool, bool], None],
+        idle: Callable[[Size], AbstractContextManager[None]],
         device: torch.device,
         max_rows: int,
         width: int,
@@ -46,10 +48,13 @@ class DecodeGraphs:
         """
         Args:
             decode: the step, for its size, whether rows are drawn and whether with filters.
+            idle: in it the step's buffers say that every row is idle; what they held of the
+                step before is there again after it.
             max_rows: sequences of a step.
             width: blocks of a row of the table.
         """
         self._decode = decode
+        self._idle = idle
         self._device = device
         self._width = width
         self._buckets = buckets(max_rows)
@@ -71,10 +76,10 @@ class DecodeGraphs:
         rows, draws, filters = key
         size = Size(rows, rows, self._width)
         started = time.perf_counter()
-        torch.cuda.synchronize(self._device)  # nothing may run that reads the buffers
         self._pool = self._pool or new_pool()
         try:
-            step = capture(lambda: self._decode(size, draws, filters), self._device, self._pool)
+            with self._idle(size):  # a capture runs the step first
+                step = capture(lambda: self._decode(size, draws, filters), self._device, self._pool)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"LLM: no memory is left for a CUDA graph of {rows} sequences; lower "

@@ -4,18 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmfast.engine import executor
+from llmfast.engine import executor, graphs
 from llmfast.engine.executor import Executor
-from llmfast.engine.graphs import DecodeGraphs, Graph
-from llmfast.engine.inputs import Size
+from llmfast.engine.graphs import DecodeGraphs
 
 
-class Replayed(DecodeGraphs):
-    """Graphs whose replay runs the step, over the same buffers and padded to the same buckets."""
-
-    def _capture(self, key):
-        size = Size(key[0], key[0], self._width)
-        return Graph(size, SimpleNamespace(replay=lambda: self._decode(size, *key[1:])))
+def capture(step, device, pool):
+    """A graph whose replay runs the step, over the same buffers; it is run before, as for one."""
+    step()
+    step()
+    return SimpleNamespace(replay=step)
 
 
 @pytest.fixture(params=["in turn", "ahead"])
@@ -23,4 +21,6 @@ def how(request, monkeypatch):
     """On a GPU steps are started before the host has seen the tokens before, and are graphs."""
     if request.param == "ahead":
         monkeypatch.setattr(Executor, "asynchronous", True)
-        monkeypatch.setitem(executor.GRAPHS, "cpu", Replayed)
+        monkeypatch.setitem(executor.GRAPHS, "cpu", DecodeGraphs)
+        monkeypatch.setattr(graphs, "capture", capture)
+        monkeypatch.setattr(graphs, "new_pool", object)
