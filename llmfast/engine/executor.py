@@ -85,6 +85,8 @@ class Executor:
             # one choice for all requests, so that they can share blocks
             self._first_row = self._model.admit(longest)
             self.cache = _make_cache(self._model, num_blocks, block_size)
+            logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
+            self._make_buffers(max_num_seqs, -(-longest // block_size), eager)
         except BaseException as error:
             self._model.restore()
             if isinstance(error, NotTraced):
@@ -93,18 +95,19 @@ class Executor:
         self.num_blocks = num_blocks
         self.max_model_len = longest
         self.vocabulary = self._model.vocabulary
-        self.device = self._model.device
-        logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
+
+    def _make_buffers(self, rows: int, width: int, eager: bool) -> None:
+        """What graphs read and write, and the graphs; rows of ``width`` blocks."""
         device = self._model.device
-        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.device = device
+        self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self._status = torch.zeros_like(self._sampled)
-        width = -(-longest // block_size)
-        largest = Size(max_num_seqs, max_num_seqs, width)
-        self._buffer = torch.zeros(buffer_bytes(largest), dtype=torch.uint8, device=device)
+        size = buffer_bytes(Size(rows, rows, width))
+        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._graphs: DecodeGraphs | None = None
         graphs = GRAPHS.get(device.type)
-        self._graphs = None
         if graphs is not None and not eager:
-            self._graphs = graphs(self._decode, self._idle, device, max_num_seqs, width)
+            self._graphs = graphs(self._decode, self._idle, device, rows, width)
 
     @property
     def asynchronous(self) -> bool:
@@ -136,7 +139,7 @@ class Executor:
         flight = Flight(rows, scored or {})
         graph = None
         if decodes and plain and not scored and self._graphs is not None:
-            graph = self._graphs.get(len(answers), *drawing(answers))
+            graph = self._graphs.get(len(answers))
         if graph is not None:
             buffer = self._fill(graph.size, plan, answers, previous)
             self._buffer[: len(buffer)].copy_(buffer, non_blocking=True)
@@ -273,11 +276,14 @@ class Executor:
         self._sampled.copy_(kept[0])
         self._status.copy_(kept[1])
 
-    def _decode(self, size: Size, draws: bool, filters: bool) -> None:
-        """A step in which every row decodes, over fixed buffers: what a graph captures."""
+    def _decode(self, size: Size) -> None:
+        """A step in which every row decodes, over fixed buffers: what a graph captures.
+
+        Every row is drawn with all filters, whose values say what they keep: that costs little.
+        """
         inputs = views(self._buffer, size)
         step = step_of(inputs, self._sampled, 1, size.rows)
-        self._draw(self._model(step, self.cache, inputs.last), inputs, draws, filters)
+        self._draw(self._model(step, self.cache, inputs.last), inputs, True, True)
 
     def close(self) -> None:
         """Let go of the cache, and of what was changed of the user's model."""

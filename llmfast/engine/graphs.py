@@ -7,7 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -16,8 +16,6 @@ from ..runner.graphs import StepGraph, capture, new_pool
 from .inputs import Size
 
 logger = logging.getLogger("llmfast")
-
-Key = tuple[int, bool, bool]  # rows, whether rows are drawn, whether with filters
 
 
 def buckets(most: int) -> list[int]:
@@ -35,60 +33,51 @@ class Graph:
 
 
 class DecodeGraphs:
-    """Captured when first needed; they share memory, since one runs at a time."""
+    """One for each bucket; they share memory, since one runs at a time."""
 
     def __init__(
         self,
-        decode: Callable[[Size, bool, bool], None],
+        decode: Callable[[Size], None],
         idle: Callable[[Size], AbstractContextManager[None]],
         device: torch.device,
         max_rows: int,
         width: int,
     ) -> None:
-        """
+        """Capture all of them.
+
         Args:
-            decode: the step, for its size, whether rows are drawn and whether with filters.
+            decode: the step, for its size.
             idle: in it the step's buffers say that every row is idle; what they held of the
                 step before is there again after it.
             max_rows: sequences of a step.
             width: blocks of a row of the table.
-        """
-        self._decode = decode
-        self._idle = idle
-        self._device = device
-        self._width = width
-        self._buckets = buckets(max_rows)
-        self._pool: Any = None
-        self._graphs: dict[Key, Graph | None] = {}
-
-    def get(self, rows: int, draws: bool, filters: bool) -> Graph | None:
-        """The graph for ``rows`` rows; None where the step cannot be captured.
 
         Raises:
-            UserError: the GPU has no memory left for it.
+            UserError: the GPU has no memory left for them.
         """
-        key = (self._buckets[bisect_left(self._buckets, rows)], draws, filters)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(key)
-        return self._graphs[key]
-
-    def _capture(self, key: Key) -> Graph | None:
-        rows, draws, filters = key
-        size = Size(rows, rows, self._width)
         started = time.perf_counter()
-        self._pool = self._pool or new_pool()
-        try:
-            with self._idle(size):  # a capture runs the step first
-                step = capture(lambda: self._decode(size, draws, filters), self._device, self._pool)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"LLM: no memory is left for a CUDA graph of {rows} sequences; lower "
-                "gpu_memory_utilization, or use enforce_eager=True"
-            ) from error
-        except RuntimeError as error:
-            line = (str(error).splitlines() or [""])[0]
-            logger.warning("llmfast: steps run without CUDA graphs, since one raised: %s", line)
-            return None
+        pool = new_pool()
+        self._graphs: dict[int, Graph] = {}
+        for rows in reversed(buckets(max_rows)):  # the largest makes the memory for the others
+            size = Size(rows, rows, width)
+            try:
+                with idle(size):  # a capture runs the step first
+                    step = capture(partial(decode, size), device, pool)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"LLM: no memory is left for a CUDA graph of {rows} sequences; lower "
+                    "gpu_memory_utilization, or use enforce_eager=True"
+                ) from error
+            except RuntimeError as error:
+                line = (str(error).splitlines() or [""])[0]
+                logger.warning("llmfast: steps run without CUDA graphs, since one raised: %s", line)
+                break
+            self._graphs[rows] = Graph(size, step)
+        self._buckets = sorted(self._graphs)
         seconds = time.perf_counter() - started
-        logger.info("llmfast: captured a step of %d sequences in %.1f s", rows, seconds)
-        return Graph(size, step)
+        logger.info("llmfast: captured %d CUDA graphs in %.1f s", len(self._graphs), seconds)
+
+    def get(self, rows: int) -> Graph | None:
+        """The graph for ``rows`` rows; None where there is none."""
+        place = bisect_left(self._buckets, rows)
+        return self._graphs[self._buckets[place]] if place < len(self._buckets) else None

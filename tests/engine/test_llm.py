@@ -14,6 +14,7 @@ import llmfast
 from block_books import check_books
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
+from llmfast.engine import executor, graphs
 from llmfast.engine.executor import Executor
 from llmfast.engine.graphs import buckets
 from llmfast.errors import UserError
@@ -697,13 +698,15 @@ def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request
         waiting.append(previous is not None)
         return launch(self, plan, answers, previous, *args)
 
-    def count(self, size, *drawing):
+    def count(self, size):
         decoded.append(size.rows)
-        return decode(self, size, *drawing)
+        return decode(self, size)
 
     monkeypatch.setattr(Executor, "launch", watch)
     monkeypatch.setattr(Executor, "_decode", count)
-    with engine(enable_prefix_caching=False) as llm:
+    with engine(enable_prefix_caching=False, max_num_seqs=8) as llm:
+        assert set(decoded) == ({1, 2, 4, 8} if llm._executor.asynchronous else set())
+        decoded.clear()
         llm.generate(ids(3, 9, 7, 20, 1), GREEDY, use_tqdm=False)
         ahead = llm._executor.asynchronous
         assert any(waiting) == ahead
@@ -718,6 +721,33 @@ def test_buckets_of_rows():
     assert buckets(1) == [1] and buckets(6) == [1, 2, 4, 6]
     assert buckets(256) == [1, 2, 4, 8, 16, *range(32, 257, 32)]
     assert buckets(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]
+
+
+def test_no_memory_for_the_graphs(monkeypatch):
+    def capture(step, device, pool):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.DecodeGraphs)
+    monkeypatch.setattr(graphs, "new_pool", object)
+    model = make("Llama").double()
+    with pytest.raises(UserError, match=r"no memory is left for a CUDA graph of 256 sequences"):
+        engine(model=model)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())  # not merged
+    engine(model=model, enforce_eager=True).close()
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
+    def capture(step, device, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.DecodeGraphs)
+    monkeypatch.setattr(graphs, "new_pool", object)
+    with engine() as llm:
+        assert len(caplog.records) == 1 and "since one raised: operation not perm" in caplog.text
+        (output,) = llm.generate([PROMPTS[4]], GREEDY, use_tqdm=False)
+        assert_as_alone(output, 4, 0)
 
 
 def test_eager_steps_have_no_graphs():
