@@ -94,7 +94,7 @@ def _recipe_line(kind, model):
 
 
 def _fused(block):
-    """The launches of a block in their order, linear layers left out."""
+    """The operations of a block in their order, but for the other linear layers."""
     attention, per_head = block.attention, False
     if attention.q_norm is not None:
         per_head = len(attention.q_norm.weight) == attention.head_dim
@@ -108,7 +108,7 @@ def _fused(block):
         yield "`rms_norm`"
     if block.recipe != "post-norm":
         yield "`add_rms_norm`"
-    yield f"`{block.mlp.activation}`"
+    yield f"`gated_linear` ({block.mlp.activation})"
     if block.recipe in ("post-norm", "sandwich"):
         yield "`rms_norm`"
 
