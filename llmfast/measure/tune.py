@@ -132,7 +132,7 @@ def _fastest(
     key: Key, launches: Sequence[Launch], dtype: torch.dtype, dense: Launch | None
 ) -> Launch:
     from llmfast_kernels import silu_mul
-    from llmfast_kernels.linear.launch import LIBRARY
+    from llmfast_kernels.linear.launch import VENDOR
 
     operation, n, k, tokens = key
     rows = n if operation == "dense_linear" else 2 * n
@@ -141,8 +141,8 @@ def _fastest(
         x = torch.randn(tokens, k, device="cuda", dtype=dtype)
         return x, torch.randn(rows, k, device="cuda", dtype=dtype) / k**0.5
 
-    library = partial(_run_of("dense_linear"), _launch=dense or LIBRARY["dense_linear"])
-    best, share = LIBRARY[operation], MARGIN
+    library = partial(_run_of("dense_linear"), _launch=dense or VENDOR["dense_linear"])
+    best, share = VENDOR[operation], MARGIN
     for start in range(0, len(launches), TOGETHER):
         some = {str(i): launch for i, launch in enumerate(launches[start : start + TOGETHER])}
         impls: dict[str, Callable[..., torch.Tensor]] = {

@@ -11,10 +11,10 @@ from llmfast.measure.stats import Estimate
 from llmfast.measure.timing import Failure, Timing
 from llmfast.measure.tune import candidates, layers_of, tune
 from llmfast_kernels.linear import kernel
-from llmfast_kernels.linear.launch import LIBRARY, Launch, read_table
+from llmfast_kernels.linear.launch import VENDOR, Launch, read_table
 
 SHARED = [99 * 1024, 163 * 1024, 227 * 1024]
-CUBLAS, APART = LIBRARY.values()
+CUBLAS, APART = VENDOR.values()
 
 
 def test_the_layers_of_the_8b_shape():
@@ -30,7 +30,7 @@ def test_the_layers_of_the_8b_shape():
 
 @pytest.mark.parametrize("shared_memory", SHARED)
 @pytest.mark.parametrize("tokens", tuning.TOKENS)
-@pytest.mark.parametrize("operation", LIBRARY)
+@pytest.mark.parametrize("operation", VENDOR)
 def test_candidates_fit_and_are_different(operation, tokens, shared_memory):
     for k in (576, 4096, 14336):
         found = candidates(operation, k, tokens, shared_memory)

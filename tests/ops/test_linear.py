@@ -291,7 +291,7 @@ SHARED = [99 * 1024, 163 * 1024, 227 * 1024]
 
 
 @pytest.mark.parametrize("shared_memory", SHARED)
-@pytest.mark.parametrize("operation", launches.LIBRARY)
+@pytest.mark.parametrize("operation", launches.VENDOR)
 def test_heuristic_launches_fit(operation, shared_memory):
     for n, k in ((1, 1), (64, 576), (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336)):
         for tokens in range(1, launches.MAX_TOKENS + 2):
@@ -299,7 +299,7 @@ def test_heuristic_launches_fit(operation, shared_memory):
             assert launch.fits(tokens, operation == "gated_linear", shared_memory)
             assert (launch.tier == "gemv") == (tokens == 1)
             if tokens > launches.MAX_TOKENS:
-                assert launch == launches.LIBRARY[operation]
+                assert launch == launches.VENDOR[operation]
 
 
 def test_a_table_goes_before_the_heuristic():
@@ -315,11 +315,11 @@ def test_a_table_goes_before_the_heuristic():
 
 def test_ours_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(launches, "WANTED", False)
-    for operation, library in launches.LIBRARY.items():
+    for operation, vendor in launches.VENDOR.items():
         for tokens in (1, 16):
             table = {(operation, 6144, 4096, tokens): TILES}
             choose = partial(choose_launch, operation, 6144, 4096, tokens)
-            assert choose(shared_memory=SHARED[0], table=table) == library
+            assert choose(shared_memory=SHARED[0], table=table) == vendor
 
 
 TABLE = {("dense_linear", 6144, 4096, 1): GEMV, ("gated_linear", 14336, 4096, 16): TILES}

@@ -18,8 +18,8 @@ from ..activation.kernel import activate, launch_gelu_mul, launch_gelu_tanh_mul,
 from ..dependent import prefetch_rows, wait_for_inputs
 from ..relaunch import Relaunch, aligned
 from .launch import (
-    LIBRARY,
     MAX_TOKENS,
+    VENDOR,
     Launch,
     block_m,
     choose_launch,
@@ -225,7 +225,7 @@ def _run(
 def _choose(act: str | None, x: torch.Tensor, n: int, k: int, n_tokens: int) -> Launch:
     operation = "dense_linear" if act is None else "gated_linear"
     if x.element_size() != 2 or not 0 < n_tokens <= MAX_TOKENS:
-        return LIBRARY[operation]
+        return VENDOR[operation]
     if not x.is_cuda:  # Triton's interpreter: as an H100 without a table
         return choose_launch(operation, n, k, n_tokens, shared_memory=227 * 1024)
     index = x.get_device()

@@ -48,7 +48,7 @@ class Launch:
 
 
 # by operation, what is taken where no kernel of ours is faster
-LIBRARY = {"dense_linear": Launch("cublas"), "gated_linear": Launch("apart")}
+VENDOR = {"dense_linear": Launch("cublas"), "gated_linear": Launch("apart")}
 
 
 class BadTable(ValueError):
@@ -93,7 +93,7 @@ def choose_launch(
         table: of this GPU.
     """
     if tokens > MAX_TOKENS or not WANTED:
-        return LIBRARY[operation]
+        return VENDOR[operation]
     measured = (table or {}).get((operation, n, k, bucket(tokens)))
     if measured is not None:
         return measured
@@ -106,7 +106,7 @@ def _heuristic(n: int, k: int, tokens: int, gated: bool, shared_memory: int) -> 
         block_k = min(4096 if gated else 2048, widest)
         return Launch("gemv", 1 if gated else 2, block_k, max(block_k // 512, 1))
     if tokens > 32:
-        return LIBRARY["gated_linear" if gated else "dense_linear"]
+        return VENDOR["gated_linear" if gated else "dense_linear"]
     # enough programs for every multiprocessor, and enough bytes on their way in each
     block_k = max(min(128 if gated else 256, widest), 16)
     for num_stages in range(8, 1, -1):
@@ -162,7 +162,7 @@ def _entry(entry: dict[str, Any]) -> tuple[Key, Launch]:
     operation, (n, k, tokens) = entry["operation"], (entry[name] for name in ("n", "k", "tokens"))
     launch = Launch(**{field.name: entry[field.name] for field in fields(Launch)})
     numbers = (n, k, tokens, launch.block_n, launch.block_k, launch.num_warps, launch.num_stages)
-    if operation not in LIBRARY or launch.tier not in ("gemv", "tiles", LIBRARY[operation].tier):
+    if operation not in VENDOR or launch.tier not in ("gemv", "tiles", VENDOR[operation].tier):
         raise ValueError(f"{operation}, {launch.tier}")
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{numbers}")
