@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -107,7 +106,7 @@ class Executor:
         self._graphs: DecodeGraphs | None = None
         graphs = GRAPHS.get(device.type)
         if graphs is not None and not eager:
-            self._graphs = graphs(self._decode, self._idle, device, rows, width)
+            self._graphs = graphs(self._decode, self._make_idle, device, rows, width)
 
     @property
     def asynchronous(self) -> bool:
@@ -266,15 +265,10 @@ class Executor:
         self._sampled[:n] = sampled.tokens
         self._status[:n] = sampled.status
 
-    @contextmanager
-    def _idle(self, size: Size) -> Iterator[None]:
-        """Every row idle, for as long as a step of ``size`` is captured."""
-        kept = self._sampled.clone(), self._status.clone()  # a step to come may read them
+    def _make_idle(self, size: Size) -> None:
+        """Let the buffer say that every row of a step of ``size`` is idle."""
         buffer = self._fill(size, Plan(), [], None)
         self._buffer[: len(buffer)].copy_(buffer)
-        yield
-        self._sampled.copy_(kept[0])
-        self._status.copy_(kept[1])
 
     def _decode(self, size: Size) -> None:
         """A step in which every row decodes, over fixed buffers: what a graph captures.

@@ -6,7 +6,6 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -38,7 +37,7 @@ class DecodeGraphs:
     def __init__(
         self,
         decode: Callable[[Size], None],
-        idle: Callable[[Size], AbstractContextManager[None]],
+        make_idle: Callable[[Size], None],
         device: torch.device,
         max_rows: int,
         width: int,
@@ -47,8 +46,8 @@ class DecodeGraphs:
 
         Args:
             decode: the step, for its size.
-            idle: in it the step's buffers say that every row is idle; what they held of the
-                step before is there again after it.
+            make_idle: lets the step's buffers say that every row is idle, since a capture runs the
+                step first.
             max_rows: sequences of a step.
             width: blocks of a row of the table.
 
@@ -60,9 +59,9 @@ class DecodeGraphs:
         self._graphs: dict[int, Graph] = {}
         for rows in reversed(buckets(max_rows)):  # the largest makes the memory for the others
             size = Size(rows, rows, width)
+            make_idle(size)
             try:
-                with idle(size):  # a capture runs the step first
-                    step = capture(partial(decode, size), device, pool)
+                step = capture(partial(decode, size), device, pool)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"LLM: no memory is left for a CUDA graph of {rows} sequences; lower "

@@ -295,6 +295,7 @@ class LLM:
             return
         self._drop(list(self._requests.values()))
         self._closed = True
+        self._flights.clear()
         self._executor.close()
 
     def __enter__(self) -> LLM:
