@@ -95,8 +95,6 @@ class StepGraphs:
         """
         for graph in self._graphs:
             size = graph.size
-            if (size.prompts > 0) != (prompts > 0):
-                continue
             if size.tokens >= tokens and size.rows >= rows and size.prompts >= prompts:
                 return graph
         return None
@@ -114,4 +112,4 @@ def graph_sizes(max_rows: int, max_tokens: int, width: int) -> list[Size]:
         Size(tokens, rows, width, min(MAX_PROMPTS, rows, tokens // 2))
         for tokens, rows in mixed_buckets(max_rows, max_tokens)
     ]
-    return sorted(decodes + mixed, key=lambda size: (size.tokens, size.rows))
+    return sorted(decodes + mixed, key=lambda size: (size.tokens, size.rows, size.prompts))

@@ -4,6 +4,7 @@ Every cache here holds NaN in the slots that no query attends, and every table g
 entries that nobody needs.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -377,6 +378,28 @@ def test_prompts_are_found_among_many_sequences(first, device):
     contexts[7] = queries[7] = 1
     batch = make(contexts, queries, heads=1, kv_heads=1, dim=16)
     assert_right(*run(batch, device, UNSPLIT, max_prompts=5), batch)
+
+
+@pytest.mark.parametrize("later", [("_prefill",), ("_decode", "_merge")], ids="-".join)
+def test_neither_kernel_writes_rows_of_the_other(later, device, monkeypatch):
+    """Memory is NaN before, so that the rows of what has not run show; then it runs last."""
+    batch = make((40, 5, 33, 1), (17, 1, 16, 1), unused_tokens=0)
+    single = torch.tensor([False] * 17 + [True] + [False] * 16 + [True])
+    launches = []
+    for name in later:
+        kernel = getattr(attention_kernel, name)
+
+        def keep(*args, kernel=kernel, **options):
+            launches.append(functools.partial(kernel, *args, **options))
+
+        monkeypatch.setattr(attention_kernel, name, keep)
+    out, lse = run(batch, device, LAUNCHES["mixed"], max_prompts=2)
+    missing = ~single if later == ("_prefill",) else single
+    for rows in (out.cpu(), lse.cpu().T):
+        assert rows[missing].isnan().all() and not rows[~missing].isnan().any()
+    for launch in launches:
+        launch()
+    assert_right(out, lse, batch)
 
 
 def test_few_queries_each_are_one_kernels(device, monkeypatch):
