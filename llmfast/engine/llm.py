@@ -109,7 +109,7 @@ class LLM:
             block_size: tokens of a block: 16, 32, 64, 128 or 256.
             num_blocks: of the cache, instead of what gpu_memory_utilization gives.
             enforce_eager: run every step without CUDA graphs. Otherwise, on a GPU, those in which
-                every sequence decodes are captured here.
+                every sequence decodes, and small ones with prompts, are captured here.
             seed: of the seeds of requests that have none.
 
         Raises:
