@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from guards import BAND, GuardedEmpty, guarded
 from llmfast_kernels.linear import (
     free_int4_workspaces,
+    int4_launch,
     int4_linear,
     int4_workspace_bytes,
     pack_int4,
@@ -295,13 +296,18 @@ def test_what_an_h100_launches():
     assert choose(4096, 4096, 256) == ("tiles", 128, 128, 2)
 
 
-def test_an_input_at_an_odd_address_takes_the_other_tier(device):
+def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):
     """Lanes read two inputs at once."""
-    n, k = 16384, GEMV_COLUMNS
-    args = make((1, k, n, 128), torch.float16, device, more=False)
-    odd = torch.empty(k + 1, dtype=torch.float16, device=device)[1:].view(1, k)
-    odd.copy_(args["x"])
-    got = launch_int4_linear(**args | {"x": odd})
+    args = make((1, GEMV_COLUMNS, 19, 128), torch.float16, device, more=False)
+    odd = torch.empty(GEMV_COLUMNS + 1, dtype=torch.float16, device=device)[1:].view(1, -1)
+    args["x"] = odd.copy_(args["x"])
+    monkeypatch.setattr(int4_launch, "_LANES_ROWS", 1)
+    choose_int4_launch.cache_clear()
+    try:
+        assert choose_int4_launch(19, GEMV_COLUMNS, 1, shared_memory=2**17).tier == "gemv"
+        got = launch_int4_linear(**args)
+    finally:
+        choose_int4_launch.cache_clear()
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
 

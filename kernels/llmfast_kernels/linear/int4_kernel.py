@@ -314,7 +314,7 @@ def launch_int4_linear(
         partial = torch.empty(splits * n_tokens * n, dtype=torch.float32, device=x.device)
         assert programs * token_tiles <= MAX_TICKETS, "splits are for few tiles"
         of_tile = tickets(x.device)
-    per_split = -(-(-(-k // CHUNK)) // splits)
+    per_split = triton.cdiv(triton.cdiv(k, CHUNK), splits)
     layer = (n_tokens, n, k, groups, per_split, _EXPONENTS[x.dtype])
     constexprs = (group, k % CHUNK == 0, splits, launch.block_m, launch.block_n)
     _tiles(
