@@ -19,11 +19,12 @@ from ..model.trace import NotTraced
 from ..runner.cache import PagedCache
 from ..runner.model import StepModel, make_step_model
 from ..runner.step import Chunk, make_step
-from .graphs import StepGraphs, graph_sizes
+from .graphs import MIXED_TOKENS, StepGraphs, graph_sizes
 from .inputs import Inputs, Size, buffer_bytes, step_of, views
 from .request import Answer
 from .request import Sequence as Tokens
 from .sampler import Choice, choose, drawing, is_plain
+from .sampling_params import SamplingParams
 from .scheduler import Plan
 
 logger = logging.getLogger("llmfast")
@@ -85,16 +86,17 @@ class Executor:
             self._first_row = self._model.admit(longest)
             self.cache = _make_cache(self._model, num_blocks, block_size)
             logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
+            self.num_blocks, self.max_model_len = num_blocks, longest
             width = -(-longest // block_size)
             sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, width)
             self._make_buffers(max_num_seqs, [] if eager else sizes)
+            if self.asynchronous:
+                self.warm_up(max_num_seqs, max_num_batched_tokens)
         except BaseException as error:
             self._model.restore()
             if isinstance(error, NotTraced):
                 raise UserError(f"LLM: {name} cannot be run: {error}") from None
             raise
-        self.num_blocks = num_blocks
-        self.max_model_len = longest
         self.vocabulary = self._model.vocabulary
 
     def _make_buffers(self, rows: int, sizes: list[Size]) -> None:
@@ -109,6 +111,33 @@ class Executor:
             largest = max(map(buffer_bytes, sizes))
             self._buffer = torch.zeros(largest, dtype=torch.uint8, device=device)
             self._graphs = graphs(self._fixed_step, self._make_idle, device, sizes)
+
+    def warm_up(self, max_rows: int, max_tokens: int) -> None:
+        """Run steps of prompts that no graph holds, so that none compiles in front of a request.
+
+        What they leave in the cache is not read by anybody.
+        """
+        for tokens, params in (
+            (max_tokens, SamplingParams(temperature=0)),
+            (max_tokens, SamplingParams()),
+            (MIXED_TOKENS + 1, SamplingParams(top_k=8)),
+        ):
+            plan, used = Plan(), 0
+            left = min(tokens, max_tokens)
+            while left and len(plan.counts) < max_rows:
+                decodes = not plan.counts  # the first one
+                count = 1 if decodes else min(left, self.max_model_len)
+                sequence = Tokens([0] * (count + decodes), count, count + 2, computed=int(decodes))
+                blocks = -(-len(sequence.tokens) // self.cache.block_size)
+                sequence.blocks = list(range(used, used + blocks))
+                used += blocks
+                left -= count
+                if used > self.num_blocks:
+                    break
+                plan.counts[sequence] = count
+            answers = [Answer(0, sequence, params, 0, frozenset()) for sequence in plan.counts]
+            if answers:
+                self.collect(self.launch(plan, answers, None))
 
     @property
     def asynchronous(self) -> bool:

@@ -216,6 +216,18 @@ def test_any_mix_of_requests_yields_what_each_yields_alone(data):
         check_empty(llm)
 
 
+@pytest.mark.parametrize(("rows", "tokens", "blocks"), [(16, 700, 60), (1, 8, 40), (3, 64, 4)])
+def test_warming_up_changes_nothing(rows, tokens, blocks):
+    prompts = ids(9, 20)
+    with engine(max_num_seqs=rows, max_num_batched_tokens=tokens, num_blocks=blocks) as llm:
+        llm._executor.warm_up(rows, tokens)
+        got = [answers(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+        check_empty(llm)
+    with engine() as llm:
+        wanted = [answers(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    assert got == wanted
+
+
 def test_a_cache_that_runs_out_changes_nothing():
     with engine(num_blocks=7, max_num_seqs=4) as llm:
         outputs = llm.generate([PROMPTS[i] for i in (2, 3, 1, 7)], PARAMS[3], use_tqdm=False)
