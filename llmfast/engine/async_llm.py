@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .llm import LLM, Prompt
+from .intake import Prompt
+from .llm import LLM
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 

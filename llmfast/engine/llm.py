@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from operator import index
 from types import TracebackType
 from typing import Any
 
@@ -24,26 +21,17 @@ from ..model.patch import refuse
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
 from .executor import Executor, Flight
+from .intake import Intake, Prompt, end_tokens_of
 from .logits import limit_scored, score
-from .request import (
-    FINISHED,
-    RUNNING,
-    Answer,
-    CompletionOutput,
-    Logprob,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-)
+from .outputs import Outputs
+from .request import FINISHED, RUNNING, Answer, Request, RequestOutput
 from .request import Sequence as Tokens
 from .sampler import Choice, is_plain
 from .sampling_params import SamplingParams
 from .scheduler import Plan, Scheduler
-from .text import Detokenizer, find_stop, held_back
 
 logger = logging.getLogger("llmfast")
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 MAX_TOKENS_OF_A_STEP = 4096  # more take memory for activations and gain no speed
 _STATUS = {
     1: "the model's logits hold NaN or infinity",
@@ -145,7 +133,7 @@ class LLM:
         except UserError as error:
             raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
         self.tokenizer = tokenizer
-        self._end_tokens = _end_tokens(model, tokenizer)
+        end_tokens = end_tokens_of(model, tokenizer)
         self._executor = Executor(
             model,
             max_model_len=max_model_len,
@@ -162,13 +150,19 @@ class LLM:
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
-        self._seeds = random.Random(seed)
+        self._intake = Intake(
+            tokenizer,
+            end_tokens,
+            vocabulary=self._executor.vocabulary,
+            max_model_len=self.max_model_len,
+            room=num_blocks * block_size,
+            seed=seed,
+        )
+        self._outputs = Outputs(tokenizer, end_tokens)
         self._requests: dict[str, Request] = {}  # that are not finished
         self._owners: dict[Tokens, tuple[Request, Answer]] = {}
-        self._texts: dict[Answer, Detokenizer] = {}
         self._aborted: set[str] = set()
         self._flights: deque[_Started] = deque()  # steps on their way, oldest first
-        self._count = 0
         self._closed = False
 
     # -------------------------------------------------------------------------- for callers
@@ -327,27 +321,15 @@ class LLM:
         """
         if self._closed:
             raise RuntimeError("LLM: it is closed")
-        parts = _as_list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(parts)
-        if len(params) != len(parts):
-            raise ValueError(
-                f"LLM: wants as many sampling_params as prompts, {len(parts)}; got {len(params)}"
-            )
-        for given in params:
-            if not isinstance(given, SamplingParams):
-                raise TypeError(f"LLM: wants SamplingParams, got {type(given).__name__}")
-        priorities = _as_priorities(priority, len(parts))
-        known = [self._tokenize(prompt) for prompt in parts]  # raises before anything is queued
+        # raises before anything is queued
+        asked = self._intake.read(prompts, params, priority)
         requests = []
-        for (text, ids), given, own in zip(known, params, priorities, strict=True):
-            request = self._make_request(text, ids, given)
-            request.id = request_id or request.id
+        for each in asked:
+            request = self._intake.make(each, request_id)
             requests.append(request)
             try:
-                self._check(request, given)
+                self._intake.check(request, each.params)
                 for answer in request.answers:
-                    answer.sequence.priority = own
                     self._scheduler.add(answer.sequence)
             except UserError as error:
                 for answer in request.answers:
@@ -356,96 +338,9 @@ class LLM:
             self._requests[request.id] = request
             for answer in request.answers:
                 self._owners[answer.sequence] = (request, answer)
-                if self.tokenizer is not None and (streaming or given.stop):
-                    self._texts[answer] = Detokenizer(self._decode)
+                if streaming or each.params.stop:
+                    self._outputs.follow(answer)
         return requests
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: str | None = None
-        if isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            if "prompt_token_ids" in prompt:
-                return text, [index(token) for token in prompt["prompt_token_ids"]]
-            if text is None:
-                raise TypeError(
-                    f"LLM: wants 'prompt' or 'prompt_token_ids' in a prompt; got {list(prompt)}"
-                )
-        elif isinstance(prompt, str):
-            text = prompt
-        else:
-            return None, [index(token) for token in prompt]
-        if self.tokenizer is None:
-            raise UserError("LLM: no tokenizer was given; give prompts as lists of token ids")
-        return text, list(self.tokenizer.encode(text))
-
-    def _make_request(self, text: str | None, ids: list[int], params: SamplingParams) -> Request:
-        most = self.max_model_len
-        if params.max_tokens is None:
-            room = self._blocks.num_blocks * self._blocks.block_size
-            most = max(min(most, room + 1), len(ids) + 1)  # the last token is never computed
-        else:
-            most = min(most, len(ids) + params.max_tokens)
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        stops = set(params.stop_token_ids or ()) | (
-            set() if params.ignore_eos else self._end_tokens
-        )
-        bad_words = self._words(params)
-        answers: list[Answer] = []
-        for number in range(params.n):
-            parent = answers[0].sequence if answers else None
-            sequence = Tokens(list(ids), len(ids), most, parent)
-            own = _seed_of(seed, number)
-            answers.append(Answer(number, sequence, params, own, frozenset(stops), bad_words))
-        self._count += 1
-        request = Request(str(self._count - 1), text, ids, answers, RequestMetrics())
-        if params.prompt_logprobs is not None and ids:
-            request.prompt_logprobs = [None]
-            answers[0].sequence.scored = 1
-        return request
-
-    def _words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """The bad words as token ids; texts both as a first word and after a space."""
-        words: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            if not isinstance(word, str):
-                words[tuple(word)] = None
-            elif self.tokenizer is not None:
-                for text in (word, " " + word.lstrip()):
-                    words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
-        return tuple(word for word in words if word)
-
-    def _check(self, request: Request, params: SamplingParams) -> None:
-        """Raise UserError if a request cannot be run."""
-        ids, vocabulary = request.prompt_ids, self._executor.vocabulary
-        if not ids:
-            raise UserError("the prompt is empty; it wants at least one token")
-        if len(ids) >= self.max_model_len:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {self.max_model_len}, "
-                "with at least one for the answer; shorten the prompt or raise max_model_len"
-            )
-        for name, tokens in (
-            ("the prompt", ids),
-            ("stop_token_ids", params.stop_token_ids or ()),
-            ("logit_bias", params.logit_bias or ()),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("bad_words", [t for w in params.bad_words or () if not isinstance(w, str) for t in w]),
-        ):
-            bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
-            if bad is not None:
-                raise UserError(
-                    f"{name} has the token id {bad}; the model's are 0 to {vocabulary - 1}"
-                )
-        for name, most in (
-            ("logprobs", params.logprobs),
-            ("prompt_logprobs", params.prompt_logprobs),
-        ):
-            if (most or 0) > vocabulary:
-                raise UserError(f"{name} is {most}, more than the {vocabulary} tokens of the model")
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop texts want a tokenizer; give stop_token_ids instead")
-        if self.tokenizer is None and any(isinstance(w, str) for w in params.bad_words or ()):
-            raise UserError("bad_words as texts want a tokenizer; give lists of token ids instead")
 
     def _drop(self, requests: Sequence[Request]) -> None:
         """Abort those that are not finished."""
@@ -469,13 +364,7 @@ class LLM:
         self._owners.pop(sequence, None)
         answer.finish_reason, answer.error = reason, error
         request.changed = True
-        text = self._texts.pop(answer, None)
-        if answer.stop_reason is None or not isinstance(answer.stop_reason, str):
-            if text is not None:
-                text.finish()
-                answer.text = text.text
-            elif self.tokenizer is not None:
-                answer.text = self._decode(self._shown(answer))
+        self._outputs.finish(answer)
         metrics = request.metrics
         metrics.preemptions += sequence.preemptions
         if error is not None:
@@ -581,14 +470,8 @@ class LLM:
                     for each in request.answers:
                         self._finish(request, each, "error", error=_STATUS[1], forget=True)
                     break
-                request.prompt_logprobs.append(self._logprobs(token, logprob, top))
+                request.prompt_logprobs.append(self._outputs.logprobs(token, logprob, top))
             sequence.scored = first + count
-
-    def _logprobs(
-        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
-    ) -> dict[int, Logprob]:
-        found = dict([*top, (token, logprob)])
-        return {t: Logprob(lp, self._piece(t)) for t, lp in found.items()}
 
     def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
         """Append a token, and see whether the answer ends with it."""
@@ -602,114 +485,9 @@ class LLM:
         request.changed = True
         if request.metrics.first_token is None:
             request.metrics.first_token = time.perf_counter()
-        token, params, sequence = choice.token, answer.params, answer.sequence
-        sequence.tokens.append(token)
-        answer.num_output += 1
-        if params.logprobs is not None and choice.logprob is not None:
-            answer.cumulative_logprob += choice.logprob
-            answer.logprobs.append(self._logprobs(token, choice.logprob, choice.top))
-        if token in answer.stop_tokens:
-            ends = token in self._end_tokens and not params.ignore_eos
-            answer.stop_reason = None if ends else token
-            self._finish(request, answer, "stop")
-            return
-        text = self._texts.get(answer)
-        if text is not None:
-            before = len(text.text)
-            text.push(token)
-            if answer.num_output >= params.min_tokens:
-                stop = find_stop(text.text, before, _stops(params))
-                if stop is not None:
-                    answer.text, answer.stop_reason = text.text[: stop[0]], stop[1]
-                    self._finish(request, answer, "stop")
-                    return
-            answer.text = text.text[: len(text.text) - held_back(text.text, _stops(params))]
-        if len(sequence.tokens) >= sequence.limit:
-            self._finish(request, answer, "length")
-
-    # ------------------------------------------------------------------------------ outputs
+        reason = self._outputs.append(answer, choice)
+        if reason is not None:
+            self._finish(request, answer, reason)
 
     def _output(self, request: Request) -> RequestOutput:
-        outputs = []
-        for answer in request.answers:
-            wanted = answer.params.logprobs is not None
-            outputs.append(
-                CompletionOutput(
-                    index=answer.index,
-                    text=answer.text,
-                    token_ids=answer.sequence.output,
-                    cumulative_logprob=answer.cumulative_logprob if wanted else None,
-                    logprobs=list(answer.logprobs) if wanted else None,
-                    finish_reason=answer.finish_reason,
-                    stop_reason=answer.stop_reason,
-                    error=answer.error,
-                )
-            )
-        prompt_logprobs = request.prompt_logprobs
-        return RequestOutput(
-            request_id=request.id,
-            prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_ids),
-            outputs=outputs,
-            finished=request.finished,
-            metrics=request.metrics,
-            prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
-        )
-
-    def _shown(self, answer: Answer) -> list[int]:
-        """The output without the token that stopped it."""
-        output = answer.sequence.output
-        stopped = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
-        return output[:-1] if stopped else output
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def _piece(self, token: int) -> str | None:
-        return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    parts = list(prompts)
-    if parts and not isinstance(parts[0], (str, Mapping, Sequence)):
-        try:
-            return [[index(token) for token in parts]]
-        except TypeError:
-            pass  # a list of tensors or arrays of token ids
-    return parts
-
-
-def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
-        return [index(priority)] * count
-    if len(priority) != count:
-        raise ValueError(f"LLM: wants as many priorities as prompts, {count}; got {len(priority)}")
-    return [index(each) for each in priority]
-
-
-def _stops(params: SamplingParams) -> tuple[str, ...]:
-    return tuple(params.stop or ())
-
-
-def _seed_of(seed: int, number: int) -> int:
-    """The seed of an answer: that of the request for the first, so that n changes nothing of it."""
-    if number == 0:
-        return seed
-    digest = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The model's end tokens: those of its generation config, or the tokenizer's."""
-    config = model.generation_config
-    given = None if config is None else config.eos_token_id
-    if given is None:
-        given = getattr(tokenizer, "eos_token_id", None)
-    if given is None:
-        return set()
-    return {given} if isinstance(given, int) else set(given)
+        return self._outputs.output(request)
