@@ -12,6 +12,7 @@ from ..errors import UserError
 from .request import Answer, Request, RequestMetrics
 from .request import Sequence as Tokens
 from .sampling_params import SamplingParams
+from .structured import Grammars, wants_xgrammar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +53,7 @@ class Intake:
         self.vocabulary = vocabulary
         self.max_model_len = max_model_len
         self.room = room
+        self._grammars = Grammars(tokenizer, end_tokens, vocabulary)
         self._seeds = random.Random(seed)
         self._count = 0
 
@@ -71,6 +73,8 @@ class Intake:
         for given in params:
             if not isinstance(given, SamplingParams):
                 raise TypeError(f"LLM: wants SamplingParams, got {type(given).__name__}")
+            if given.structure is not None:
+                wants_xgrammar()
         priorities = _as_priorities(priority, len(parts))
         known = [self._tokenize(prompt) for prompt in parts]
         return [
@@ -107,7 +111,7 @@ class Intake:
         return request
 
     def check(self, request: Request, params: SamplingParams) -> None:
-        """Raise UserError if a request cannot be run."""
+        """Raise UserError if a request cannot be run; answers get their matchers."""
         ids, vocabulary = request.prompt_ids, self.vocabulary
         if not ids:
             raise UserError("the prompt is empty; it wants at least one token")
@@ -138,6 +142,9 @@ class Intake:
             raise UserError("stop texts want a tokenizer; give stop_token_ids instead")
         if self.tokenizer is None and any(isinstance(w, str) for w in params.bad_words or ()):
             raise UserError("bad_words as texts want a tokenizer; give lists of token ids instead")
+        if params.structure is not None:
+            for answer in request.answers:
+                answer.matcher = self._grammars.matcher(params.structure)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None = None

@@ -35,7 +35,7 @@ logger = logging.getLogger("llmfast")
 MAX_TOKENS_OF_A_STEP = 4096  # more take memory for activations and gain no speed
 _STATUS = {
     1: "the model's logits hold NaN or infinity",
-    2: "every token is barred: by logit_bias, min_tokens or the model",
+    2: "every token is barred: by logit_bias, min_tokens, structured_outputs or the model",
 }
 
 
@@ -481,6 +481,10 @@ class LLM:
         if choice.status:
             message = _STATUS.get(choice.status, f"sampling failed with status {choice.status}")
             self._finish(request, answer, "error", error=message, forget=True)
+            return
+        if answer.matcher is not None and not answer.matcher.accept(choice.token):
+            error = f"the token {choice.token} does not fit structured_outputs"
+            self._finish(request, answer, "error", error=error)
             return
         request.changed = True
         if request.metrics.first_token is None:

@@ -39,6 +39,8 @@ class Outputs:
         if params.logprobs is not None and choice.logprob is not None:
             answer.cumulative_logprob += choice.logprob
             answer.logprobs.append(self.logprobs(token, choice.logprob, choice.top))
+        if answer.matcher is not None and answer.matcher.terminated:
+            return "stop"
         if token in answer.stop_tokens:
             ends = token in self.end_tokens and not params.ignore_eos
             answer.stop_reason = None if ends else token
