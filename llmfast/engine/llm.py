@@ -174,10 +174,10 @@ class LLM(Steps):
                 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
                 progress = tqdm(total=len(requests), desc="Requests", dynamic_ncols=True)
-            unfinished = requests
+            unfinished = {request.id for request in requests}
             while unfinished:
                 before = len(unfinished)
-                unfinished = [request for request in unfinished if not request.finished]
+                unfinished = unfinished & self._requests.keys()
                 if progress is not None:
                     progress.update(before - len(unfinished))
                 if unfinished:

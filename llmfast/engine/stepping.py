@@ -186,7 +186,8 @@ class Steps:
         """
         if not self._executor.asynchronous:
             return 0
-        return int(all(is_plain(answer) for _, answer in self._owners.values()))
+        running = self._scheduler.running  # of those that wait no token is on its way
+        return int(all(is_plain(self._owners[sequence][1]) for sequence in running))
 
     def _launch(self, plan: Plan) -> None:
         scored = limit_scored(plan, self._scheduler.max_num_seqs)
