@@ -1,5 +1,6 @@
 """Answers that must look like something: whatever runs beside them, they parse and fit."""
 
+import asyncio
 import functools
 import json
 import re
@@ -9,7 +10,8 @@ import pytest
 
 from block_books import check_books
 from engines import LONG, check_empty, text_engine
-from llmfast import SamplingParams, StructuredOutputsParams
+from generating import tokenizer
+from llmfast import AsyncLLM, SamplingParams, StructuredOutputsParams
 from llmfast.errors import UserError
 from tiny_models import make
 
@@ -185,6 +187,22 @@ def test_special_tokens_are_no_text():
         (output,) = run(llm, "AB", params({"regex": "[abc]{12}"}))
     assert output.outputs[0].text == "c" * 12
     assert not set(special) & set(output.outputs[0].token_ids)
+
+
+@wants_xgrammar
+def test_of_an_asyncllm():
+    async def one(llm, structure):
+        *_, last = [output async for output in llm.generate("AB", params(structure, seed=3))]
+        return last.outputs[0]
+
+    async def all_of_them():
+        async with AsyncLLM(model(), tokenizer=tokenizer(), num_blocks=40, block_size=16) as llm:
+            asked = [{"json": SCHEMA}, {"regex": "["}, {"choice": ["abc"]}]
+            return await asyncio.gather(*(one(llm, structure) for structure in asked))
+
+    good, bad, chosen = asyncio.run(all_of_them())
+    assert_fits(good.text)
+    assert bad.finish_reason == "error" and chosen.text == "abc"
 
 
 # -------------------------------------------------------------------------------------- faults
