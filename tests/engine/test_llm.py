@@ -42,7 +42,7 @@ def engine(kind="Llama", model=None, **kwargs):
 
 def check_empty(llm):
     """Nothing is left of any request."""
-    assert not llm._requests and not llm._owners and not llm._texts
+    assert not llm._requests and not llm._owners and not llm._outputs.texts
     assert not llm._scheduler.running and not llm._scheduler._waiting
     assert not llm._scheduler._computing
     check_books(llm._blocks, [])
