@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 SOAK_SECONDS ?= 60
 READY := $(VENV)/.ready
 
@@ -21,8 +22,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/llmfast demo
 
+# side by side, each on one thread: kernels run in Triton's interpreter, which has but one
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 check: setup
 	$(BIN)/ruff check .
