@@ -58,10 +58,13 @@ class Executor:
         utilization: float,
         block_size: int,
         num_blocks: int | None,
+        chunked: bool = True,
         eager: bool = False,
     ) -> None:
         """Arguments and errors are those of :class:`.llm.LLM`."""
         longest = _longest(model, max_model_len)
+        if not chunked:  # a prompt of any length is one step
+            max_num_batched_tokens = max(max_num_batched_tokens, longest)
         name = type(model).__name__
         try:
             with torch.inference_mode(False), evaluating(model):

@@ -174,6 +174,7 @@ def test_any_mix_of_requests_yields_what_each_yields_alone(data):
         max_num_batched_tokens=draw(st.sampled_from([3, 5, 16, 50, 400]), "budget"),
         max_num_seqs=draw(st.sampled_from([1, 2, 4, 16]), "seqs"),
         enable_prefix_caching=draw(st.booleans(), "caching"),
+        enable_chunked_prefill=draw(st.booleans(), "chunked"),
     )
     streams, last = {}, {}
 
@@ -685,6 +686,21 @@ def test_models_that_it_cannot_run():
 def test_the_size_of_a_cache_on_the_cpu():
     with LLM(make("Llama"), max_num_seqs=3, max_model_len=100) as llm:
         assert llm._executor.cache.num_blocks == 3 * 2 and llm._executor.cache.block_size == 64
+
+
+@pytest.mark.parametrize(("chunked", "tokens_of_a_step"), [(True, 9), (False, 40)])
+def test_without_chunks_a_step_may_be_a_whole_context(chunked, tokens_of_a_step, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        executor,
+        "count_blocks",
+        lambda model, **sizes: asked.append(sizes["max_num_batched_tokens"]) or 8,
+    )
+    sizes = {"num_blocks": None, "max_model_len": 40, "max_num_batched_tokens": 9}
+    with engine(**sizes, enable_chunked_prefill=chunked) as llm:
+        (output,) = llm.generate([LONG[:30]], GREEDY, use_tqdm=False)
+    assert asked == [tokens_of_a_step]
+    assert len(output.outputs[0].token_ids) == 10
 
 
 # ---------------------------------------------------------------------------- steps ahead
