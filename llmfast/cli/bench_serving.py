@@ -115,6 +115,14 @@ def throughput_command(
     temperature: Temperature = 0.6,
     seed: Seed = 0,
     repeats: Repeats = 1,
+    busy: Annotated[
+        bool,
+        typer.Option(
+            "--busy",
+            help="Then trace 200 steps: the share of time in which the GPU is busy, and the time "
+            "of the GPU and of the host for a step.",
+        ),
+    ] = False,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
     json_path: Json = None,
@@ -138,6 +146,7 @@ def throughput_command(
             source,
             Workload(**workload),
             repeats=repeats,
+            busy=busy,
             options=request.options,
             progress=progress,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -95,6 +96,7 @@ class Executor:
                 raise UserError(f"LLM: {name} cannot be run: {error}") from None
             raise
         self.num_blocks = num_blocks
+        self.waited = 0.0  # seconds in which the host did nothing but wait for steps
         self.max_model_len = longest
         self.vocabulary = self._model.vocabulary
 
@@ -174,7 +176,9 @@ class Executor:
     def collect(self, flight: Flight) -> list[Choice]:
         """Wait for a step, and give what was chosen for each of its answers."""
         if flight.done is not None:
+            started = time.perf_counter()
             flight.done.synchronize()
+            self.waited += time.perf_counter() - started
         if flight.result is not None:
             tokens, status = flight.result.tolist()
             flight.choices = [Choice(*row, None, []) for row in zip(tokens, status, strict=True)]

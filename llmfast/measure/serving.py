@@ -18,6 +18,7 @@ from ..engine.llm import LLM
 from ..engine.request import RequestOutput
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
+from .busy import Observed, Text, observe
 from .decode import OURS, Measured, Progress
 from .record import make_row
 from .results import CEILING_CASE
@@ -146,6 +147,7 @@ def measure_throughput(
     workload: Workload,
     *,
     repeats: int = 1,
+    busy: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Measured:
@@ -153,18 +155,24 @@ def measure_throughput(
 
     Args:
         repeats: each draws prompts of its own.
+        busy: then run the workload once more, to see how busy the GPU is and what a step costs
+            the host (:func:`.busy.observe`).
         options: of :class:`llmfast.LLM`.
 
     Raises:
-        UserError: the model cannot be run, its context is too short, or a request failed.
+        UserError: the model cannot be run, its context is too short, or a request failed; busy
+            without a GPU.
     """
+    if busy and not torch.cuda.is_available():
+        raise UserError("--busy needs a CUDA device: it reads the times of kernels")
     found, model = prepare(source, workload.input[1], workload.output[1], progress)
+    vocabulary = vocabulary_of(model)
     walls, outs, totals = [], [], []
     with LLM(model, **options_for(workload.longest, options)) as llm:
         warm_up(llm)
         for again in range(repeats):
             progress("Answering", again, repeats)
-            prompts, params = workload.draw(vocabulary_of(model), again)
+            prompts, params = workload.draw(vocabulary, again)
             wall, outputs = timed(llm, prompts, params)
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             walls.append(wall)
@@ -172,7 +180,23 @@ def measure_throughput(
             totals.append((tokens + sum(map(len, prompts))) / wall)
     for metric, samples in (("out_tok_per_s", outs), ("total_tok_per_s", totals), ("s", walls)):
         found.add(OURS, workload.key, metric, median_estimate(samples), repeats)
+    if busy:
+        progress("Tracing steps", 0, 0)
+        with LLM(model, tokenizer=Text(), **options_for(workload.longest, options)) as llm:
+            warm_up(llm)
+            add_observed(found, workload.key, observe(llm, *workload.draw(vocabulary, repeats)))
     return found
+
+
+def add_observed(found: Measured, key: dict[str, Any], observed: Observed) -> None:
+    """Add the figures of steps: of the host a median, of the GPU one trace."""
+    host = median_estimate([seconds * 1e3 for seconds in observed.host])
+    found.add(OURS, key, "host_ms_per_step", host, len(observed.host))
+    for metric, figure in (
+        ("gpu_ms_per_step", observed.gpu * 1e3),
+        ("gpu_busy_share", observed.busy),
+    ):
+        found.add(OURS, key, metric, median_estimate([figure]), 1)
 
 
 def measure_latency(

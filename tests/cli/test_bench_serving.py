@@ -50,6 +50,13 @@ def test_throughput(tmp_path):
     assert [row.metric for row in measured.rows] == ["out_tok_per_s", "total_tok_per_s", "s"]
 
 
+def test_busy_wants_a_gpu():
+    result = run("throughput", *SMALL, "--busy")
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert "--busy needs a CUDA device" in line
+
+
 def test_latency():
     call = ["--shape", "tiny", "--batch", 2, "--input", 6, "--output", 4, "--repeats", 2]
     result = run("latency", *call, "--json", "-")
