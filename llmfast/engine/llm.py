@@ -39,7 +39,7 @@ from .request import Sequence as Tokens
 from .sampler import Choice, is_plain
 from .sampling_params import SamplingParams
 from .scheduler import Plan, Scheduler
-from .text import Detokenizer, find_stop, held_back
+from .text import Decoder, Detokenizer, find_stop, held_back
 
 logger = logging.getLogger("llmfast")
 
@@ -149,6 +149,7 @@ class LLM:
         except UserError as error:
             raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
         self.tokenizer = tokenizer
+        self._decode = Decoder(tokenizer)
         self._end_tokens = _end_tokens(model, tokenizer)
         self._executor = Executor(
             model,
@@ -365,7 +366,7 @@ class LLM:
             for answer in request.answers:
                 self._owners[answer.sequence] = (request, answer)
                 if self.tokenizer is not None and (streaming or given.stop):
-                    self._texts[answer] = Detokenizer(self._decode)
+                    self._texts[answer] = self._decode.detokenizer()
         return requests
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -519,7 +520,8 @@ class LLM:
         try:
             if plan.counts:
                 self._launch(plan)
-            while len(self._flights) > (self._ahead() if plan.counts else 0):
+            ahead = self._ahead() if plan.counts else 0
+            while len(self._flights) > ahead:
                 self._collect()
         except BaseException:
             self._flights.clear()
@@ -535,7 +537,7 @@ class LLM:
         """
         if not self._executor.asynchronous:
             return 0
-        return int(all(is_plain(answer) for _, answer in self._owners.values()))
+        return int(all(is_plain(self._owners[s][1]) for s in self._scheduler.running))
 
     def _launch(self, plan: Plan) -> None:
         scored = limit_scored(plan, self._scheduler.max_num_seqs)
@@ -625,13 +627,15 @@ class LLM:
         if text is not None:
             before = len(text.text)
             text.push(token)
-            if answer.num_output >= params.min_tokens:
-                stop = find_stop(text.text, before, _stops(params))
+            answer.text = text.text
+            if params.stop and answer.num_output >= params.min_tokens:
+                stop = find_stop(text.text, before, params.stop)
                 if stop is not None:
                     answer.text, answer.stop_reason = text.text[: stop[0]], stop[1]
                     self._finish(request, answer, "stop")
                     return
-            answer.text = text.text[: len(text.text) - held_back(text.text, _stops(params))]
+            if params.stop:
+                answer.text = text.text[: len(text.text) - held_back(text.text, params.stop)]
         if len(sequence.tokens) >= sequence.limit:
             self._finish(request, answer, "length")
 
@@ -657,7 +661,7 @@ class LLM:
         return RequestOutput(
             request_id=request.id,
             prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_ids),
+            prompt_token_ids=request.prompt_ids,
             outputs=outputs,
             finished=request.finished,
             metrics=request.metrics,
@@ -669,12 +673,6 @@ class LLM:
         output = answer.sequence.output
         stopped = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
         return output[:-1] if stopped else output
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
 
     def _piece(self, token: int) -> str | None:
         return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
@@ -698,10 +696,6 @@ def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
     if len(priority) != count:
         raise ValueError(f"LLM: wants as many priorities as prompts, {count}; got {len(priority)}")
     return [index(each) for each in priority]
-
-
-def _stops(params: SamplingParams) -> tuple[str, ...]:
-    return tuple(params.stop or ())
 
 
 def _seed_of(seed: int, number: int) -> int:

@@ -106,9 +106,10 @@ class Scheduler:
         for sequence in list(self.running):
             if not budget:
                 break
-            if sequence.state != RUNNING or sequence.remaining != 1:
+            total = sequence.total
+            if total - sequence.computed != 1 or sequence.state != RUNNING:
                 continue
-            if sequence.total >= sequence.limit:  # its last token, which is never computed
+            if total >= sequence.limit:  # its last token, which is never computed
                 continue
             while sequence.state == RUNNING and not self._grow(sequence):
                 self.preempt(self.running[-1])  # not before this one, so not in the plan yet
@@ -141,12 +142,12 @@ class Scheduler:
     def confirm(self, sequence: Sequence, computed: int) -> None:
         """The keys and values of its first ``computed`` tokens are in the cache, and all known."""
         size = self.blocks.block_size
-        first = sequence.confirmed // size
+        first, end = sequence.confirmed // size, computed // size
         sequence.confirmed = computed
-        if not self.blocks.caching:
+        if first == end or not self.blocks.caching:
             return
         self.blocks.extend_digests(sequence.digests, sequence.tokens)
-        for i in range(first, computed // size):
+        for i in range(first, end):
             digest = sequence.digests[i]
             own = sequence.tokens[i * size : (i + 1) * size]
             self.blocks.register(sequence.blocks[i], digest, own)

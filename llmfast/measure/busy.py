@@ -143,8 +143,12 @@ class Text:
             raise UserError(f"--busy makes text with the embedded model's tokenizer: {INSTALL}")
         self._tokenizer = load_tokenizer(GgufFile(path), 1)
         self._size = len(self._tokenizer)
+        self.backend_tokenizer = self._tokenizer.backend_tokenizer
 
     eos_token_id = None
+
+    def __len__(self) -> int:
+        return self._size
 
     def decode(self, tokens: list[int], **options: Any) -> Any:
         """As of a tokenizer of transformers."""

@@ -731,6 +731,11 @@ def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request
         llm.generate(PROMPTS[:2], PARAMS[1], use_tqdm=False)  # its penalty wants every token
         assert not any(waiting)
         check_empty(llm)
+    waiting.clear()
+    with engine(enable_prefix_caching=False, max_num_seqs=1) as llm:
+        llm.generate(ids(3, 9), [GREEDY, PARAMS[1]], use_tqdm=False)
+    # while the second only waits, nobody waits for its penalty
+    assert (waiting[:20].count(True) == 19) == ahead and not any(waiting[21:])
 
 
 def test_buckets_of_rows():
