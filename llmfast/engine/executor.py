@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from ..model.trace import NotTraced
 from ..runner.cache import PagedCache
 from ..runner.model import StepModel, make_step_model
 from ..runner.step import Chunk, make_step
+from .fill import Filler
 from .graphs import DecodeGraphs
 from .inputs import Inputs, Size, buffer_bytes, step_of, views
 from .request import Answer
@@ -108,6 +108,13 @@ class Executor:
         self._status = torch.zeros_like(self._sampled)
         size = buffer_bytes(Size(rows, rows, width))
         self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._filler = Filler(
+            rows,
+            width,
+            block_size=self.cache.block_size,
+            first_row=self._first_row,
+            pinned=device.type == "cuda",
+        )
         self._graphs: DecodeGraphs | None = None
         graphs = GRAPHS.get(device.type)
         if graphs is not None and not eager:
@@ -215,47 +222,8 @@ class Executor:
         self, size: Size, plan: Plan, answers: Sequence[Answer], previous: Flight | None
     ) -> torch.Tensor:
         """The buffer of a step, on the host; rows past the plan's are idle."""
-        pinned = self._model.device.type == "cuda"
-        buffer = torch.zeros(buffer_bytes(size), dtype=torch.uint8, pin_memory=pinned)
-        of = views(buffer, size).arrays()
-        block_size, at = self.cache.block_size, 0
-        of["source"].fill(-1)
-        of["slots"].fill(-1)
-        ends: dict[Tokens, int] = {}
-        for row, (sequence, count) in enumerate(plan.counts.items()):
-            start, stop = sequence.computed, sequence.computed + count
-            blocks = sequence.blocks
-            of["block_table"][row, : len(blocks)] = blocks
-            of["context_len"][row] = stop
-            if count == 1:
-                of["positions"][at] = self._first_row + start
-                of["slots"][at] = blocks[start // block_size] * block_size + start % block_size
-            else:
-                places = np.arange(start, stop)
-                of["positions"][at : at + count] = self._first_row + places
-                own = np.asarray(blocks)[places // block_size]
-                of["slots"][at : at + count] = own * block_size + places % block_size
-            known = sequence.tokens[start:stop]
-            of["token_ids"][at : at + len(known)] = known
-            at += count
-            if len(known) < count:  # the last is what the step before chooses
-                assert previous is not None
-                of["source"][at - 1] = previous.rows[sequence]
-            of["query_start"][row + 1] = at
-            ends[sequence] = at - 1
-        rows = len(plan.counts)
-        of["query_start"][rows + 1 :] = at + np.arange(1, size.rows - rows + 1)
-        of["last"][rows:] = np.arange(rows, size.rows)
-        for row, answer in enumerate(answers):
-            params = answer.params
-            of["last"][row] = ends[answer.sequence]
-            of["seeds"][row] = answer.seed
-            of["numbers"][row] = answer.position
-            of["temperature"][row] = params.temperature
-            of["top_k"][row] = min(max(params.top_k, 0), 2**31 - 1)
-            of["top_p"][row] = params.top_p
-            of["min_p"][row] = params.min_p
-        return buffer
+        rows = {} if previous is None else previous.rows
+        return self._filler.fill(size, plan.counts, answers, rows)
 
     def _draw(self, logits: torch.Tensor, inputs: Inputs, draws: bool, filters: bool) -> None:
         """Choose the tokens of plain rows."""
