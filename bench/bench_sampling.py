@@ -16,6 +16,7 @@ from transformers import (
 from llmfast_kernels.sampling import sample_tokens
 
 VOCAB = 128256
+PROMPT, OUTPUT = 1024, 512  # tokens that penalties count
 TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.8, 50, 0.9, 0.02
 
 each_batch = pytest.mark.parametrize("batch", [1, 64], ids=lambda n: f"batch{n}")
@@ -41,6 +42,23 @@ def drawing(batch):
     }
 
 
+def filters(batch):
+    return drawing(batch) | {
+        "top_k": per_row(batch, TOP_K, torch.int32),
+        "top_p": per_row(batch, TOP_P),
+        "min_p": per_row(batch, MIN_P),
+    }
+
+
+def seen(batch):
+    """Which tokens a prompt has, and how often each is in the output, of each row."""
+    prompt = torch.zeros(batch, VOCAB, device="cuda", dtype=torch.bool)
+    prompt.scatter_(1, torch.randint(VOCAB, (batch, PROMPT), device="cuda"), True)
+    counts = torch.zeros(batch, VOCAB, device="cuda", dtype=torch.int32)
+    output = torch.randint(VOCAB, (batch, OUTPUT), device="cuda")
+    return prompt, counts.scatter_add_(1, output, torch.ones_like(output, dtype=torch.int32))
+
+
 def softmax_multinomial(logits):
     return torch.softmax(logits / TEMPERATURE, dim=-1).multinomial(1)
 
@@ -61,11 +79,7 @@ def bench_no_filters(bench_op, batch):
 
 @each_batch
 def bench_all_filters(bench_op, batch):
-    options = drawing(batch) | {
-        "top_k": per_row(batch, TOP_K, torch.int32),
-        "top_p": per_row(batch, TOP_P),
-        "min_p": per_row(batch, MIN_P),
-    }
+    options = filters(batch)
     warpers = LogitsProcessorList(
         [
             TemperatureLogitsWarper(TEMPERATURE),
@@ -83,6 +97,26 @@ def bench_all_filters(bench_op, batch):
             "torch": softmax_multinomial,  # without any filter
         },
         lambda: (random_logits(batch),),
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 256], ids=lambda n: f"batch{n}")
+def bench_everything(bench_op, batch):
+    """Penalties, temperature, all filters and the draw; no peer does all of it."""
+    options = filters(batch) | {
+        "repetition_penalty": per_row(batch, 1.1),
+        "presence_penalty": per_row(batch, 0.5),
+        "frequency_penalty": per_row(batch, 0.2),
+    }
+    bench_op(
+        "sampling",
+        case(batch, "all") + " penalties=all",
+        {
+            "llmfast": lambda logits, prompt, counts: sample_tokens(
+                logits, prompt_seen=prompt, output_counts=counts, **options
+            )
+        },
+        lambda: (random_logits(batch), *seen(batch)),
     )
 
 

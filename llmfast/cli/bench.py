@@ -10,7 +10,8 @@ import typer
 from ..errors import UserError
 from . import ui
 from .bench_decode import decode_command
-from .bench_serving import latency_command, serve_command, throughput_command
+from .bench_serve import serve_command
+from .bench_serving import latency_command, throughput_command
 
 bench_app = typer.Typer(no_args_is_help=True)
 bench_app.command("decode")(decode_command)

@@ -1,4 +1,4 @@
-"""``llmfast bench throughput``, ``latency`` and ``serve``: the engine under load."""
+"""``llmfast bench throughput`` and ``latency``; what these have in common with ``serve``."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ _TITLES = {  # of a metric in the table
     "out_tok_per_s": "output",
     "total_tok_per_s": "prompts and output",
     "req_per_s": "requests",
+    "gpu_busy_share": "GPU busy",
 }
 
 
@@ -114,6 +115,14 @@ def throughput_command(
     temperature: Temperature = 0.6,
     seed: Seed = 0,
     repeats: Repeats = 1,
+    busy: Annotated[
+        bool,
+        typer.Option(
+            "--busy",
+            help="Then trace 200 steps: the share of time in which the GPU is busy, and the time "
+            "of the GPU and of the host for a step.",
+        ),
+    ] = False,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
     json_path: Json = None,
@@ -128,7 +137,7 @@ def throughput_command(
         "throughput", shape, model, repeats, max_num_seqs, max_num_batched_tokens, json_path,
         results, commit,
     )  # fmt: skip
-    workload = _workload(requests, input_tokens, output_tokens, temperature, seed)
+    workload = check_workload(requests, input_tokens, output_tokens, temperature, seed)
 
     def measure(source: Source, progress: Progress) -> Measured:
         from ..measure.serving import Workload, measure_throughput
@@ -137,11 +146,12 @@ def throughput_command(
             source,
             Workload(**workload),
             repeats=repeats,
+            busy=busy,
             options=request.options,
             progress=progress,
         )
 
-    _bench(request, measure)
+    run_bench(request, measure)
 
 
 def latency_command(
@@ -181,72 +191,36 @@ def latency_command(
             progress=progress,
         )
 
-    _bench(request, measure)
+    run_bench(request, measure)
 
 
-def serve_command(
-    shape: Shape = None,
-    model: Model = None,
-    rates: Annotated[
-        str,
-        typer.Option(metavar="R,R,...", help="Requests a second on average; inf: all at once."),
-    ] = "1,2,4,8",
-    requests: Annotated[int, typer.Option(help="How many requests at each rate.")] = 128,
-    input_tokens: Input = "100-1024",
-    output_tokens: Output = "100-1024",
-    temperature: Temperature = 0.6,
-    seed: Seed = 0,
-    repeats: Repeats = 1,
-    max_num_seqs: MaxSeqs = None,
-    max_num_batched_tokens: MaxTokens = None,
-    json_path: Json = None,
-    results: Results = None,
-    commit: Commit = None,
-) -> None:
-    """Measure requests that arrive over time: percentiles of what their readers wait.
-
-    Arrivals are a Poisson process at each of the rates, through AsyncLLM.
-    """
-    request = Request(
-        "serve", shape, model, repeats, max_num_seqs, max_num_batched_tokens, json_path,
-        results, commit,
-    )  # fmt: skip
-    workload = _workload(requests, input_tokens, output_tokens, temperature, seed)
-    sweep = _rates(rates)
-
-    def measure(source: Source, progress: Progress) -> Measured:
-        from ..measure.serving import Workload, measure_serve
-
-        return measure_serve(
-            source,
-            Workload(**workload),
-            sweep,
-            repeats=repeats,
-            options=request.options,
-            progress=progress,
-        )
-
-    _bench(request, measure)
-
-
-def _workload(
+def check_workload(
     requests: int, input_tokens: str, output_tokens: str, temperature: float, seed: int
 ) -> dict[str, Any]:
-    """The arguments of ``Workload``, checked."""
+    """The arguments of ``Workload``.
+
+    Raises:
+        UserError: an option outside its range.
+    """
     if requests < 1:
         raise UserError(f"--requests must be at least 1, got {requests}")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature must be 0 (greedy) or more, got {temperature}")
     return {
         "requests": requests,
-        "input": _range("--input", input_tokens),
-        "output": _range("--output", output_tokens),
+        "input": parse_range("--input", input_tokens),
+        "output": parse_range("--output", output_tokens),
         "temperature": temperature,
         "seed": seed,
     }
 
 
-def _range(option: str, text: str) -> tuple[int, int]:
+def parse_range(option: str, text: str) -> tuple[int, int]:
+    """``N`` or ``LOW-HIGH``.
+
+    Raises:
+        UserError: it is something else.
+    """
     parts = text.split("-")
     if len(parts) <= 2 and all(part.isdecimal() for part in parts):
         low, high = int(parts[0]), int(parts[-1])
@@ -255,20 +229,12 @@ def _range(option: str, text: str) -> tuple[int, int]:
     raise UserError(f"{option} must be a number or LOW-HIGH, of at least 1, got {text!r}")
 
 
-def _rates(text: str) -> list[float]:
-    rates: list[float] = []
-    for part in text.split(","):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = math.nan
-        if not rate > 0:  # nan too
-            raise UserError(f"--rates must be numbers above 0 with commas between, got {text!r}")
-        rates.append(rate)
-    return list(dict.fromkeys(rates))
+def run_bench(request: Request, measure: Callable[[Source, Progress], Measured]) -> None:
+    """Measure, show the figures, and write those that are asked for.
 
-
-def _bench(request: Request, measure: Callable[[Source, Progress], Measured]) -> None:
+    Raises:
+        UserError: an option outside its range, or what ``measure`` raises.
+    """
     request.check()
     from ..measure.shapes import Source
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -19,6 +19,7 @@ from ..model.trace import NotTraced
 from ..runner.cache import PagedCache
 from ..runner.model import StepModel, make_step_model
 from ..runner.step import Chunk, make_step
+from .fill import Filler
 from .graphs import MIXED_TOKENS, StepGraphs, graph_sizes
 from .inputs import Inputs, Size, buffer_bytes, step_of, views
 from .request import Answer
@@ -59,10 +60,13 @@ class Executor:
         utilization: float,
         block_size: int,
         num_blocks: int | None,
+        chunked: bool = True,
         eager: bool = False,
     ) -> None:
         """Arguments and errors are those of :class:`.llm.LLM`."""
         longest = _longest(model, max_model_len)
+        if not chunked:  # a prompt of any length is one step
+            max_num_batched_tokens = max(max_num_batched_tokens, longest)
         name = type(model).__name__
         try:
             with torch.inference_mode(False), evaluating(model):
@@ -89,7 +93,7 @@ class Executor:
             self.num_blocks, self.max_model_len = num_blocks, longest
             width = -(-longest // block_size)
             sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, width)
-            self._make_buffers(max_num_seqs, [] if eager else sizes)
+            self._make_buffers(max_num_seqs, width, [] if eager else sizes)
             if self.asynchronous:
                 self.warm_up(max_num_seqs, max_num_batched_tokens)
         except BaseException as error:
@@ -99,12 +103,20 @@ class Executor:
             raise
         self.vocabulary = self._model.vocabulary
 
-    def _make_buffers(self, rows: int, sizes: list[Size]) -> None:
-        """What graphs read and write, and the graphs of ``sizes``."""
+    def _make_buffers(self, rows: int, width: int, sizes: list[Size]) -> None:
+        """What graphs read and write, and the graphs of ``sizes``; rows of ``width`` blocks."""
         device = self._model.device
         self.device = device
+        self.waited = 0.0  # seconds in which the host did nothing but wait for steps
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self._status = torch.zeros_like(self._sampled)
+        self._filler = Filler(
+            rows,
+            width,
+            block_size=self.cache.block_size,
+            first_row=self._first_row,
+            pinned=device.type == "cuda",
+        )
         self._graphs: StepGraphs | None = None
         graphs = GRAPHS.get(device.type)
         if graphs is not None and sizes:
@@ -204,7 +216,9 @@ class Executor:
     def collect(self, flight: Flight) -> list[Choice]:
         """Wait for a step, and give what was chosen for each of its answers."""
         if flight.done is not None:
+            started = time.perf_counter()
             flight.done.synchronize()
+            self.waited += time.perf_counter() - started
         if flight.result is not None:
             tokens, status = flight.result.tolist()
             flight.choices = [Choice(*row, None, []) for row in zip(tokens, status, strict=True)]
@@ -235,48 +249,8 @@ class Executor:
         self, size: Size, plan: Plan, answers: Sequence[Answer], previous: Flight | None
     ) -> torch.Tensor:
         """The buffer of a step, on the host; rows past the plan's are idle."""
-        pinned = self._model.device.type == "cuda"
-        buffer = torch.zeros(buffer_bytes(size), dtype=torch.uint8, pin_memory=pinned)
-        of = views(buffer, size).arrays()
-        block_size, at = self.cache.block_size, 0
-        of["source"].fill(-1)
-        of["slots"].fill(-1)
-        ends: dict[Tokens, int] = {}
-        for row, (sequence, count) in enumerate(plan.counts.items()):
-            start, stop = sequence.computed, sequence.computed + count
-            blocks = sequence.blocks
-            of["block_table"][row, : len(blocks)] = blocks
-            of["context_len"][row] = stop
-            if count == 1:
-                of["positions"][at] = self._first_row + start
-                of["slots"][at] = blocks[start // block_size] * block_size + start % block_size
-            else:
-                places = np.arange(start, stop)
-                of["positions"][at : at + count] = self._first_row + places
-                own = np.asarray(blocks)[places // block_size]
-                of["slots"][at : at + count] = own * block_size + places % block_size
-            known = sequence.tokens[start:stop]
-            of["token_ids"][at : at + len(known)] = known
-            at += count
-            if len(known) < count:  # the last is what the step before chooses
-                assert previous is not None
-                of["source"][at - 1] = previous.rows[sequence]
-            of["query_start"][row + 1] = at
-            ends[sequence] = at - 1
-        rows = len(plan.counts)
-        # an idle row has a token as long as there are some; what is left belongs to no row
-        idle = at + np.arange(1, size.rows - rows + 1)
-        of["query_start"][rows + 1 :] = np.minimum(idle, size.tokens)
-        for row, answer in enumerate(answers):
-            params = answer.params
-            of["last"][row] = ends[answer.sequence]
-            of["seeds"][row] = answer.seed
-            of["numbers"][row] = answer.position
-            of["temperature"][row] = params.temperature
-            of["top_k"][row] = min(max(params.top_k, 0), 2**31 - 1)
-            of["top_p"][row] = params.top_p
-            of["min_p"][row] = params.min_p
-        return buffer
+        rows = {} if previous is None else previous.rows
+        return self._filler.fill(size, plan.counts, answers, rows)
 
     def _draw(self, logits: torch.Tensor, inputs: Inputs, draws: bool, filters: bool) -> None:
         """Choose the tokens of plain rows."""

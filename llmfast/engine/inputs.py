@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 import numpy as np
 import torch
@@ -62,6 +64,7 @@ def views(buffer: torch.Tensor, size: Size) -> Inputs:
     )
 
 
+@lru_cache(maxsize=256)
 def _lay_out(
     size: Size,
 ) -> tuple[dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]], int]:
@@ -77,7 +80,7 @@ def _lay_out(
     }
     places, end = {}, 0
     for name, (dtype, shape) in shapes.items():
-        count = int(np.prod(shape))
+        count = prod(shape)
         places[name] = (end, count, dtype, shape)
         end += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     return places, end

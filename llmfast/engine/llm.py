@@ -50,6 +50,7 @@ class LLM(Steps):
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
         block_size: int = BLOCK_SIZE,
         num_blocks: int | None = None,
         enforce_eager: bool = False,
@@ -71,6 +72,9 @@ class LLM(Steps):
             max_num_batched_tokens: tokens of a step; None: 4,096, or max_num_seqs if that is more.
                 Smaller ones shorten the steps that others wait for.
             enable_prefix_caching: keep finished blocks, for prompts that begin alike.
+            enable_chunked_prefill: split long prompts, and run the chunks beside sequences that
+                decode. Otherwise those wait while there are prompts to run, which are run whole:
+                as many as max_num_batched_tokens takes, or one that is longer.
             block_size: tokens of a block: 16, 32, 64, 128 or 256.
             num_blocks: of the cache, instead of what gpu_memory_utilization gives.
             enforce_eager: run every step without CUDA graphs. Otherwise, on a GPU, those in which
@@ -119,13 +123,17 @@ class LLM(Steps):
             utilization=gpu_memory_utilization,
             block_size=block_size,
             num_blocks=num_blocks,
+            chunked=enable_chunked_prefill,
             eager=enforce_eager,
         )
         self.max_model_len = self._executor.max_model_len
         num_blocks = self._executor.num_blocks
         self._blocks = BlockManager(num_blocks, block_size, caching=enable_prefix_caching)
         self._scheduler = Scheduler(
-            self._blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            self._blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            chunked=enable_chunked_prefill,
         )
         self._intake = Intake(
             tokenizer,

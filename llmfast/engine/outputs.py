@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .request import Answer, CompletionOutput, Logprob, Request, RequestOutput
-from .sampling_params import SamplingParams
-from .text import Detokenizer, find_stop, held_back
+from .text import Decoder, Detokenizer, find_stop, held_back
 
 if TYPE_CHECKING:
     from .sampler import Choice
@@ -24,12 +23,13 @@ class Outputs:
         """
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
+        self._decode = Decoder(tokenizer)
         self.texts: dict[Answer, Detokenizer] = {}  # of answers that are followed
 
     def follow(self, answer: Answer) -> None:
         """Keep an answer's text with each token; that of others is made at their end."""
         if self.tokenizer is not None:
-            self.texts[answer] = Detokenizer(self._decode)
+            self.texts[answer] = self._decode.detokenizer()
 
     def append(self, answer: Answer, choice: Choice) -> str | None:
         """Append a good choice; the reason why the answer ends with it, or None."""
@@ -49,12 +49,14 @@ class Outputs:
         if text is not None:
             before = len(text.text)
             text.push(token)
-            if answer.num_output >= params.min_tokens:
-                stop = find_stop(text.text, before, _stops(params))
+            answer.text = text.text
+            if params.stop and answer.num_output >= params.min_tokens:
+                stop = find_stop(text.text, before, params.stop)
                 if stop is not None:
                     answer.text, answer.stop_reason = text.text[: stop[0]], stop[1]
                     return "stop"
-            answer.text = text.text[: len(text.text) - held_back(text.text, _stops(params))]
+            if params.stop:
+                answer.text = text.text[: len(text.text) - held_back(text.text, params.stop)]
         return "length" if len(sequence.tokens) >= sequence.limit else None
 
     def finish(self, answer: Answer) -> None:
@@ -96,18 +98,12 @@ class Outputs:
         return RequestOutput(
             request_id=request.id,
             prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_ids),
+            prompt_token_ids=request.prompt_ids,
             outputs=outputs,
             finished=request.finished,
             metrics=request.metrics,
             prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
         )
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
 
     def _piece(self, token: int) -> str | None:
         return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
@@ -118,7 +114,3 @@ def _shown(answer: Answer) -> list[int]:
     output = answer.sequence.output
     stopped = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
     return output[:-1] if stopped else output
-
-
-def _stops(params: SamplingParams) -> tuple[str, ...]:
-    return tuple(params.stop or ())

@@ -47,7 +47,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens to compute before the next can be chosen; 1 for a sequence that decodes."""
-        return self.total - self.computed
+        return len(self.tokens) + self.pending - self.computed
 
     @property
     def total(self) -> int:
@@ -92,6 +92,16 @@ class Answer:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        p = self.params
+        penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        # no parameter but min_tokens wants more than logits, temperature, filters and the seed
+        self.plain = (
+            penalties == (0, 0, 1)
+            and not (p.logit_bias or p.allowed_token_ids or self.bad_words or p.logits_processors)
+            and p.logprobs is None
+        )
 
     @property
     def position(self) -> int:

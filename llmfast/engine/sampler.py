@@ -30,15 +30,11 @@ def is_plain(answer: Answer) -> bool:
 
     So that it can be chosen while the one before it is not known on the host.
     """
-    p = answer.params
-    penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
     return (
-        penalties == (0, 0, 1)
-        and not (p.logit_bias or p.allowed_token_ids or answer.bad_words or p.logits_processors)
-        and p.logprobs is None
+        answer.plain
         and answer.matcher is None
+        and answer.position >= answer.params.min_tokens
         and not answer.sequence.scores_prompt
-        and answer.position >= p.min_tokens
     )
 
 

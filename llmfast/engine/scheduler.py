@@ -32,19 +32,30 @@ class Scheduler:
     for each running sequence. When a sequence that decodes finds no block, the last in order gives
     up its blocks and waits again; the first never does, so work always gets done. The order is that
     of priorities, lower ones first, then of arrival. Nobody is preempted for one that waits.
+
+    Without chunks it is the other way round: while a prompt can run, steps hold whole prompts and
+    nothing else, and decodes wait.
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        chunked: bool = True,
     ) -> None:
         """
         Args:
             max_num_seqs: sequences that run at the same time at most.
             max_num_batched_tokens: tokens of a step at most.
+            chunked: prompts may be split, and run beside decodes. Otherwise one that is longer
+                than max_num_batched_tokens has a step of its own.
         """
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.chunked = chunked
         self.running: list[Sequence] = []  # in order
         # a heap; those that finished are skipped
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -78,13 +89,27 @@ class Scheduler:
         """
         plan = Plan()
         budget = self.max_num_batched_tokens
+        if not self.chunked:
+            self._admit(plan, self._continue(plan, budget))
+            if plan.counts:
+                return plan
+        budget, preempted = self._decode(plan, budget)
+        if self.chunked:
+            budget = self._continue(plan, budget)
+            if not preempted:
+                self._admit(plan, budget)
+        return plan
+
+    def _decode(self, plan: Plan, budget: int) -> tuple[int, bool]:
+        """Plan those that decode; what is left of the budget, and whether one was preempted."""
         preempted = False
         for sequence in list(self.running):
             if not budget:
                 break
-            if sequence.state != RUNNING or sequence.remaining != 1:
+            total = sequence.total
+            if total - sequence.computed != 1 or sequence.state != RUNNING:
                 continue
-            if sequence.total >= sequence.limit:  # its last token, which is never computed
+            if total >= sequence.limit:  # its last token, which is never computed
                 continue
             while sequence.state == RUNNING and not self._grow(sequence):
                 self.preempt(self.running[-1])  # not before this one, so not in the plan yet
@@ -92,13 +117,23 @@ class Scheduler:
             if sequence.state == RUNNING:
                 plan.counts[sequence] = 1
                 budget -= 1
+        return budget, preempted
+
+    def _continue(self, plan: Plan, budget: int) -> int:
+        """Plan prompts that have begun; what is left of the budget."""
         for sequence in self.running:
-            if budget and sequence.remaining > 1:
-                plan.counts[sequence] = min(sequence.remaining, budget)
-                budget -= plan.counts[sequence]
-        if not preempted:
-            self._admit(plan, budget)
-        return plan
+            if sequence.remaining > 1 and self._fits(sequence.remaining, plan, budget):
+                budget = self._plan(sequence, plan, budget)
+        return budget
+
+    def _fits(self, count: int, plan: Plan, budget: int) -> bool:
+        """Whether so many tokens of a prompt, or a chunk of them, may be in the step."""
+        return budget > 0 if self.chunked else count <= budget or not plan.counts
+
+    def _plan(self, sequence: Sequence, plan: Plan, budget: int) -> int:
+        count = min(sequence.remaining, budget) if self.chunked else sequence.remaining
+        plan.counts[sequence] = count
+        return max(budget - count, 0)
 
     def begin(self, sequence: Sequence, count: int) -> None:
         """A step that computes ``count`` more of its tokens is on its way."""
@@ -107,12 +142,12 @@ class Scheduler:
     def confirm(self, sequence: Sequence, computed: int) -> None:
         """The keys and values of its first ``computed`` tokens are in the cache, and all known."""
         size = self.blocks.block_size
-        first = sequence.confirmed // size
+        first, end = sequence.confirmed // size, computed // size
         sequence.confirmed = computed
-        if not self.blocks.caching:
+        if first == end or not self.blocks.caching:
             return
         self.blocks.extend_digests(sequence.digests, sequence.tokens)
-        for i in range(first, computed // size):
+        for i in range(first, end):
             digest = sequence.digests[i]
             own = sequence.tokens[i * size : (i + 1) * size]
             self.blocks.register(sequence.blocks[i], digest, own)
@@ -171,13 +206,12 @@ class Scheduler:
             if self._must_wait(sequence):
                 later.append(entry)
                 continue
-            if not self._place(sequence, plan):
+            if not self._place(sequence, plan, budget):
                 later.append(entry)
                 break
             sequence.state = RUNNING
             bisect.insort(self.running, sequence, key=lambda s: s.order)
-            plan.counts[sequence] = min(sequence.remaining, budget)
-            budget -= plan.counts[sequence]
+            budget = self._plan(sequence, plan, budget)
         for entry in later:
             heapq.heappush(self._waiting, entry)
 
@@ -197,14 +231,19 @@ class Scheduler:
         sequence.awaits = digests[end - 1] if end > known else None
         return end > known
 
-    def _place(self, sequence: Sequence, plan: Plan) -> bool:
-        """Give it blocks for all its tokens, those of a known prefix shared; False: no room."""
+    def _place(self, sequence: Sequence, plan: Plan, budget: int) -> bool:
+        """Give it blocks for all its tokens, those of a known prefix shared; False: no room.
+
+        Without chunks it must also fit in the step.
+        """
         blocks = self.blocks
         total = blocks.blocks_for(len(sequence.tokens))
         spare = len(self.running)
         parent = sequence.parent
         if parent is not None and parent.state == RUNNING:
             full = sequence.shared // blocks.block_size
+            if not self._fits(len(sequence.tokens) - sequence.shared, plan, budget):
+                return False
             if blocks.num_free < total - full + spare:
                 return False
             sequence.blocks, copy = blocks.fork(parent.blocks, sequence.shared)
@@ -213,11 +252,13 @@ class Scheduler:
             known = sequence.shared
         else:
             hits = blocks.match(self._usable_digests(sequence), sequence.tokens)
+            known = len(hits) * blocks.block_size
+            if not self._fits(len(sequence.tokens) - known, plan, budget):
+                return False
             if blocks.num_free < total - len(hits) + blocks.idle_among(hits) + spare:
                 return False
             blocks.share(hits)
             sequence.blocks = hits
-            known = len(hits) * blocks.block_size
         sequence.blocks += blocks.allocate(total - len(sequence.blocks))
         sequence.computed = sequence.confirmed = known
         if sequence.cached_tokens is None:

@@ -151,7 +151,8 @@ class Steps:
         try:
             if plan.counts:
                 self._launch(plan)
-            while len(self._flights) > (self._ahead() if plan.counts else 0):
+            ahead = self._ahead() if plan.counts else 0
+            while len(self._flights) > ahead:
                 self._collect()
         except BaseException as error:
             largest = self._largest(plan)

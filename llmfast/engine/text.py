@@ -3,8 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from tokenizers.decoders import ByteLevel
 
 UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are no character yet
+
+
+class Decoder:
+    """Turns tokens into text, by a tokenizer of transformers; texts of single ones are kept."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """
+        Args:
+            tokenizer: None: nothing may be decoded.
+        """
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+        self._joins = tokenizer is not None and _joins(tokenizer)
+
+    def __call__(self, tokens: list[int]) -> str:
+        return self._text(tokens[0]) if len(tokens) == 1 else _decode(self._tokenizer, tokens)
+
+    def detokenizer(self) -> Detokenizer:
+        """A new one, without text."""
+        return Detokenizer(self, self._whole if self._joins else None)
+
+    def _text(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = _decode(self._tokenizer, [token])
+        return text
+
+    def _whole(self, token: int) -> str | None:
+        text = self._text(token)
+        return None if UNFINISHED in text else text
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    text: str = tokenizer.decode(
+        list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _joins(tokenizer: Any) -> bool:
+    """Whether text is the bytes of each token, one after another; seen on some tokens too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
+        return False
+    size = len(tokenizer)
+    texts = {token: _decode(tokenizer, [token]) for token in range(0, size, size // 64 + 1)}
+    whole = [token for token, text in texts.items() if UNFINISHED not in text]
+    return _decode(tokenizer, whole) == "".join(texts[token] for token in whole)
 
 
 class Detokenizer:
@@ -15,14 +66,30 @@ class Detokenizer:
     character yet are held back.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        whole: Callable[[int], str | None] | None = None,
+    ) -> None:
+        """
+        Args:
+            decode: the text of some tokens.
+            whole: the text of a token, None if it has half characters; given if such texts make
+                the text of a sequence when they are joined.
+        """
         self.text = ""
         self._decode = decode
+        self._whole = whole
         self._before: list[int] = []
         self._fresh: list[int] = []
         self._taken = 0  # characters of the fresh tokens that are in the text
 
     def push(self, token: int) -> None:
+        if self._whole is not None and not self._fresh:
+            own = self._whole(token)
+            if own is not None:
+                self.text += own
+                return
         self._fresh.append(token)
         whole = self._fresh_text()
         stable = whole.rstrip(UNFINISHED)

@@ -18,6 +18,7 @@ from ..engine.llm import LLM
 from ..engine.request import RequestOutput
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
+from .busy import Observed, Text, observe
 from .decode import OURS, Measured, Progress
 from .record import make_row
 from .results import CEILING_CASE
@@ -107,7 +108,23 @@ class Timeline:
 
     sent: float
     came: list[float] = field(default_factory=list)  # each time that there were more
-    tokens: int = 0
+    counts: list[int] = field(default_factory=list)  # how many there were then
+
+    def note(self, tokens: int) -> None:
+        """There are ``tokens`` tokens now."""
+        if tokens > self.tokens:
+            self.came.append(time.perf_counter())
+            self.counts.append(tokens)
+
+    @property
+    def tokens(self) -> int:
+        return self.counts[-1] if self.counts else 0
+
+    def tokens_between(self, start: float, end: float) -> int:
+        """Tokens that came after ``start``, up to ``end``."""
+        known = [count for at, count in zip(self.came, self.counts, strict=True) if at <= end]
+        before = sum(at <= start for at in self.came)
+        return max(known, default=0) - (self.counts[before - 1] if before else 0)
 
     @property
     def first(self) -> float:
@@ -130,6 +147,7 @@ def measure_throughput(
     workload: Workload,
     *,
     repeats: int = 1,
+    busy: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Measured:
@@ -137,26 +155,48 @@ def measure_throughput(
 
     Args:
         repeats: each draws prompts of its own.
+        busy: then run the workload once more, to see how busy the GPU is and what a step costs
+            the host (:func:`.busy.observe`).
         options: of :class:`llmfast.LLM`.
 
     Raises:
-        UserError: the model cannot be run, its context is too short, or a request failed.
+        UserError: the model cannot be run, its context is too short, or a request failed; busy
+            without a GPU.
     """
-    found, model = _prepare(source, workload, progress)
+    if busy and not torch.cuda.is_available():
+        raise UserError("--busy needs a CUDA device: it reads the times of kernels")
+    found, model = prepare(source, workload.input[1], workload.output[1], progress)
+    vocabulary = vocabulary_of(model)
     walls, outs, totals = [], [], []
-    with LLM(model, **_options(workload, options)) as llm:
-        _warm_up(llm)
+    with LLM(model, **options_for(workload.longest, options)) as llm:
+        warm_up(llm)
         for again in range(repeats):
             progress("Answering", again, repeats)
-            prompts, params = workload.draw(_vocabulary(model), again)
-            wall, outputs = _timed(llm, prompts, params)
+            prompts, params = workload.draw(vocabulary, again)
+            wall, outputs = timed(llm, prompts, params)
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             walls.append(wall)
             outs.append(tokens / wall)
             totals.append((tokens + sum(map(len, prompts))) / wall)
     for metric, samples in (("out_tok_per_s", outs), ("total_tok_per_s", totals), ("s", walls)):
         found.add(OURS, workload.key, metric, median_estimate(samples), repeats)
+    if busy:
+        progress("Tracing steps", 0, 0)
+        with LLM(model, tokenizer=Text(), **options_for(workload.longest, options)) as llm:
+            warm_up(llm)
+            add_observed(found, workload.key, observe(llm, *workload.draw(vocabulary, repeats)))
     return found
+
+
+def add_observed(found: Measured, key: dict[str, Any], observed: Observed) -> None:
+    """Add the figures of steps: of the host a median, of the GPU one trace."""
+    host = median_estimate([seconds * 1e3 for seconds in observed.host])
+    found.add(OURS, key, "host_ms_per_step", host, len(observed.host))
+    for metric, figure in (
+        ("gpu_ms_per_step", observed.gpu * 1e3),
+        ("gpu_busy_share", observed.busy),
+    ):
+        found.add(OURS, key, metric, median_estimate([figure]), 1)
 
 
 def measure_latency(
@@ -172,13 +212,13 @@ def measure_latency(
     Arguments and errors are those of :func:`measure_throughput`.
     """
     workload = batch.workload
-    found, model = _prepare(source, workload, progress)
+    found, model = prepare(source, workload.input[1], workload.output[1], progress)
     walls = []
-    with LLM(model, **_options(workload, options)) as llm:
-        _warm_up(llm)
+    with LLM(model, **options_for(workload.longest, options)) as llm:
+        warm_up(llm)
         for again in range(repeats):
             progress("Answering", again, repeats)
-            walls.append(_timed(llm, *workload.draw(_vocabulary(model), again))[0])
+            walls.append(timed(llm, *workload.draw(vocabulary_of(model), again))[0])
     found.add(OURS, batch.key, "s", median_estimate(walls), repeats)
     return found
 
@@ -201,8 +241,8 @@ def measure_serve(
 
     Other arguments and errors are those of :func:`measure_throughput`.
     """
-    found, model = _prepare(source, workload, progress)
-    llm = AsyncLLM(model, **_options(workload, options))
+    found, model = prepare(source, workload.input[1], workload.output[1], progress)
+    llm = AsyncLLM(model, **options_for(workload.longest, options))
     try:
         asyncio.run(_all_rates(found, llm, model, workload, rates, repeats, progress))
     finally:
@@ -224,7 +264,7 @@ async def _all_rates(
         samples: dict[str, list[float]] = {}
         for again in range(number * repeats, (number + 1) * repeats):
             progress(f"{rate:g} requests/s", again, len(rates) * repeats)
-            prompts, params = workload.draw(_vocabulary(model), again)
+            prompts, params = workload.draw(vocabulary_of(model), again)
             timelines = await send(llm, prompts, params, rate, seed=workload.seed + again)
             for metric, figure in summarize(timelines).items():
                 samples.setdefault(metric, []).append(figure)
@@ -244,21 +284,27 @@ async def send(
     """Send requests at random times, ``rate`` a second on average, and read all of them."""
     started = time.perf_counter()
 
-    async def read(prompt: list[int], own: SamplingParams, at: float) -> Timeline:
+    async def read_at(prompt: list[int], own: SamplingParams, at: float) -> Timeline:
         await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
         line = Timeline(time.perf_counter())
-        async for output in llm.generate(prompt, own):
-            _check(output)
-            tokens = len(output.outputs[0].token_ids)
-            if tokens > line.tokens:
-                line.came.append(time.perf_counter())
-                line.tokens = tokens
+        await read(llm, prompt, own, line)
         return line
 
     times = arrivals(len(prompts), rate, seed)
     return await asyncio.gather(
-        *(read(*request) for request in zip(prompts, params, times, strict=True))
+        *(read_at(*request) for request in zip(prompts, params, times, strict=True))
     )
+
+
+async def read(llm: AsyncLLM, prompt: list[int], params: SamplingParams, line: Timeline) -> None:
+    """Send a request and note when its tokens come.
+
+    Raises:
+        UserError: it failed.
+    """
+    async for output in llm.generate(prompt, params):
+        check_answered(output)
+        line.note(len(output.outputs[0].token_ids))
 
 
 def arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
@@ -289,7 +335,15 @@ def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- parts
 
 
-def _prepare(source: Source, workload: Workload, progress: Progress) -> tuple[Measured, Any]:
+def prepare(source: Source, prompt: int, answer: int, progress: Progress) -> tuple[Measured, Any]:
+    """The model, its copy bandwidth on a GPU, and a place for figures.
+
+    Args:
+        prompt, answer: tokens of the longest.
+
+    Raises:
+        UserError: they are longer than the model's context.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     progress(f"Preparing the model on {device}", 0, 0)
     found = Measured(source.case)
@@ -302,39 +356,51 @@ def _prepare(source: Source, workload: Workload, progress: Progress) -> tuple[Me
     dtype = DTYPE_NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
     found.model |= {"weights": dtype, "kv": dtype}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and workload.longest > context:
+    if context and prompt + answer > context:
         raise UserError(
-            f"a prompt of {workload.input[1]} tokens and an answer of {workload.output[1]} are "
+            f"a prompt of {prompt} tokens and an answer of {answer} are "
             f"longer than the model's context of {context} tokens"
         )
     return found, model
 
 
-def _options(workload: Workload, given: dict[str, Any] | None) -> dict[str, Any]:
-    return {"max_model_len": max(workload.longest, 8), **(given or {})}  # 8: to warm up
+def options_for(longest: int, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Options of ``LLM`` for requests of ``longest`` tokens, prompt and answer."""
+    return {"max_model_len": max(longest, 8), **(given or {})}  # 8: to warm up
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary_of(model: Any) -> int:
+    """Tokens that the model knows."""
     size: int = model.get_input_embeddings().weight.shape[0]
     return size
 
 
-def _warm_up(llm: LLM) -> None:
+def warm_up(llm: LLM) -> None:
+    """A short call."""
     llm.generate([[1, 2, 3]] * 2, SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
 
 
-def _timed(
+def timed(
     llm: LLM, prompts: list[list[int]], params: list[SamplingParams]
 ) -> tuple[float, list[RequestOutput]]:
+    """Seconds that ``generate`` takes, and its outputs.
+
+    Raises:
+        UserError: a request failed.
+    """
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     wall = time.perf_counter() - started
     for output in outputs:
-        _check(output)
+        check_answered(output)
     return wall, outputs
 
 
-def _check(output: RequestOutput) -> None:
+def check_answered(output: RequestOutput) -> None:
+    """
+    Raises:
+        UserError: the request failed.
+    """
     error = output.outputs[0].error
     if error is not None:
         raise UserError(f"a request failed: {error}")

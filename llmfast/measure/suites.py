@@ -10,6 +10,9 @@ UNITS = {
     "ms": "ms",
     "ms_per_step": "ms",
     "ttft_ms": "ms",
+    "ttft_mean_ms": "ms",
+    "host_ms_per_step": "ms",
+    "gpu_ms_per_step": "ms",
     **{f"{time}_p{share}_ms": "ms" for time in ("ttft", "itl", "e2e") for share in (50, 90, 99)},
     "s": "s",
     "start_to_first_token_s": "s",
@@ -41,6 +44,7 @@ class Suite:
 _OPS = ("us", "gb_per_s")
 _SERVE = (
     *(f"{time}_p{share}_ms" for time in ("ttft", "itl", "e2e") for share in (50, 90, 99)),
+    "ttft_mean_ms",
     "req_per_s",
     "out_tok_per_s",
 )
@@ -77,7 +81,14 @@ SUITES: dict[str, Suite] = {
     "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
     "throughput": Suite(
         "many requests at once",
-        ("out_tok_per_s", "total_tok_per_s", "s", "gpu_busy_share"),
+        (
+            "out_tok_per_s",
+            "total_tok_per_s",
+            "s",
+            "gpu_busy_share",
+            "host_ms_per_step",
+            "gpu_ms_per_step",
+        ),
         "llmfast bench throughput",
     ),
     "latency": Suite("a batch, answered in full", ("s",), "llmfast bench latency"),

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from llmfast.cli.main import app
-from llmfast.measure import serving, shapes
+from llmfast.measure import scenarios, serving, shapes
 from llmfast.measure.results import read
 
 TINY = (
@@ -19,7 +19,7 @@ TINY = (
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 2048,
     },
 )
 
@@ -50,6 +50,13 @@ def test_throughput(tmp_path):
     assert [row.metric for row in measured.rows] == ["out_tok_per_s", "total_tok_per_s", "s"]
 
 
+def test_busy_wants_a_gpu():
+    result = run("throughput", *SMALL, "--busy")
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert "--busy needs a CUDA device" in line
+
+
 def test_latency():
     call = ["--shape", "tiny", "--batch", 2, "--input", 6, "--output", 4, "--repeats", 2]
     result = run("latency", *call, "--json", "-")
@@ -66,6 +73,46 @@ def test_serve(tmp_path):
     assert "rate 100" in result.stdout and "rate inf" in result.stdout
     (measured,) = read(path, suite="serve")
     assert len(measured.rows) == 2 * 11
+
+
+def test_scenarios(tmp_path):
+    sizes = ["--requests", 3, "--input", 4, "--output", 2, "--prefix", 20, "--repeats", 1]
+    call = ["serve", "--shape", "tiny", "--scenario", "prefix", *sizes]
+    result = run(*call, "--results", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "scenario prefix, requests 3" in " ".join(result.stdout.split())
+    assert "ttft mean, ms" in result.stdout and "prefix_cache off" in result.stdout
+    sizes = ["--requests", 1, "--input", 4, "--output", 1500, "--long", 40, "--running", 2]
+    call = ["serve", "--shape", "tiny", "--scenario", "long-prompts", *sizes, "--every", 0]
+    call += ["--max-num-batched-tokens", 30, "--max-num-seqs", 4]
+    result = run(*call, "--results", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "policy chunked, budget 30" in result.stdout and "prefill-first" in result.stdout
+    rows = [row for found in read(tmp_path / "serve.json") for row in found.rows]
+    assert len(rows) == 2 + 2 * 4
+
+
+def test_the_scenarios_of_the_issue_are_the_defaults(monkeypatch):
+    asked = []
+
+    def measure(source, scenario, **options):
+        options.pop("progress")
+        asked.append((scenario, options))
+        raise SystemExit
+
+    monkeypatch.setattr(scenarios, "measure_prefix", measure)
+    monkeypatch.setattr(scenarios, "measure_long_prompts", measure)
+    run("serve", "--scenario", "prefix", "--max-num-batched-tokens", 99)
+    run("serve", "--scenario", "long-prompts", "--max-num-batched-tokens", 99)
+    run("serve", "--scenario", "long-prompts", "--seed", 3, "--temperature", 0)
+    assert asked == [
+        (scenarios.SharedPrefix(), {"repeats": 3, "options": {"max_num_batched_tokens": 99}}),
+        (scenarios.LongPrompts(), {"repeats": 1, "options": {}, "budget": 99}),
+        (
+            scenarios.LongPrompts(seed=3, temperature=0),
+            {"repeats": 1, "options": {}, "budget": 512},
+        ),
+    ]
 
 
 def test_the_defaults_are_the_workload_that_is_compared(monkeypatch):
@@ -99,12 +146,22 @@ def test_the_defaults_are_the_workload_that_is_compared(monkeypatch):
         (["serve", "--rates", "1,,2"], ["--rates", "'1,,2'"]),
         (["serve", "--rates", "0"], ["--rates", "'0'"]),
         (["serve", "--rates", "nan"], ["--rates", "'nan'"]),
+        (["serve", "--requests", "0"], ["--requests", "at least 1"]),
+        (["serve", "--scenario", "soak"], ["--scenario", "rates, prefix", "'soak'"]),
+        (["serve", "--prefix", "9"], ["--prefix", "not an option of --scenario rates"]),
+        (["serve", "--scenario", "prefix", "--rates", "1"], ["--rates", "scenario prefix"]),
+        (["serve", "--scenario", "prefix", "--prefix", "0"], ["--prefix", "at least 1"]),
+        (["serve", "--scenario", "prefix", "--input", "1-2"], ["--input", "one number", "1-2"]),
+        (["serve", "--scenario", "long-prompts", "--running", "0"], ["--running", "at least 1"]),
+        (["serve", "--scenario", "long-prompts", "--every", "-1"], ["--every", "0 or more"]),
     ],
     ids=lambda value: " ".join(value),
 )
 def test_a_bad_call_is_refused_before_anything_is_measured(args, words, monkeypatch):
     for name in ("throughput", "latency", "serve"):
         monkeypatch.setattr(serving, f"measure_{name}", None)
+    for name in ("prefix", "long_prompts"):
+        monkeypatch.setattr(scenarios, f"measure_{name}", None)
     result = run(*args)
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()

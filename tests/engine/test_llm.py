@@ -175,6 +175,7 @@ def test_any_mix_of_requests_yields_what_each_yields_alone(data):
         max_num_batched_tokens=draw(st.sampled_from([3, 5, 16, 50, 400]), "budget"),
         max_num_seqs=draw(st.sampled_from([1, 2, 4, 16]), "seqs"),
         enable_prefix_caching=draw(st.booleans(), "caching"),
+        enable_chunked_prefill=draw(st.booleans(), "chunked"),
     )
     streams, last = {}, {}
 
@@ -700,6 +701,21 @@ def test_the_size_of_a_cache_on_the_cpu():
         assert llm._executor.cache.num_blocks == 3 * 2 and llm._executor.cache.block_size == 64
 
 
+@pytest.mark.parametrize(("chunked", "tokens_of_a_step"), [(True, 9), (False, 40)])
+def test_without_chunks_a_step_may_be_a_whole_context(chunked, tokens_of_a_step, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        executor,
+        "count_blocks",
+        lambda model, **sizes: asked.append(sizes["max_num_batched_tokens"]) or 8,
+    )
+    sizes = {"num_blocks": None, "max_model_len": 40, "max_num_batched_tokens": 9}
+    with engine(**sizes, enable_chunked_prefill=chunked) as llm:
+        (output,) = llm.generate([LONG[:30]], GREEDY, use_tqdm=False)
+    assert asked == [tokens_of_a_step]
+    assert len(output.outputs[0].token_ids) == 10
+
+
 # ---------------------------------------------------------------------------- steps ahead
 
 
@@ -735,6 +751,11 @@ def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request
         llm.generate(PROMPTS[:2], PARAMS[1], use_tqdm=False)  # its penalty wants every token
         assert not any(waiting)
         check_empty(llm)
+    with engine(enable_prefix_caching=False, max_num_seqs=1) as llm:
+        waiting.clear()  # of what warmed up
+        llm.generate(ids(3, 9), [GREEDY, PARAMS[1]], use_tqdm=False)
+    # while the second only waits, nobody waits for its penalty
+    assert (waiting[:20].count(True) == 19) == ahead and not any(waiting[21:])
 
 
 def test_buckets_of_rows():

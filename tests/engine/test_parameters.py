@@ -383,14 +383,16 @@ def alone(prompt, params):
     seqs=st.sampled_from([1, 2, 4, 16]),
     budget=st.sampled_from([3, 16, 50, 400]),
     caching=st.booleans(),
+    chunked=st.booleans(),
 )
-def test_any_mix_yields_what_each_yields_alone(asked, blocks, seqs, budget, caching):
+def test_any_mix_yields_what_each_yields_alone(asked, blocks, seqs, budget, caching, chunked):
     prompts, params, priorities = zip(*asked, strict=True)
     with engine(
         num_blocks=blocks,
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
         enable_prefix_caching=caching,
+        enable_chunked_prefill=chunked,
     ) as llm:
         outputs = llm.generate(
             [MIXED_PROMPTS[i] for i in prompts],

@@ -15,9 +15,11 @@ from llmfast.errors import UserError
 class Cache:
     """Runs plans: a slot holds the tokens up to it, as keys and values depend on them all."""
 
-    def __init__(self, num_blocks=8, block_size=4, seqs=4, budget=8, caching=True):
+    def __init__(self, num_blocks=8, block_size=4, seqs=4, budget=8, caching=True, chunked=True):
         self.blocks = BlockManager(num_blocks, block_size, caching=caching)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(
+            self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget, chunked=chunked
+        )
         self.slots = {}
 
     def add(self, prompt, max_tokens=4, parent=None, priority=0):
@@ -35,7 +37,13 @@ class Cache:
         plan = self.scheduler.schedule()
         assert bool(plan.counts) == left
         check_books(blocks, [s.blocks for s in self.scheduler.running])
-        assert sum(plan.counts.values()) <= self.scheduler.max_num_batched_tokens
+        budget, chunked = self.scheduler.max_num_batched_tokens, self.scheduler.chunked
+        prompts = {s for s in plan.counts if s not in before or plan.counts[s] > 1}
+        if not chunked and prompts:
+            assert prompts == set(plan.counts)
+            assert all(count == s.remaining for s, count in plan.counts.items())
+        if chunked or len(prompts) != 1:
+            assert sum(plan.counts.values()) <= budget
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         order = [(s.priority, s.arrival) for s in self.scheduler.running]
         assert order == sorted(order)
@@ -99,6 +107,7 @@ class Machine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
         caching=st.booleans(),
+        chunked=st.booleans(),
     )
     def start(self, **sizes):
         self.cache = Cache(**sizes)
@@ -276,6 +285,34 @@ def test_decodes_run_first_then_begun_prompts_then_new_ones():
     assert cache.counts(old, long, short) == [1, 7, 0]
     assert cache.counts(old, long, short) == [1, 5, 2]
     assert cache.counts(long, short) == [1, 2]
+
+
+def test_without_chunks_prompts_run_whole_and_first():
+    cache = Cache(num_blocks=40, budget=8, seqs=8, chunked=False)
+    old = cache.add([1] * 3)
+    assert cache.counts(old) == [3]
+    first, second, long, last = (cache.add([2 + i] * n) for i, n in enumerate([5, 3, 20, 2]))
+    assert cache.counts(old, first, second, long, last) == [0, 5, 3, 0, 0]
+    assert cache.counts(old, first, second, long, last) == [0, 0, 0, 20, 0]  # on its own
+    assert cache.counts(old, first, second, long, last) == [0, 0, 0, 0, 2]
+    assert cache.counts(old, first, second, long, last) == [1] * 5
+    assert cache.counts(old, first, second, long, last) == [1] * 5
+    cache.run(old, first, second, long, last)
+    cache.check_empty()
+
+
+def test_without_chunks_what_counts_is_what_the_cache_lacks():
+    cache = Cache(num_blocks=40, block_size=4, budget=8, chunked=False)
+    cache.run(cache.add([1] * 17))
+    new, known = cache.add([2] * 5), cache.add([1] * 16 + [5, 6])
+    assert list(cache.plan().counts.items()) == [(new, 5), (known, 2)]
+
+
+def test_without_chunks_decodes_run_while_a_prompt_finds_no_room():
+    cache = Cache(num_blocks=4, block_size=2, budget=16, caching=False, chunked=False)
+    old, young = cache.add([1] * 3, max_tokens=3), cache.add([2] * 4, max_tokens=1)
+    assert [cache.step() for _ in range(4)] == [[old], [old], [old], [young]]
+    cache.check_empty()
 
 
 def test_no_more_than_max_num_seqs_run():

@@ -1,0 +1,160 @@
+"""How busy the GPU is while the engine steps, and what a step costs the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..engine.llm import LLM
+from ..engine.sampling_params import SamplingParams
+from ..errors import UserError
+from ..model.embedded import INSTALL, embedded_model_path
+
+CLOCKED_STEPS = 50  # in a workload of a hundred tokens or more nobody ends in so many
+TRACED_STEPS = 200
+
+Interval = tuple[float, float]  # start and end, in seconds of one clock
+Trace = Callable[[], AbstractContextManager[list[Interval]]]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Steps in which all requests decode."""
+
+    host: list[float]  # seconds that the host worked, of each clocked step
+    busy: float  # the share of the traced time in which a kernel ran
+    gpu: float  # seconds in which a kernel ran, of a traced step on average
+
+
+def covered(intervals: Iterable[Interval]) -> float:
+    """The length of the union of intervals, which may overlap and come in any order."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def busy_share(intervals: list[Interval]) -> float:
+    """The covered share of the time from the first interval's start to the last one's end.
+
+    Raises:
+        ValueError: there is no interval, or all have no length.
+    """
+    span = max((end for _, end in intervals), default=0.0) - min(
+        (start for start, _ in intervals), default=0.0
+    )
+    if span <= 0:
+        raise ValueError("busy_share: wanted intervals of some length")
+    return covered(intervals) / span
+
+
+@contextmanager
+def trace_kernels() -> Iterator[list[Interval]]:
+    """A list that has the intervals of the GPU's kernels when the context is left."""
+    from torch.profiler import ProfilerActivity, profile
+
+    intervals: list[Interval] = []
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        yield intervals
+        torch.cuda.synchronize()
+    for event in profiler.events():
+        copies = event.name.startswith(("Memcpy", "Memset"))
+        if event.device_type.name == "CUDA" and not copies and not event.is_user_annotation:
+            intervals.append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+
+
+def observe(
+    llm: LLM,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    *,
+    clocked: int = CLOCKED_STEPS,
+    traced: int = TRACED_STEPS,
+    trace: Trace = trace_kernels,
+) -> Observed:
+    """Run requests until all that can run decode; then clock some steps, and trace the next.
+
+    The host's time of a step is that of the engine's step but for waiting for the GPU: scheduling,
+    the inputs, starting it, stops, text. Of the clocked steps those with the most sequences count.
+
+    Raises:
+        UserError: the answers end before all steps are done.
+    """
+    requests = llm._add(prompts, params, streaming=True)  # so that text is made as it comes
+
+    def step() -> None:
+        if all(request.finished for request in requests):
+            raise UserError(
+                f"--busy wants {clocked + traced} steps in which all requests decode, and the "
+                "answers ended before; raise --output"
+            )
+        llm._step()
+
+    try:
+        while not _all_decode(llm, len(prompts)):
+            step()
+        steps = []
+        for _ in range(clocked):
+            rows, waited, started = len(llm._scheduler.running), llm._executor.waited, _now()
+            step()
+            took = _now() - started
+            steps.append((rows, took - (llm._executor.waited - waited)))
+        with trace() as intervals:
+            for _ in range(traced):
+                step()
+    finally:
+        llm._drop(requests)
+    most = max(rows for rows, _ in steps)
+    host = [seconds for rows, seconds in steps if rows == most]
+    return Observed(host, busy_share(intervals), covered(intervals) / traced)
+
+
+def _now() -> float:
+    return time.perf_counter()
+
+
+def _all_decode(llm: LLM, requests: int) -> bool:
+    """Whether as many run as can, and all their prompts are computed."""
+    scheduler = llm._scheduler
+    full = len(scheduler.running) == min(requests, scheduler.max_num_seqs)
+    return (full or not scheduler._waiting) and all(s.remaining <= 1 for s in scheduler.running)
+
+
+class Text:
+    """The embedded model's tokenizer, for the tokens of any model: what text costs the host.
+
+    Random weights draw every token alike, text does not: tokens are folded onto 4,096 of the first
+    ones, which are the most frequent, without the single bytes.
+
+    Raises:
+        UserError: the embedded model is not there.
+    """
+
+    def __init__(self) -> None:
+        from ..model.gguf_file import GgufFile
+        from ..model.gguf_tokenizer import load_tokenizer
+
+        path = embedded_model_path()
+        if path is None:
+            raise UserError(f"--busy makes text with the embedded model's tokenizer: {INSTALL}")
+        self._tokenizer = load_tokenizer(GgufFile(path), 1)
+        self.backend_tokenizer = self._tokenizer.backend_tokenizer
+
+    FIRST, TOKENS = 512, 4096
+    eos_token_id = None
+
+    def __len__(self) -> int:
+        return self.TOKENS
+
+    def decode(self, tokens: list[int], **options: Any) -> Any:
+        """As of a tokenizer of transformers."""
+        return self._tokenizer.decode(
+            [self.FIRST + token % self.TOKENS for token in tokens], **options
+        )
