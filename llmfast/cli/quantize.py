@@ -74,9 +74,9 @@ class Choice:
         import llmfast
 
         from ..measure.texts import read_text
-        from ..quantization.attached import weights_of
+        from ..quantization.attached import is_rounded
 
-        if weights_of(model) is not None:
+        if is_rounded(model):
             raise UserError("the model has quantized weights already; give the one they came from")
         ids = None
         if self.method != "nearest":

@@ -14,7 +14,7 @@ from ..model.proof import Proof
 from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
-from ..quantization.attached import weights_of
+from ..quantization.attached import packed_weights_of
 from ..quantization.weights import QuantizedWeight
 from .blocks import BlockOperations, Linear, Run
 from .build import Blocks, build_blocks
@@ -69,13 +69,14 @@ class StepModel(Protocol):
 def make_step_model(model: PreTrainedModel) -> StepModel:
     """Blocks where every layer has a recipe, else the model's own layers with our attention.
 
-    Quantized weights that the model carries run in their own bits in blocks.
+    Quantized weights that the model carries run in their own bits in blocks, on the CPU only if
+    they were asked for.
 
     Raises:
         NotTraced: neither computes what the model does.
     """
     try:
-        return BlockModel(model, weights=weights_of(model))
+        return BlockModel(model, weights=packed_weights_of(model, model.device))
     except NotTraced as error:
         reason = str(error)
     try:
@@ -108,8 +109,8 @@ class BlockModel:
         Args:
             model: in evaluation mode. The weights of its merged projections become views.
             max_length: the longest sequence there will be; :meth:`resize` changes it.
-            weights: of linear layers, by their names in the model; four-bit ones are packed. Where
-                layers of one input differ in form, what the model has is used. The model must hold
+            weights: of linear layers, by their names in the model; they are packed. Where layers
+                of one input differ in form, what the model has is used. The model must hold
                 their dequantized values while this runs: they are what the proofs compare with.
             operations: of the blocks; None: the kernels, on the CPU their references.
             proving: the operations that norms and MLPs are recognised with.
@@ -154,8 +155,10 @@ class BlockModel:
     def describe(self) -> str:
         recipes = ", ".join(self.built.recipes)
         text = f"{len(self.built.blocks)} blocks run the recipe {recipes}"
-        if packed := len(self.built.packed):
-            text += f", {packed} of their {4 * len(self.built.blocks)} linear layers in four bits"
+        for bits, name in ((4, "four"), (8, "eight")):
+            if packed := sum(w.bits == bits for w in self.built.packed):
+                text += f", {packed} of their {4 * len(self.built.blocks)} linear layers in {name}"
+                text += " bits"
         return text
 
 

@@ -94,10 +94,8 @@ NORM = [
 ]
 ACTIVATION = [
     _activation("silu", "bf16", 14336, "sm_90", merged=True),
-    _activation("silu", "fp16", 14336, "sm_80", merged=False),
     _activation("gelu_tanh", "bf16", 14336, "sm_100", merged=False),
-    _activation("gelu", "fp16", 14336, "sm_100", merged=True),
-    _activation("silu", "bf16", 14336, "gfx942", merged=False),
+    _activation("gelu", "fp16", 14336, "sm_80", merged=False),
     _activation("gelu_tanh", "fp16", 14336, "gfx942", merged=True),
 ]
 

@@ -251,7 +251,7 @@ def test_four_bit_weights_are_the_runner_s_and_the_peer_has_its_own(tiny, monkey
 
     monkeypatch.setattr(Measured, "add_times", add_times)
     case = Case(1, 20, 5)
-    found = measure_decode(tiny, [case], repeats=1, group_size=32)
+    found = measure_decode(tiny, [case], repeats=1, weights="int4-g32")
     assert {(row.impl, parse_case(row.case)["weights"]) for row in found.rows} == {
         ("llmfast", "int4-g32"),
         ("transformers", "fp32"),
