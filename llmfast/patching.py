@@ -27,6 +27,7 @@ from .quantization.attached import (
     weights_of,
 )
 from .quantization.driver import WEIGHTS, Quantized, quantize
+from .quantization.released import reacquire
 
 GENERATE = "generate"
 # with eight bits one scale an output loses little, and any number of inputs can have it
@@ -60,10 +61,11 @@ def patch(
     the reason is logged once. docs/runner.md has the list.
 
     With ``weights``, the linear layers of the decoder get weights of four or eight bits, and
-    ``generate`` reads those. The parameters hold the dequantized values, so that the model's own
-    forward computes with the same weights: it takes as much memory as before, and the packed
-    weights come on top. What the parameters held is kept in the CPU's memory and put back by
-    :func:`unpatch`, whatever has been written to them since.
+    ``generate`` reads those. The model's own forward computes with the same weights: on a GPU its
+    layers multiply with the packed ones too, and their parameters hold nothing but a shape until
+    :func:`unpatch` (``state_dict`` has the dequantized values all the same); on the CPU the
+    parameters hold the dequantized values. What they held before is kept in the CPU's memory and
+    put back by :func:`unpatch`, whatever has been written to them since.
 
     Args:
         model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
@@ -166,8 +168,7 @@ def _attach(
     bits = sorted({w.bits for w in weights.weights.values()})
     return [
         f"weights: {len(weights.weights)} linear layers are rounded to "
-        f"{' and '.join(NUMBERS[b] for b in bits)} bits; the parameters hold the dequantized "
-        "values until unpatch."
+        f"{' and '.join(NUMBERS[b] for b in bits)} bits until unpatch."
     ]
 
 
@@ -198,8 +199,9 @@ def unpatch(model: PreTrainedModel) -> None:
     from .runner.generate import give_back
 
     swap_out(model)
+    detach(model)  # first, so that nothing is dequantized only to be replaced
     give_back(model)
-    detach(model)
+    reacquire(model)  # of a copy, which has no runner
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def _measure_ours(
             direct.append(_run(runner, prompts.flatten(), [case.prompt] * case.batch, case.tokens))
             if index == 0 and cuda:  # generate is the same runner's: nothing is added by it
                 peak = torch.cuda.max_memory_allocated(model.device)
-                weights = _weight_bytes(model) + takeover.blocks.packed_bytes
+                weights = _held_bytes(model) + takeover.blocks.packed_bytes
                 over = (peak - weights - runner.cache.nbytes) / 2**30
                 exact = Estimate(over, over, over)
                 found.add(OURS, case.key, "peak_over_weights_cache_gib", exact, 1)
@@ -361,6 +361,12 @@ def _windows(config: Any) -> list[float]:
 
 def _weight_bytes(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _held_bytes(model: Any) -> int:
+    """Of parameters, as far as there is memory behind them."""
+    storages = (parameter.untyped_storage() for parameter in model.parameters())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _prompts(model: Any, case: Case) -> torch.Tensor:

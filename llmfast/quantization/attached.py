@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UserError
 from .driver import Quantized, replaced_by
+from .released import forget
 from .weights import QuantizedWeight
 
 _ATTRIBUTE = "_llmfast_weights"
@@ -132,6 +133,7 @@ def detach(model: nn.Module) -> None:
     for name, value in found.before.items():
         if name in parameters:
             parameters[name].data = value.to(parameters[name])
+            forget(model.get_submodule(name.rpartition(".")[0]))
     if found.under is None:
         delattr(model, _ATTRIBUTE)
     else:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmfast_kernels import int4_linear, int8_linear, pack_int4
+from llmfast_kernels.linear.int4_layout import dequantize_int4
+from llmfast_kernels.linear.reference import dequantize_int8
 
 from .weights import QuantizedWeight
 
@@ -84,6 +86,18 @@ class PackedWeight:
             zeros=zeros,
             minima=minima,
         )
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight ``[n, k]``, computed in float32 and rounded to the scales' dtype."""
+        exact = torch.promote_types(self.scales.dtype, torch.float32)
+        form = (self.group_size, exact, self.minima)
+        if self.bits == 4:
+            w = dequantize_int4(self.codes, self.scales, self.zeros, self.k, *form)
+        else:
+            w = dequantize_int8(self.codes, self.scales, self.zeros, *form)
+        if self.permutation is not None:
+            w = w[:, self.permutation.argsort()]
+        return w.to(self.scales.dtype)
 
     def linear(
         self,

@@ -30,6 +30,7 @@ class Blocks:
     blocks: list[Block]
     tables: list[RopeTable]
     merged: list[MergedLinears]
+    parts: dict[str, PackedWeight]  # of packed weights, by the names of the model's linear layers
     proofs: list[Proof]  # of the layers that differ in more than their weights
 
     @property
@@ -89,13 +90,20 @@ def build_blocks(
         NotTraced: no recipe computes what a layer does.
     """
     tables: dict[int, int] = {}
-    result = Blocks([], [], [], [])
+    result = Blocks([], [], [], {}, [])
     chosen: dict[Any, _Guess] = {}
     names = {module: name for name, module in trace.shadow.named_modules()}
 
     def pack(layers: list[nn.Linear]) -> Linear | None:
         found = [weights.get(names[layer]) for layer in layers]
-        return _pack(layers, [w for w in found if w is not None])
+        linear = _pack(layers, [w for w in found if w is not None])
+        if linear is not None and isinstance(linear.weight, PackedWeight):
+            start = 0
+            for layer in layers:
+                stop = start + layer.out_features
+                result.parts[names[layer]] = linear.weight.rows(start, stop)
+                start = stop
+        return linear
 
     def merge(layers: list[nn.Linear]) -> Linear:
         merged = MergedLinears(layers)
