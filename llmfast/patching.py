@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from .quantization.attached import (
     weights_of,
 )
 from .quantization.driver import WEIGHTS, Quantized, quantize
+from .quantization.forecast import Forecast, forecast
 from .quantization.released import reacquire
 
 GENERATE = "generate"
@@ -65,7 +68,8 @@ def patch(
     layers multiply with the packed ones too, and their parameters hold nothing but a shape until
     :func:`unpatch` (``state_dict`` has the dequantized values all the same); on the CPU the
     parameters hold the dequantized values. What they held before is kept in the CPU's memory and
-    put back by :func:`unpatch`, whatever has been written to them since.
+    put back by :func:`unpatch`, whatever has been written to them since. What the choice will save
+    is printed to stderr before the work starts.
 
     Args:
         model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
@@ -154,6 +158,7 @@ def _attach(
                     f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
                 )
             group_size = GROUP_SIZE[weights]
+        told = partial(forecast, model, bits=WEIGHTS[weights], group_size=group_size)
         dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
         with evaluating(model):
             weights = quantize(
@@ -163,13 +168,24 @@ def _attach(
                 group_size=group_size,
                 calibration=calibration,
                 scale_dtype=dtype,
+                on_progress=lambda _, done, __: None if done else _say(told()),
             )
+    elif weights.weights:
+        w = next(iter(weights.weights.values()))
+        group = w.group_size if w.groups > 1 else None
+        _say(forecast(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
     attach(model, weights)
-    bits = sorted({w.bits for w in weights.weights.values()})
+    kinds = sorted({w.bits for w in weights.weights.values()})
     return [
         f"weights: {len(weights.weights)} linear layers are rounded to "
-        f"{' and '.join(NUMBERS[b] for b in bits)} bits until unpatch."
+        f"{' and '.join(NUMBERS[bits] for bits in kinds)} bits until unpatch."
     ]
+
+
+def _say(told: Forecast) -> None:
+    """To stderr: a library's log is not shown unless somebody asks for it."""
+    for line in told.lines():
+        print(f"llmfast: {line}", file=sys.stderr)
 
 
 def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:

@@ -62,6 +62,22 @@ class Choice:
                 f"--calibration-tokens must be at least 1; got {self.calibration_tokens}"
             )
 
+    def forecast(self, model: Any) -> list[str]:
+        """What the weights will take and save, in lines.
+
+        Raises:
+            UserError: a model without decoder layers.
+        """
+        from ..quantization.driver import WEIGHTS
+        from ..quantization.forecast import forecast
+
+        return forecast(
+            model,
+            bits=WEIGHTS[self.weights],
+            group_size=self.group_size or None,
+            symmetric=not self.zero_points,
+        ).lines()
+
     def find(self, model: Any, tokenizer: Any, on_progress: Progress | None = None) -> Quantized:
         """Find the codes of ``model``.
 
@@ -136,7 +152,14 @@ def quantize_command(
         read_text(calibration)  # before minutes of loading
     loaded = ui.load(model, device=device, dtype=dtype)
     with ui.progress("Quantizing") as step:
-        found = choice.find(loaded.model, loaded.tokenizer, step)
+
+        def tell(what: str, done: int, total: int) -> None:
+            if done == 0:  # all is checked, and the work starts
+                for line in choice.forecast(loaded.model):
+                    ui.note(line)
+            step(what, done, total)
+
+        found = choice.find(loaded.model, loaded.tokenizer, tell)
     for name, why in found.plain.items():
         ui.note(f"{name}: {why}")
     with ui.progress(f"Writing {out}"):

@@ -87,7 +87,8 @@ def quantize(
         scale_dtype: what scales are stored in.
         gptq_settings: damping and order of GPTQ.
         awq_settings: the exponents and clips that AWQ tries.
-        on_progress: called as ``on_progress("quantizing layers", done, total)``.
+        on_progress: called as ``on_progress("quantizing layers", done, total)``, first with 0 done
+            when everything has been checked.
 
     Raises:
         UserError: a choice that is not listed above, weights that are not finite, a group size that
@@ -105,15 +106,17 @@ def quantize(
     prefix, layers = decoder_layers(model)
     _check_model(model, prefix, layers, scheme)
     result = Quantized()
+    tell = on_progress or _say_nothing
     if method == "nearest":
+        tell("quantizing layers", 0, len(layers))
         for done, layer in enumerate(layers, 1):
             for name, part in linears(layer).items():
                 result.weights[f"{prefix}.{done - 1}.{name}"] = nearest(part.weight, scheme)
-            if on_progress is not None:
-                on_progress("quantizing layers", done, len(layers))
+            tell("quantizing layers", done, len(layers))
         return result
 
     sequences = _sequences(model, layers, calibration, method, window)
+    tell("quantizing layers", 0, len(layers))
     device = model.get_input_embeddings().weight.device
     captured = [capture(model, layers, row[None].to(device)) for row in sequences]
     probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
@@ -131,9 +134,12 @@ def quantize(
         with _replaced(_values("quantize", layer, found)):
             hidden = [run_layer(layer, x, call) for x, call in zip(hidden, calls, strict=True)]
         result.add(f"{prefix}.{index}", found)
-        if on_progress is not None:
-            on_progress("quantizing layers", index + 1, len(layers))
+        tell("quantizing layers", index + 1, len(layers))
     return result
+
+
+def _say_nothing(what: str, done: int, total: int) -> None:
+    pass
 
 
 @contextmanager
