@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,8 +79,14 @@ class Choice:
             symmetric=not self.zero_points,
         ).lines()
 
-    def find(self, model: Any, tokenizer: Any, on_progress: Progress | None = None) -> Quantized:
-        """Find the codes of ``model``.
+    def find(
+        self,
+        model: Any,
+        tokenizer: Any,
+        on_progress: Progress | None = None,
+        work: Path | None = None,
+    ) -> Quantized:
+        """Find the codes of ``model``; ``work`` is the folder for finished layers.
 
         Raises:
             UserError: as :func:`llmfast.quantize`, a text that cannot be read, or a model whose
@@ -108,6 +115,7 @@ class Choice:
             symmetric=not self.zero_points,
             calibration=ids,
             window=min(512, longest),
+            work=work,
             on_progress=on_progress,
         )
         return found
@@ -138,7 +146,8 @@ def quantize_command(
     """Round the linear layers of a model to 4 or 8 bits, and save it as safetensors.
 
     The folder is in the format pack-quantized of compressed-tensors, which llmfast.load and other
-    engines read.
+    engines read. Finished layers are kept beside it while the work goes on: the same command
+    continues an interrupted run.
     """
     choice = Choice(weights, method, group_size, zero_points, calibration, calibration_tokens)
     choice.check()
@@ -151,20 +160,25 @@ def quantize_command(
 
         read_text(calibration)  # before minutes of loading
     loaded = ui.load(model, device=device, dtype=dtype)
+    work = out.absolute().with_name(f".{out.name}.work")
+    going_on = work.is_dir()
     with ui.progress("Quantizing") as step:
 
         def tell(what: str, done: int, total: int) -> None:
             if done == 0:  # all is checked, and the work starts
+                if going_on:
+                    ui.note(f"going on with the finished layers in {work}")
                 for line in choice.forecast(loaded.model):
                     ui.note(line)
             step(what, done, total)
 
-        found = choice.find(loaded.model, loaded.tokenizer, tell)
+        found = choice.find(loaded.model, loaded.tokenizer, tell, work)
     for name, why in found.plain.items():
         ui.note(f"{name}: {why}")
     with ui.progress(f"Writing {out}"):
         import llmfast
 
         llmfast.save_quantized(loaded.model, loaded.tokenizer, found, out)
+    shutil.rmtree(work, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(found.weights)} linear layers in {choice.label}, {size / 2**20:.0f} MiB")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from .methods import (
     nearest,
 )
 from .weights import QuantizedWeight
+from .work import WorkFolder, fingerprint_of
 
 WEIGHTS = {"int4": 4, "int8": 8}
 METHODS = ("nearest", "gptq", "awq")
@@ -67,6 +69,7 @@ def quantize(
     scale_dtype: torch.dtype = torch.float16,
     gptq_settings: GptqSettings | None = None,
     awq_settings: AwqSettings | None = None,
+    work: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Quantized:
     """Find codes for the linear layers of every decoder layer; embeddings and lm_head stay.
@@ -87,6 +90,9 @@ def quantize(
         scale_dtype: what scales are stored in.
         gptq_settings: damping and order of GPTQ.
         awq_settings: the exponents and clips that AWQ tries.
+        work: a folder for finished layers, made here if it is not there; the same call goes on from
+            what it holds. It stays, for the caller to delete. None: an interrupted call begins
+            anew.
         on_progress: called as ``on_progress("quantizing layers", done, total)``, first with 0 done
             when everything has been checked.
 
@@ -94,7 +100,7 @@ def quantize(
         UserError: a choice that is not listed above, weights that are not finite, a group size that
             does not divide a layer's inputs, a calibration that is missing, too short or holds ids
             that are no tokens of the model, a model in training mode or changed by
-            ``llmfast.patch``.
+            ``llmfast.patch``, a work folder that is of other work or cannot be written.
 
     Papers: GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978.
     """
@@ -105,41 +111,84 @@ def quantize(
     scheme = Scheme(WEIGHTS[weights], group_size, symmetric, scale_dtype)
     prefix, layers = decoder_layers(model)
     _check_model(model, prefix, layers, scheme)
+    sequences = None
+    if method != "nearest":
+        sequences = _sequences(model, layers, calibration, method, window)
+    finished = None
+    if work is not None:
+        settings = {"gptq": gptq_settings, "awq": awq_settings}.get(method)
+        choices = {"method": method, "scheme": scheme, "settings": settings}
+        finished = WorkFolder(work, fingerprint_of(model, **choices, calibration=sequences))
     result = Quantized()
-    tell = on_progress or _say_nothing
-    if method == "nearest":
-        tell("quantizing layers", 0, len(layers))
-        for done, layer in enumerate(layers, 1):
-            for name, part in linears(layer).items():
-                result.weights[f"{prefix}.{done - 1}.{name}"] = nearest(part.weight, scheme)
-            tell("quantizing layers", done, len(layers))
-        return result
-
-    sequences = _sequences(model, layers, calibration, method, window)
-    tell("quantizing layers", 0, len(layers))
-    device = model.get_input_embeddings().weight.device
-    captured = [capture(model, layers, row[None].to(device)) for row in sequences]
-    probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
-    hidden = [one.hidden for one in captured]
-    for index, layer in enumerate(layers):
-        calls = [one.calls[index] for one in captured]
-        with gathering(layer) as statistics:
-            for x, call in zip(hidden, calls, strict=True):
-                run_layer(layer, x, call)
-        if method == "gptq":
-            found = _gptq_layer(layer, statistics, scheme, gptq_settings)
-        else:
-            folds = find_folds(layer, probe.hidden, probe.calls[index])
-            found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
-        with _replaced(_values("quantize", layer, found)):
-            hidden = [run_layer(layer, x, call) for x, call in zip(hidden, calls, strict=True)]
+    steps = (
+        _rounded(layers, scheme, finished)
+        if sequences is None
+        else _calibrated(
+            model, layers, sequences, scheme, gptq_settings, awq_settings, method, finished
+        )
+    )
+    if on_progress is not None:
+        on_progress("quantizing layers", 0, len(layers))
+    for index, found in enumerate(steps):
+        # off the GPU: all layers' codes together are half as large as the model
+        found.weights.update({name: w.to("cpu") for name, w in found.weights.items()})
         result.add(f"{prefix}.{index}", found)
-        tell("quantizing layers", index + 1, len(layers))
+        if on_progress is not None:
+            on_progress("quantizing layers", index + 1, len(layers))
     return result
 
 
-def _say_nothing(what: str, done: int, total: int) -> None:
-    pass
+def _rounded(
+    layers: nn.ModuleList, scheme: Scheme, finished: WorkFolder | None
+) -> Iterator[Quantized]:
+    """Each layer rounded to nearest."""
+    for index, layer in enumerate(layers):
+        found = None if finished is None else finished.load(index, torch.device("cpu"))
+        if found is None:
+            parts = linears(layer).items()
+            found = Quantized({name: nearest(part.weight, scheme) for name, part in parts})
+            if finished is not None:
+                finished.save(index, found)
+        yield found
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    sequences: torch.Tensor,
+    scheme: Scheme,
+    gptq_settings: GptqSettings | None,
+    awq_settings: AwqSettings | None,
+    method: str,
+    finished: WorkFolder | None,
+) -> Iterator[Quantized]:
+    """Each layer by GPTQ or AWQ, on what the layers before it give; some may be finished."""
+    device = model.get_input_embeddings().weight.device
+    hidden, all_calls = [], []
+    for row in sequences:
+        captured = capture(model, layers, row[None].to(device))
+        hidden.append(captured.hidden)
+        all_calls.append(captured.calls)
+    probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
+    for index, layer in enumerate(layers):
+        calls = [of_layers[index] for of_layers in all_calls]
+        found = None if finished is None else finished.load(index, device)
+        if found is None:
+            with gathering(layer) as statistics:
+                for x, call in zip(hidden, calls, strict=True):
+                    run_layer(layer, x, call)
+            if method == "gptq":
+                found = _gptq_layer(layer, statistics, scheme, gptq_settings)
+            else:
+                folds = find_folds(layer, probe.hidden, probe.calls[index])
+                found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
+            del statistics
+            if finished is not None:
+                finished.save(index, found)
+        with _replaced(_values("quantize", layer, found)):
+            for at, call in enumerate(calls):  # in place: inputs and outputs are not both held
+                hidden[at] = run_layer(layer, hidden[at], call)
+        yield found
 
 
 @contextmanager
