@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.shadow import PATCH
-from .decoder import capture, decoder_layers, gathering, linears, run_layer
+from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
 from .folds import Fold, find_folds
 from .methods import (
     AwqSettings,
@@ -164,11 +164,20 @@ def _calibrated(
 ) -> Iterator[Quantized]:
     """Each layer by GPTQ or AWQ, on what the layers before it give; some may be finished."""
     device = model.get_input_embeddings().weight.device
-    hidden, all_calls = [], []
+    hidden: list[torch.Tensor] = []
+    all_calls: list[list[Call]] = []
+    layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
+    home = device
     for row in sequences:
         captured = capture(model, layers, row[None].to(device))
-        hidden.append(captured.hidden)
-        all_calls.append(captured.calls)
+        if captured.hidden.nbytes * len(sequences) > layer_bytes:
+            home = torch.device("cpu")  # what all hidden states together must not take on a GPU
+        hidden.append(captured.hidden.to(home))
+        # masks and rotary tables are mostly those of every sequence
+        like = all_calls[0] if all_calls else captured.calls
+        all_calls.append(
+            [call.sharing(first) for call, first in zip(captured.calls, like, strict=True)]
+        )
     probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
     for index, layer in enumerate(layers):
         calls = [of_layers[index] for of_layers in all_calls]
@@ -176,7 +185,7 @@ def _calibrated(
         if found is None:
             with gathering(layer) as statistics:
                 for x, call in zip(hidden, calls, strict=True):
-                    run_layer(layer, x, call)
+                    run_layer(layer, x.to(device), call)
             if method == "gptq":
                 found = _gptq_layer(layer, statistics, scheme, gptq_settings)
             else:
@@ -187,7 +196,7 @@ def _calibrated(
                 finished.save(index, found)
         with _replaced(_values("quantize", layer, found)):
             for at, call in enumerate(calls):  # in place: inputs and outputs are not both held
-                hidden[at] = run_layer(layer, hidden[at], call)
+                hidden[at] = run_layer(layer, hidden[at].to(device), call).to(home)
         yield found
 
 
@@ -265,10 +274,23 @@ def _gptq_layer(
     scheme: Scheme,
     settings: GptqSettings | None,
 ) -> Quantized:
-    found = Quantized()
-    for name, part in linears(layer).items():
+    parts = linears(layer)
+    together: dict[int, list[str]] = {}  # layers of one input share the work on its statistics
+    for name in parts:
         if name in statistics:
-            found.weights[name] = gptq(part.weight, statistics[name], scheme, settings)
+            together.setdefault(id(statistics[name]), []).append(name)
+    weights: dict[str, QuantizedWeight] = {}
+    for names in together.values():
+        stacked = torch.cat([parts[name].weight for name in names])
+        whole = gptq(stacked, statistics[names[0]], scheme, settings)
+        rows = torch.arange(len(stacked), device=stacked.device)
+        sizes = [parts[name].out_features for name in names]
+        for name, own in zip(names, torch.split(rows, sizes), strict=True):
+            weights[name] = whole.rows(own)
+    found = Quantized()
+    for name, part in parts.items():
+        if name in weights:
+            found.weights[name] = weights[name]
         else:
             found.weights[name] = nearest(part.weight, scheme)
             found.plain[name] = "no token of the calibration reached it"
