@@ -23,6 +23,7 @@ from .launch import block_m
 
 MAX_TOKENS = 128
 MIDDLE = 128  # the code that stands for 0 where there are no zero points
+STAGED = 72 * 1024  # bytes of codes and inputs on their way to a program of tiles
 DEQUANTIZED = (32, 128)  # rows and columns of a program
 WHOLE = 128  # columns that are summed at a time where all have one scale
 
@@ -53,9 +54,10 @@ def choose_int8_launch(k: int, group: int, tokens: int) -> Int8Launch:
         block_k = max(min(2048, 1 << (k - 1).bit_length()), group)
         # 64 bytes of codes on their way to each thread
         return Int8Launch("gemv", 4, block_k, max(block_k // 512, 1), 1)
-    if tokens <= 32:
-        return Int8Launch("tiles", 32, group, 4, 6)
-    return Int8Launch("tiles", 64, group, 4, 2)
+    block_n = 32 if tokens <= 32 else 64
+    num_warps = min(block_n * group // 512, 4)  # 16 bytes of a tile for each thread
+    stage = (block_n + 2 * block_m(tokens)) * group
+    return Int8Launch("tiles", block_n, group, num_warps, max(2, min(STAGED // stage, 16)))
 
 
 @triton.jit
