@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .driver import Quantized
 
 _FINGERPRINT = "fingerprint.json"
+_FORMAT = "1"  # of the files, and of what the methods find: raise it when either changes
 _SAMPLES = 64  # of each parameter's values, evenly spaced
 _TENSORS = ("codes", "scales", "zeros", "minima", "g_idx")
 
@@ -136,7 +137,7 @@ def fingerprint_of(model: nn.Module, **choices: Any) -> dict[str, Any]:
         step = max(1, len(flat) // _SAMPLES)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(flat[::step].double().cpu().numpy().tobytes())
-    found = {"model": digest.hexdigest()}
+    found = {"model": digest.hexdigest(), "format": _FORMAT}
     for name, value in choices.items():
         if isinstance(value, torch.Tensor):
             values = hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest()
