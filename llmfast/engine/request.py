@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .structured import Matcher
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -80,6 +84,7 @@ class Answer:
     seed: int
     stop_tokens: frozenset[int]
     bad_words: tuple[tuple[int, ...], ...] = ()
+    matcher: Matcher | None = None  # of what it must look like
     num_output: int = 0
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)

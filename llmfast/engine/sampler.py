@@ -36,6 +36,7 @@ def is_plain(answer: Answer) -> bool:
         penalties == (0, 0, 1)
         and not (p.logit_bias or p.allowed_token_ids or answer.bad_words or p.logits_processors)
         and p.logprobs is None
+        and answer.matcher is None
         and not answer.sequence.scores_prompt
         and answer.position >= p.min_tokens
     )
@@ -149,7 +150,7 @@ def _bias(
             bias |= dict.fromkeys(answer.stop_tokens, -math.inf)
         if answer.bad_words:
             bias |= dict.fromkeys(_ends_of_bad_words(answer), -math.inf)
-        if bias or p.allowed_token_ids:
+        if bias or p.allowed_token_ids or answer.matcher is not None:
             biases[row] = bias
     if not biases:
         return None
@@ -161,6 +162,9 @@ def _bias(
         if bias:
             tokens = torch.tensor(list(bias), device=logits.device)
             result[row, tokens] += torch.tensor(list(bias.values()), device=logits.device)
+        matcher = answers[row].matcher
+        if matcher is not None:
+            result[row, matcher.barred().to(logits.device)] = -math.inf
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,60 @@ if TYPE_CHECKING:
 
 LogitsProcessor = Callable[[list[int], "torch.Tensor"], "torch.Tensor"]
 _LARGEST = 3.0e38  # the sampler computes in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What an answer must look like; one of the first five, with the names that vLLM uses.
+
+    Attributes:
+        json: a JSON schema, as a dictionary or as text; the text is what is kept.
+        regex: a regular expression that the whole answer matches.
+        choice: texts, of which the answer is one.
+        grammar: a context-free grammar in EBNF; its first rule is ``root``.
+        json_object: True: any JSON object.
+        disable_any_whitespace: no whitespace in JSON but what the usual separators have.
+
+    Raises:
+        ValueError: a value that is not allowed, or none or several of the first five.
+        TypeError: a parameter that there is not.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise _wrong("structured_outputs", f"exactly one of {', '.join(kinds)}", got)
+        if isinstance(self.json, Mapping):
+            try:
+                object.__setattr__(self, "json", json.dumps(self.json))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"SamplingParams: structured_outputs.json: {error}") from None
+        for name in ("json", "regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                wanted = "a text" if name != "json" else "a dictionary or a text"
+                raise _wrong(f"structured_outputs.{name}", wanted, getattr(self, name))
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise _wrong(f"structured_outputs.{name}", "True or False", getattr(self, name))
+        choice = self.choice
+        if choice is not None:
+            if (
+                isinstance(choice, str)
+                or not isinstance(choice, Sequence)
+                or not (choice and all(isinstance(text, str) and text for text in choice))
+            ):
+                wanted = "a list of at least one text, none empty"
+                raise _wrong("structured_outputs.choice", wanted, choice)
+            object.__setattr__(self, "choice", tuple(choice))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +103,10 @@ class SamplingParams:
             token: the list of the answer's token ids so far, and the raw logits ``[vocabulary]``,
             a copy, on the model's device. Penalties and all that follows see what they return.
             They run on the host, one row at a time. One that raises ends its request.
+        structured_outputs: what the answer must look like: a :class:`StructuredOutputsParams`, or
+            a dictionary of its parameters. Tokens that do not fit are barred, and the answer ends
+            with an end token of the model when it is whole, in spite of ``ignore_eos``; one that
+            ``max_tokens`` cuts off is not whole. Wants the package ``xgrammar``.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -74,6 +133,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str | Sequence[int]] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._integer("n", 1)
@@ -129,6 +189,18 @@ class SamplingParams:
             wanted = "a dictionary from token ids to finite numbers or -inf"
             raise _wrong("logit_bias", wanted, self.logit_bias)
         object.__setattr__(self, "logit_bias", dict(bias))
+        structure = self.structured_outputs
+        if isinstance(structure, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**structure))
+        elif not isinstance(structure, StructuredOutputsParams | None):
+            wanted = "StructuredOutputsParams, or a dictionary of its parameters"
+            raise _wrong("structured_outputs", wanted, structure)
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """``structured_outputs`` as it is kept."""
+        assert not isinstance(self.structured_outputs, Mapping)
+        return self.structured_outputs
 
     def _integer(
         self, name: str, low: int, high: int | None = None, *, optional: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,16 +21,9 @@ class Step:
     block_table: torch.Tensor  # int32 [B, max_blocks]
     max_query_len: int  # no sequence has more tokens in this step
     max_context_len: int | None = None  # about the longest context, for the number of programs
-    decodes: int = 0  # so many sequences stand first that have one token each
-
-    @cached_property
-    def _rest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the sequences after ``decodes``: where they begin, their contexts, their tables.
-
-        Copies, once a step: kernels are compiled and launched faster for aligned pointers.
-        """
-        n = self.decodes
-        return self.query_start[n:] - n, self.context_len[n:].clone(), self.block_table[n:].clone()
+    max_prompts: int | None = (
+        None  # no more sequences have several tokens; None: one kernel for all
+    )
 
     def attend(
         self,
@@ -41,37 +33,20 @@ class Step:
         values: torch.Tensor,
         **options: Any,
     ) -> torch.Tensor:
-        """Attention of the step's queries ``[T, Hq, D]`` over a layer's cache, by an operation.
-
-        Single tokens and prompts go apart, since each would take the tiles of the other.
-        """
-
-        def of(
-            q: torch.Tensor,
-            longest: int,
-            start: torch.Tensor,
-            context_len: torch.Tensor,
-            block_table: torch.Tensor,
-        ) -> torch.Tensor:
-            out: torch.Tensor = paged_attention(
-                q,
-                keys,
-                values,
-                query_start=start,
-                context_len=context_len,
-                block_table=block_table,
-                max_query_len=longest,
-                max_context_len=self.max_context_len,
-                **options,
-            )
-            return out
-
-        n, longest = self.decodes, self.max_query_len
-        if longest == 1 or not 0 < n < len(self.context_len):
-            return of(q, longest, self.query_start, self.context_len, self.block_table)
-        # the first n sequences are the first n tokens
-        first = of(q[:n], 1, self.query_start[: n + 1], self.context_len[:n], self.block_table[:n])
-        return torch.cat((first, of(q[n:], longest, *self._rest)))
+        """Attention of the step's queries ``[T, Hq, D]`` over a layer's cache, by an operation."""
+        out: torch.Tensor = paged_attention(
+            q,
+            keys,
+            values,
+            query_start=self.query_start,
+            context_len=self.context_len,
+            block_table=self.block_table,
+            max_query_len=self.max_query_len,
+            max_context_len=self.max_context_len,
+            max_prompts=self.max_prompts,
+            **options,
+        )
+        return out
 
 
 @dataclass

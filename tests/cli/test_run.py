@@ -1,6 +1,7 @@
 """`llmfast run`: answers of a file of prompts, once each, whatever comes in between."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -148,6 +149,14 @@ def test_bad_lines_are_named_and_the_others_answered(loaded, files):
         assert f"prompts.jsonl, line {number}: " in line and words in line
     assert set(by_key(files)) == {"twice", len(cases)}
     assert texts(by_key(files)["twice"]) == own_answer("AB")
+
+
+def test_structured_output_without_xgrammar(loaded, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    put(files[0], {"prompt": "AB", "structured_outputs": {"regex": "[ab]{5}"}})
+    result = run(files)
+    assert result.exit_code == 2
+    assert "xgrammar: pip install 'llmfast[structured]'" in " ".join(result.stderr.split())
 
 
 def test_files_that_cannot_be(loaded, files, tmp_path):

@@ -57,6 +57,7 @@ def _attention(
     )
     constexprs: dict[str, object] = {
         "CAUSAL": "full" not in asked and "tree" not in asked,
+        "MIXED": "mixed" in asked,
         "BLOCK_SIZE": int(block_size[1]) if block_size else None,
         "GROUP": GROUP,
         "HEAD_DIM": dim,
@@ -68,7 +69,7 @@ def _attention(
     constexprs |= dict.fromkeys(optional - signature.keys())
     num_warps, num_stages = launch_options.pop("num_warps"), launch_options.pop("num_stages")
     if kernel == "prefill":
-        signature["n_heads"] = "i32"
+        signature |= {"n_heads": "i32", "batch": "i32"}
     else:
         signature |= {"n_kv_heads": "i32", "num_splits": "i32"}
         if launch_options["SPLIT"]:
@@ -159,9 +160,9 @@ VARIANTS = [
     _prefill("sm_80", "fp16", 64, "full softcap varlen"),
     _prefill("sm_80", "fp32", 128, "softcap offset keys"),
     _prefill("sm_80", "bf16", 256, "paged=16 sinks lse"),
-    _prefill("sm_100", "bf16", 128, "paged=16 window softcap"),
+    _prefill("sm_100", "bf16", 128, "paged=16 window softcap mixed"),
     _decode("sm_90", "bf16", 128, 1, "split"),
-    _decode("sm_90", "bf16", 128, 1, "paged=64 sinks lse"),
+    _decode("sm_90", "bf16", 128, 1, "paged=64 sinks lse mixed"),
     _decode("sm_90", "fp16", 64, 3, "split paged=64 window"),
     _decode("sm_90", "bf16", 256, 16, "split softcap keys"),
     _decode("sm_80", "bf16", 128, 16, "split paged=16 tree"),

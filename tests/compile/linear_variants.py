@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
-from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS, choose_int4_launch
+from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
+from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
 from llmfast_kernels.linear.int8_kernel import WHOLE, choose_int8_launch
 from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
@@ -51,35 +52,50 @@ def _linear(
 def _int4(
     dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, kind: str
 ) -> Variant:
-    launch = choose_int4_launch(n, tokens)
+    everywhere = target == "sm_80"
+    shared_memory = SHARED_LIMIT_EVERYWHERE if everywhere else SHARED_LIMIT[target]
+    launch = choose_int4_launch(n, k, tokens, shared_memory=shared_memory)
     pointer, groups = f"*{dtype}:16", -(-k // group)
     signature = {
         "x_ptr": pointer,
         "packed_ptr": "*i32:16",
         "scales_ptr": pointer,
         "y_ptr": pointer,
-        "n_tokens": "i32",
         "n": "i32",
         "k": "i32" if k % 16 else "i32:16",
         "groups": "i32" if groups % 16 else "i32:16",
+        "exponent": "i32",
     }
     constexprs: dict[str, object] = {
         "bias_ptr": None,
         "residual_ptr": None,
         "GROUP": group,
-        "EVEN_K": k % CHUNK == 0,
-        "BLOCK_M": block_m(tokens),
         "BLOCK_N": launch.block_n,
     }
+    if launch.tier == "gemv":
+        constexprs |= {"BLOCK_W": GEMV_COLUMNS // 8}
+    else:
+        signature |= {"n_tokens": "i32", "per_split": "i32"}
+        constexprs |= {
+            "EVEN_K": k % CHUNK == 0,
+            "SPLITS": launch.splits,
+            "BLOCK_M": launch.block_m,
+        }
+        for name, pointer in (("partial_ptr", "*fp32:16"), ("tickets_ptr", "*i32:16")):
+            if launch.splits > 1:
+                signature[name] = pointer
+            else:
+                constexprs[name] = None
     _kind(kind, dtype, signature, constexprs)
     return Variant(
         name=f"linear/int4-g{group} {kind} {dtype} {tokens}x{k}x{n}",
-        kernel="llmfast_kernels.linear.int4_kernel:_int4_kernel",
+        kernel=f"llmfast_kernels.linear.int4_kernel:_int4_{launch.tier}_kernel",
         signature=signature,
         constexprs=constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         targets=(target,),
+        everywhere=everywhere,
     )
 
 
@@ -160,6 +176,7 @@ def _kind(kind: str, dtype: str, signature: dict[str, str], constexprs: dict[str
 
 VARIANTS = [
     _int4("bf16", 1, 6144, 4096, 128, "sm_90", kind="symmetric"),
+    _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros"),
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima"),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),

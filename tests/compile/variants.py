@@ -15,7 +15,7 @@ from variant import Variant
 from llmfast_kernels.activation.kernel import choose_launch as choose_activation
 from llmfast_kernels.norm.kernel import choose_launch as choose_norm
 
-MAX_COMPILATIONS = 60  # of all families: the gate stays near a minute
+MAX_COMPILATIONS = 62  # of all families: the gate stays near a minute
 
 
 def _norm(
@@ -88,7 +88,6 @@ NORM = [
     _norm("add_rms_norm", "bf16", 4096, "sm_90", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "sm_100", few_rows=True, unit_offset=True),
     _norm("rms_norm", "fp16", 4096, "sm_80", few_rows=True, unit_offset=False),
-    _norm("rms_norm", "bf16", 128, "sm_90", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "sm_80", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "gfx942", few_rows=False, unit_offset=False),
 ]

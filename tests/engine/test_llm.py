@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
 from llmfast.engine import executor, graphs
 from llmfast.engine.executor import Executor
-from llmfast.engine.graphs import buckets
+from llmfast.engine.graphs import buckets, mixed_buckets
 from llmfast.errors import UserError
 from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make, tokens
@@ -32,7 +33,7 @@ def model_of(kind="Llama"):
 
 
 def engine(kind="Llama", model=None, **kwargs):
-    kwargs = {"num_blocks": 40, "block_size": 16, **kwargs}
+    kwargs = {"num_blocks": 40, "block_size": 16, "max_num_seqs": 16, **kwargs}
     llm = LLM(model_of(kind) if model is None else model, **kwargs)
     for tensor in (*llm._executor.cache.keys, *llm._executor.cache.values):
         tensor.fill_(torch.nan)  # so that what is read without having been written shows
@@ -41,7 +42,7 @@ def engine(kind="Llama", model=None, **kwargs):
 
 def check_empty(llm):
     """Nothing is left of any request."""
-    assert not llm._requests and not llm._owners and not llm._texts
+    assert not llm._requests and not llm._owners and not llm._outputs.texts
     assert not llm._scheduler.running and not llm._scheduler._waiting
     assert not llm._scheduler._computing
     check_books(llm._blocks, [])
@@ -213,6 +214,18 @@ def test_any_mix_of_requests_yields_what_each_yields_alone(data):
             assert output.finished
             assert_as_alone(output, prompt, params)
         check_empty(llm)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "blocks"), [(16, 700, 60), (1, 8, 40), (3, 64, 4)])
+def test_warming_up_changes_nothing(rows, tokens, blocks):
+    prompts = ids(9, 20)
+    with engine(max_num_seqs=rows, max_num_batched_tokens=tokens, num_blocks=blocks) as llm:
+        llm._executor.warm_up(rows, tokens)
+        got = [answers(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+        check_empty(llm)
+    with engine() as llm:
+        wanted = [answers(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    assert got == wanted
 
 
 def test_a_cache_that_runs_out_changes_nothing():
@@ -691,26 +704,33 @@ def test_the_size_of_a_cache_on_the_cpu():
 
 
 def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request, monkeypatch):
-    waiting, decoded = [], []
-    launch, decode = Executor.launch, Executor._decode
+    waiting, decoded, mixed = [], [], []
+    launch, step = Executor.launch, Executor._fixed_step
 
     def watch(self, plan, answers, previous, *args):
         waiting.append(previous is not None)
         return launch(self, plan, answers, previous, *args)
 
     def count(self, size):
-        decoded.append(size.rows)
-        return decode(self, size)
+        (mixed if size.prompts else decoded).append((size.tokens, size.rows))
+        return step(self, size)
 
     monkeypatch.setattr(Executor, "launch", watch)
-    monkeypatch.setattr(Executor, "_decode", count)
+    monkeypatch.setattr(Executor, "_fixed_step", count)
     with engine(enable_prefix_caching=False, max_num_seqs=8) as llm:
-        assert set(decoded) == ({1, 2, 4, 8} if llm._executor.asynchronous else set())
-        decoded.clear()
-        llm.generate(ids(3, 9, 7, 20, 1), GREEDY, use_tqdm=False)
         ahead = llm._executor.asynchronous
+        assert decoded == ([(8, 8), (4, 4), (2, 2), (1, 1)] if ahead else [])
+        assert mixed == ([(64, 8), (32, 8)] if ahead else [])
+        decoded.clear()
+        mixed.clear()
+        llm.generate(ids(3, 9, 7, 1), GREEDY, use_tqdm=False)
         assert any(waiting) == ahead
-        assert set(decoded) == ({8} if ahead else set())  # all decode together until all end
+        assert set(decoded) == ({(4, 4)} if ahead else set())  # all decode together until all end
+        assert mixed == ([(32, 8)] if ahead else [])
+        mixed.clear()
+        llm.generate(ids(3, 9, 7, 20), GREEDY, use_tqdm=False)  # more prompts than a graph has
+        llm.generate(ids(65, 1), GREEDY, use_tqdm=False)  # more tokens
+        assert mixed == []
         waiting.clear()
         llm.generate(PROMPTS[:2], PARAMS[1], use_tqdm=False)  # its penalty wants every token
         assert not any(waiting)
@@ -723,15 +743,52 @@ def test_buckets_of_rows():
     assert buckets(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]
 
 
+def test_buckets_of_mixed_steps(monkeypatch):
+    monkeypatch.setattr(graphs, "MIXED_TOKENS", 512)
+    monkeypatch.setattr(graphs, "MAX_PROMPTS", 16)
+    assert mixed_buckets(1, 1) == [] and mixed_buckets(4, 2) == [(2, 2)]
+    assert mixed_buckets(16, 100) == [(32, 16), (64, 16), (100, 16)]
+    assert mixed_buckets(256, 128) == [(32, 32), (64, 32), (64, 64), (128, 32), (128, 128)]
+    tokens = [32, 64, *range(128, 513, 64)]
+    assert sorted({n for n, _ in mixed_buckets(256, 8192)}) == tokens
+    sizes = graphs.graph_sizes(256, 8192, 9)
+    assert len(sizes) == 13 + 2 * len(tokens) - 1
+    assert all(s.width == 9 and s.rows <= s.tokens for s in sizes)
+    assert max(s.prompts for s in sizes) == 16
+    assert sum(s.prompts == 0 for s in sizes) == len(buckets(256))
+
+
+def test_the_smallest_graph_is_taken(monkeypatch):
+    monkeypatch.setattr(graphs, "capture", lambda *_: SimpleNamespace(replay=None))
+    monkeypatch.setattr(graphs, "new_pool", object)
+    monkeypatch.setattr(graphs, "MIXED_TOKENS", 512)
+    monkeypatch.setattr(graphs, "MAX_PROMPTS", 16)
+    sizes = graphs.graph_sizes(64, 300, 1)
+    made = graphs.StepGraphs(lambda _: None, lambda _: None, torch.device("cpu"), sizes)
+
+    def found(*step):
+        graph = made.get(*step)
+        return graph and (graph.size.tokens, graph.size.rows, graph.size.prompts)
+
+    assert found(3, 3, 0) == (4, 4, 0) and found(33, 33, 0) == (64, 64, 0)
+    assert found(3, 2, 1) == found(32, 32, 1) == (32, 32, 16)
+    assert found(40, 32, 2) == (64, 32, 16) and found(40, 33, 2) == (64, 64, 16)
+    assert found(257, 1, 1) == (300, 32, 16) and found(300, 64, 16) == (300, 64, 16)
+    assert found(301, 5, 1) is None and found(300, 65, 1) is None
+    assert found(300, 17, 17) is None and found(65, 65, 0) is None
+
+
 def test_no_memory_for_the_graphs(monkeypatch):
     def capture(step, device, pool):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.DecodeGraphs)
+    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.StepGraphs)
     monkeypatch.setattr(graphs, "new_pool", object)
     model = make("Llama").double()
-    with pytest.raises(UserError, match=r"no memory is left for a CUDA graph of 256 sequences"):
+    with pytest.raises(
+        UserError, match=r"no memory is left for a CUDA graph of \d+ tokens of 16 s"
+    ):
         engine(model=model)
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())  # not merged
     engine(model=model, enforce_eager=True).close()
@@ -742,7 +799,7 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.DecodeGraphs)
+    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.StepGraphs)
     monkeypatch.setattr(graphs, "new_pool", object)
     with engine() as llm:
         assert len(caplog.records) == 1 and "since one raised: operation not perm" in caplog.text

@@ -150,6 +150,7 @@ def paged_attentions(dtype: torch.dtype) -> None:
         )
         attend()
         attend(window=9, softcap=20.0, sinks=sinks, return_lse=True)
+        attend(max_prompts=2, return_lse=True)
         if queries <= 64:
             attend(tree_mask=torch.ones(len(q), queries, device="cuda", dtype=torch.bool).tril())
 

@@ -37,7 +37,7 @@ def text_engine(**changes: Any) -> LLM:
 
 def check_empty(llm: LLM) -> None:
     """Nothing is left of any request."""
-    assert not llm._requests and not llm._owners and not llm._texts
+    assert not llm._requests and not llm._owners and not llm._outputs.texts
     assert not llm._scheduler.running and not llm._scheduler._waiting
     assert not llm._scheduler._computing
     check_books(llm._blocks, [])

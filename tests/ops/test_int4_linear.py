@@ -9,22 +9,25 @@ from torch.nn.functional import linear
 from guards import BAND, GuardedEmpty, guarded
 from llmfast_kernels.linear import (
     free_int4_workspaces,
+    int4_launch,
     int4_linear,
     int4_workspace_bytes,
     pack_int4,
     unpack_int4,
 )
-from llmfast_kernels.linear.int4_kernel import (
+from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
+from llmfast_kernels.linear.int4_launch import (
+    GEMV_COLUMNS,
     MAX_TOKENS,
     Int4Launch,
     choose_int4_launch,
-    launch_dequantize_int4,
-    launch_int4_linear,
+    stage_bytes,
 )
 from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
 from llmfast_kernels.linear.reference import int4_linear_reference
 
-SMALL = Int4Launch(16, 2, 2)
+SMALL = Int4Launch("tiles", 32, 16, 1, 2, 2)
+GEMV = Int4Launch("gemv", 1, 8, 1, 2, 1)
 # tokens, k, n, group size: odd rows, k on either side of a chunk, groups cut short, all columns
 SHAPES = [
     (1, 128, 16, 128),
@@ -177,6 +180,37 @@ def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, kind):
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
 
+# tokens, k, n, group size, splits: the last one has fewer columns, or none; tiles are not full
+SPLITS = [(3, 600, 33, 64, 2), (40, 512, 20, 128, 3), (1, 384, 16, 384, 3), (2, 200, 17, 32, 4)]
+
+
+@pytest.mark.parametrize("shape", SPLITS, ids=lambda s: "x".join(map(str, s)))
+@each_kind
+def test_split_columns_are_added_up_in_order(shape, kind, device):
+    *shape, splits = shape
+    args = make(shape, torch.float16, device, kind)
+    launch = Int4Launch("tiles", 32, 16, splits, 2, 2)
+    got = launch_int4_linear(**args, _launch=launch)
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+    # the tickets are as they were, and nothing depends on who comes last
+    assert all(
+        torch.equal(launch_int4_linear(**args, _launch=launch), got)
+        for _ in range(10 if on_cuda else 1)
+    )
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, GEMV_COLUMNS * 2])
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
+def test_lanes_match_float64(group_size, dtype, kind, more, device):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bfloat16")
+    args = make((1, GEMV_COLUMNS * 2, 19, group_size), dtype, device, kind, more)
+    got = launch_int4_linear(**args, _launch=GEMV)
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+
+
 @each_dtype
 def test_every_code_and_zero_point_is_exact(dtype, device):
     """One column at a time, a scale of 1: the weight itself comes out."""
@@ -210,11 +244,18 @@ def test_nothing_outside_the_tensors_is_read_or_written(kind, device, monkeypatc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 31, 64, 100, 128, 129, 1000])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 31, 64, 100, 128, 256, 257, 1000])
 @each_kind
 @each_dtype
 def test_the_operation_at_a_model_s_shapes(tokens, kind, dtype):
-    shapes = ((4096, 6144, 128), (14336, 4096, 64), (576, 1536, 32), (4096, 64, 4096))
+    shapes = (
+        (4096, 6144, 128),
+        (14336, 4096, 64),
+        (576, 1536, 32),
+        (4096, 64, 4096),
+        (4096, 28672, 128),
+        (1024, 16384, 32),
+    )
     for k, n, group_size in shapes:
         args = make((tokens, k, n, group_size), dtype, "cuda", kind)
         assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))
@@ -229,12 +270,45 @@ def test_op_runs_its_implementation(device):
     assert int4_linear(**args).shape == (2, 3, 40)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 33, MAX_TOKENS])
-@pytest.mark.parametrize("n", [1, 63, 64, 28672])
-def test_launches_fit_every_gpu(n, tokens):
-    launch = choose_int4_launch(n, tokens)
-    stage = launch.block_n * CHUNK // 2 + max(16, tokens) * CHUNK * 2
-    assert stage * launch.num_stages <= 99 * 1024
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 64, 65, MAX_TOKENS])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 384), (4096, 14336), (28672, 4096), (10**6, 64)])
+def test_launches_fit_every_gpu(n, k, tokens):
+    for shared_memory in (99 * 1024, 227 * 1024):
+        launch = choose_int4_launch(n, k, tokens, shared_memory=shared_memory)
+        if launch.tier == "gemv":
+            assert tokens == 1 and k % GEMV_COLUMNS == 0 and n >= 16384
+            continue
+        stage = stage_bytes(launch.block_m, launch.block_n)
+        assert stage * launch.num_stages <= shared_memory
+        assert launch.block_m >= min(tokens, 128)
+        assert launch.splits == 1 or k // CHUNK // launch.splits >= 3
+
+
+def test_what_an_h100_launches():
+    def choose(n, k, tokens):
+        launch = choose_int4_launch(n, k, tokens, shared_memory=227 * 1024)
+        return launch.tier, launch.block_m, launch.block_n, launch.splits
+
+    assert choose(28672, 4096, 1) == ("gemv", 1, 8, 1)
+    assert choose(4096, 14336, 1) == ("tiles", 8, 64, 8)
+    assert choose(6144, 4096, 16) == ("tiles", 16, 64, 4)
+    assert choose(28672, 4096, 64) == ("tiles", 64, 128, 1)
+    assert choose(4096, 4096, 256) == ("tiles", 128, 128, 2)
+
+
+def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):
+    """Lanes read two inputs at once."""
+    args = make((1, GEMV_COLUMNS, 19, 128), torch.float16, device, more=False)
+    odd = torch.empty(GEMV_COLUMNS + 1, dtype=torch.float16, device=device)[1:].view(1, -1)
+    args["x"] = odd.copy_(args["x"])
+    monkeypatch.setattr(int4_launch, "_LANES_ROWS", 1)
+    choose_int4_launch.cache_clear()
+    try:
+        assert choose_int4_launch(19, GEMV_COLUMNS, 1, shared_memory=2**17).tier == "gemv"
+        got = launch_int4_linear(**args)
+    finally:
+        choose_int4_launch.cache_clear()
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
 
 @pytest.mark.parametrize(
@@ -305,12 +379,12 @@ def test_weights_are_dequantized_with_one_rounding(shape, dtype, kind, device):
 def test_many_tokens(dtype, kind, more, device, no_workspaces):
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = make((MAX_TOKENS + 1, 200, 33, 64), dtype, device, kind, more)
-    args["x"] = args["x"].view(3, 43, 200)
+    args["x"] = args["x"].view(-1, 1, 200)
     if more:
-        args["residual"] = args["residual"].view(3, 43, 33)
+        args["residual"] = args["residual"].view(-1, 1, 33)
     before = {name: t.clone() for name, t in args.items() if isinstance(t, torch.Tensor)}
     got = launch_int4_linear(**args)
-    assert got.shape == (3, 43, 33) and got.is_contiguous()
+    assert got.shape == (MAX_TOKENS + 1, 1, 33) and got.is_contiguous()
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
     assert all(torch.equal(args[name], t) for name, t in before.items())
 

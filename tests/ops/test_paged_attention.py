@@ -4,6 +4,7 @@ Every cache here holds NaN in the slots that no query attends, and every table g
 entries that nobody needs.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from attention_oracle import assert_close, skip_bf16_in_the_interpreter, to
 from llmfast_kernels.attention import flash_attention, paged_attention
+from llmfast_kernels.attention import kernel as attention_kernel
 from llmfast_kernels.attention.kernel import (
     DecodeLaunch,
     PrefillLaunch,
@@ -36,7 +38,10 @@ LAUNCHES = {
     "decode several blocks": DecodeLaunch(64, 32, 2, 4, 2),
     # more than there are tiles: the last are left without keys
     "decode 4 splits": DecodeLaunch(64, 16, 4, 4, 1),
+    # sequences with one query, and with more
+    "mixed": (DecodeLaunch(16, 16, 3, 4, 2), PrefillLaunch(16, 32, 4, 2)),
 }
+UNSPLIT = (DecodeLaunch(16, 16, 1, 4, 2), PrefillLaunch(16, 16, 4, 2))
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
 FEATURES = {
     "causal": {},
@@ -115,7 +120,10 @@ def make(
 def make_for(launch, dtype=torch.float32, **options):
     """Prefill, decoding and padding in one batch; as many queries as the launch takes."""
     few = isinstance(launch, DecodeLaunch)
-    return make(queries=(5 if few else 18, 1, 3, 1), dtype=dtype, **options)
+    batch = make(queries=(5 if few else 18, 1, 3, 1), dtype=dtype, **options)
+    if isinstance(launch, tuple):
+        batch.args["max_prompts"] = 2
+    return batch
 
 
 def run(batch, device, launch=None, **changed):
@@ -181,7 +189,7 @@ def test_reference_is_the_contiguous_one_on_the_gathered_keys(window):
 # the kernels
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode several blocks", "decode 4 splits"])
+@pytest.mark.parametrize("name", ["prefill", "decode several blocks", "decode 4 splits", "mixed"])
 @each_feature
 def test_kernels_compute_the_formula(features, name, device):
     launch = LAUNCHES[name]
@@ -230,7 +238,7 @@ def test_paged_is_contiguous_bit_for_bit(dtype, launch, device):
     for n in (1, n_queries):
         contexts = (37, 64, n)
         batch = make(contexts, [n] * 3, heads=2, kv_heads=1, dtype=dtype, unused_tokens=0)
-        out, lse = run(batch, device, launch)
+        out, lse = run(batch, device, launch, max_prompts=3 if n > 1 else 0)
         k, v = torch.full((2, 3, 70, 1, 24), math.nan, dtype=dtype)
         for b, (_, *cached) in enumerate(batch.sequences):
             k[b, : contexts[b]], v[b, : contexts[b]] = cached
@@ -240,7 +248,7 @@ def test_paged_is_contiguous_bit_for_bit(dtype, launch, device):
             key_end=to(device, context_len),
             query_offset=to(device, context_len - n),
             return_lse=True,
-            _launch=launch,
+            _launch=launch[n > 1] if isinstance(launch, tuple) else launch,
         )
         assert torch.equal(out, expected.flatten(0, 1))
         assert torch.equal(lse, expected_lse.transpose(0, 1).flatten(1))
@@ -287,7 +295,8 @@ def test_kernels_take_any_shape(
         dtype=dtype,
         **features,
     )
-    assert_right(*run(batch, device, launch), batch)
+    prompts = sum(n_queries > 1 for _, n_queries in sequences)
+    assert_right(*run(batch, device, launch, max_prompts=prompts), batch)
 
 
 @each_dtype
@@ -326,6 +335,91 @@ def test_a_larger_bound_of_the_queries_changes_nothing(launch, device):
     for got, want in zip(run(batch, device, launch, max_query_len=20), expected, strict=True):
         of_tokens = (slice(n),) if got.shape[0] == len(batch.tensors[0]) else (..., slice(n))
         torch.testing.assert_close(got[of_tokens], want[of_tokens], rtol=1e-6, atol=1e-6)
+
+
+# prompts and single tokens apart
+
+
+@pytest.mark.parametrize("max_prompts", [2, 3, 9])
+def test_a_larger_bound_of_the_prompts_changes_nothing(max_prompts, device):
+    batch = make((40, 5, 0, 33, 1, 20), (17, 1, 1, 16, 1, 1), kv_heads=1)
+    expected = run(batch, device, UNSPLIT, max_prompts=2)
+    for launch in (UNSPLIT, None):  # and as chosen: 17 queries of 4 heads are prefill's
+        out, lse = run(batch, device, launch, max_prompts=max_prompts)
+        assert_right(out, lse, batch)
+        if launch is not None:
+            assert torch.equal(out[:37], expected[0][:37])
+            assert torch.equal(lse[:, :37], expected[1][:, :37])
+
+
+@pytest.mark.parametrize(
+    ("contexts", "queries"),
+    [
+        ((9, 33, 1), (1, 1, 1)),
+        ((40, 2, 36), (40, 2, 33)),
+        ((0, 0, 0), (1, 0, 0)),  # nothing but padding
+        ((0, 20, 0, 5), (1, 4, 0, 0)),  # fewer queries than the step has places for
+        ((), ()),
+    ],
+    ids=["single tokens", "prompts", "padding", "some of each", "nothing"],
+)
+def test_mixed_launches_need_no_mixture(contexts, queries, device):
+    for launch in (LAUNCHES["mixed"], UNSPLIT):
+        batch = make(contexts, queries, heads=2, kv_heads=1, dim=16, unused_tokens=5)
+        assert_right(*run(batch, device, launch, max_prompts=3), batch)
+
+
+@pytest.mark.parametrize("first", [0, 255, 256, 299])
+def test_prompts_are_found_among_many_sequences(first, device):
+    """They are looked for 256 at a time."""
+    contexts, queries = [0] * 300, [0] * 300
+    for row in {first, 120, 298}:
+        contexts[row], queries[row] = 35, 18 + row % 16
+    contexts[7] = queries[7] = 1
+    batch = make(contexts, queries, heads=1, kv_heads=1, dim=16)
+    assert_right(*run(batch, device, UNSPLIT, max_prompts=5), batch)
+
+
+@pytest.mark.parametrize("later", [("_prefill",), ("_decode", "_merge")], ids="-".join)
+def test_neither_kernel_writes_rows_of_the_other(later, device, monkeypatch):
+    """Memory is NaN before, so that the rows of what has not run show; then it runs last."""
+    batch = make((40, 5, 33, 1), (17, 1, 16, 1), unused_tokens=0)
+    single = torch.tensor([False] * 17 + [True] + [False] * 16 + [True])
+    launches = []
+    for name in later:
+        kernel = getattr(attention_kernel, name)
+
+        def keep(*args, kernel=kernel, **options):
+            launches.append(functools.partial(kernel, *args, **options))
+
+        monkeypatch.setattr(attention_kernel, name, keep)
+    out, lse = run(batch, device, LAUNCHES["mixed"], max_prompts=2)
+    missing = ~single if later == ("_prefill",) else single
+    for rows in (out.cpu(), lse.cpu().T):
+        assert rows[missing].isnan().all() and not rows[~missing].isnan().any()
+    for launch in launches:
+        launch()
+    assert_right(out, lse, batch)
+
+
+def test_few_queries_each_are_one_kernels(device, monkeypatch):
+    """As today without the bound: the prefill kernel would leave its tiles nearly empty."""
+    batch = make((37, 5, 16), (4, 1, 1))
+    ran = []
+    for name in ("_prefill", "_decode"):
+        kernel = getattr(attention_kernel, name)
+
+        def count(*args, name=name, kernel=kernel, **options):
+            ran.append(name)
+            return kernel(*args, **options)
+
+        monkeypatch.setattr(attention_kernel, name, count)
+    assert_right(*run(batch, device, max_prompts=1), batch)
+    assert ran == ["_decode"]
+    ran.clear()
+    batch = make((37, 5, 16), (20, 1, 1))
+    assert_right(*run(batch, device, max_prompts=1), batch)
+    assert ran == ["_decode", "_prefill"]
 
 
 # the tree mask
@@ -447,7 +541,8 @@ def test_nothing_is_written_outside_the_outputs(launch, device, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", banded)
     launch_paged_attention(*tensors, **args, return_lse=True, _launch=launch)
-    assert len(bases) == (3 if getattr(launch, "num_splits", 1) > 1 else 2)
+    first = launch[0] if isinstance(launch, tuple) else launch
+    assert len(bases) == (3 if getattr(first, "num_splits", 1) > 1 else 2)
     assert all((base[:band] == 42).all() and (base[-band:] == 42).all() for base in bases)
 
 
@@ -548,8 +643,9 @@ def test_the_arguments_below_are_good_but_for_the_change():
             ValueError,
             "block_table .*on cpu .*on meta",
         ),
-        ({"max_query_len": -1}, ValueError, "at least 0, got -1 and None"),
-        ({"max_context_len": -2}, ValueError, "at least 0, got 4 and -2"),
+        ({"max_query_len": -1}, ValueError, "at least 0, got -1, None and None"),
+        ({"max_context_len": -2}, ValueError, "at least 0, got 4, -2 and None"),
+        ({"max_prompts": -1}, ValueError, "at least 0, got 4, None and -1"),
         ({"tree_mask": TREE, "window": 5}, NotImplementedError, "window .*tree_mask, got 5"),
         ({"tree_mask": TREE.int()}, TypeError, "tree_mask must be bool, got torch.int32"),
         ({"tree_mask": TREE[:5]}, ValueError, r"tree_mask must be \[6, n\] .*got \(5, 4\)"),
@@ -558,6 +654,7 @@ def test_the_arguments_below_are_good_but_for_the_change():
         ({"tree_mask": TREE.mT.contiguous().mT}, ValueError, r"tree_mask .*strides \(1, 6\)"),
         # values, which are looked at on the CPU
         ({"max_query_len": 3}, ValueError, r"more than max_query_len \(3\) queries, got \[4, 2\]"),
+        ({"max_prompts": 1}, ValueError, r"max_prompts \(1\) sequences .* query, got \[4, 2\]"),
         (
             {"query_start": torch.tensor([0, 4, 7], dtype=torch.int32)},
             ValueError,

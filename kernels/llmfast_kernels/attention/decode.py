@@ -134,6 +134,7 @@ def _decode_kernel(
     CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr,  # num_splits is more than 1
     ONE_QUERY: tl.constexpr,  # n_queries is 1: the range of keys says all, no mask is left
+    MIXED: tl.constexpr,  # only sequences with one query; the others are the prefill kernel's
     GROUP: tl.constexpr,  # query heads of one KV head
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,  # keys of a block of the paged cache; or None
@@ -161,6 +162,9 @@ def _decode_kernel(
         n_keys,
         query_offset,
     )
+    if MIXED:
+        if n_queries != 1:
+            return
     rows = tl.arange(0, BLOCK_M)
     queries = rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
@@ -280,7 +284,8 @@ def _merge_kernel(
     q_start = b.to(tl.int64) * 0
     if cu_q_ptr is not None:
         q_start = tl.load(cu_q_ptr + b).to(tl.int64)
-        if query >= tl.load(cu_q_ptr + b + 1) - q_start:
+        n_own = tl.load(cu_q_ptr + b + 1) - q_start
+        if (query >= n_own) | (n_own > n_queries):  # more: the prefill kernel's
             return
 
     splits = tl.arange(0, BLOCK_S)

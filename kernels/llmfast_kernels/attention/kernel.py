@@ -14,6 +14,7 @@ from .loop import LOG2_E, pad_head_dim
 from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
 
 Launch = PrefillLaunch | DecodeLaunch
+Launches = tuple[DecodeLaunch, PrefillLaunch]  # of sequences with one query, and with more
 _prefill = Relaunch(_prefill_kernel)
 _decode, _merge = (Relaunch(k, dependent=True) for k in (_decode_kernel, _merge_kernel))
 
@@ -119,13 +120,14 @@ def launch_paged_attention(
     block_table: torch.Tensor,
     max_query_len: int,
     max_context_len: int | None = None,
+    max_prompts: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     return_lse: bool = False,
-    _launch: Launch | None = None,
+    _launch: Launch | Launches | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     batch, max_blocks = block_table.shape
     n_keys = max_blocks * k_cache.shape[2]
@@ -136,14 +138,33 @@ def launch_paged_attention(
     lse = None
     if return_lse:
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    _run(
-        q, k, v, out, lse, sinks, None, None, None, query_start, None,
-        _Paged(block_table, context_len, tree_mask),
-        (0, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
-        (0, 0, q.shape[0]),
-        0, batch, max_query_len, n_keys, 0, tree_mask is None, scale, window, softcap, _launch,
-    )  # fmt: skip
+
+    def run(n_queries: int, launch: Launch | None, max_prompts: int | None) -> None:
+        _run(
+            q, k, v, out, lse, sinks, None, None, None, query_start, None,
+            _Paged(block_table, context_len, tree_mask),
+            (0, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
+            (0, 0, q.shape[0]),
+            0, batch, n_queries, n_keys, 0, tree_mask is None, scale, window, softcap, launch,
+            max_prompts,
+        )  # fmt: skip
+
+    if isinstance(_launch, tuple):
+        single, several = _launch
+        run(1, single, max_prompts)
+        run(max_query_len, several, max_prompts)
+    elif _launch is not None or max_prompts is None or not _apart(q, k, max_query_len):
+        run(max_query_len, _launch, None)
+    else:
+        run(1, None, max_prompts)
+        run(max_query_len, None, max_prompts)
     return out if lse is None else (out, lse)
+
+
+def _apart(q: torch.Tensor, k: torch.Tensor, n_queries: int) -> bool:
+    """Whether one query is the decode kernel's and ``n_queries`` are the prefill kernel's."""
+    group = q.shape[-2] // max(k.shape[-2], 1)
+    return group <= max_rows(q.element_size()) < n_queries * group
 
 
 def _run(
@@ -171,13 +192,14 @@ def _run(
     window: int | None,
     softcap: float | None,
     launch: Launch | None,
+    max_prompts: int | None = None,  # sequences with more than one query; None: n_queries says it
 ) -> None:
     if q.is_cuda and q.get_device() != torch.cuda.current_device():
         with torch.cuda.device(q.device):  # Triton launches on the current device
             return _run(
                 q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, cu_q, cu_k, paged,
                 strides_in, strides_out, stride_offset, batch, n_queries, n_keys, query_offset,
-                causal, scale, window, softcap, launch,
+                causal, scale, window, softcap, launch, max_prompts,
             )  # fmt: skip
     n_heads, head_dim = q.shape[-2:]
     n_kv_heads = k.shape[-2]
@@ -201,11 +223,16 @@ def _run(
     block_d = pad_head_dim(head_dim)
     sizes: tuple[float | None, ...]
     constexprs: tuple[int | None, ...]
+    mixed = max_prompts is not None
     shape = (group, head_dim, block_size, launch.block_m, launch.block_n, block_d)
     if isinstance(launch, PrefillLaunch):
-        grid = -(-n_queries // launch.block_m) * n_heads * batch
-        sizes = (n_heads, n_queries, n_keys, query_offset, scale, window, softcap)
-        constexprs = (causal, launch.heads_first, *shape)
+        if max_prompts is None:
+            n_blocks = -(-n_queries // launch.block_m) * batch
+        else:  # each prompt's last block may be filled in part
+            n_blocks = (len(q) + max_prompts * (launch.block_m - 1)) // launch.block_m
+        grid = n_blocks * n_heads
+        sizes = (n_heads, batch, n_queries, n_keys, query_offset, scale, window, softcap)
+        constexprs = (causal, launch.heads_first, mixed, *shape)
         _prefill(
             (grid,),
             key and (*key, *constexprs, launch.num_warps, launch.num_stages),
@@ -221,7 +248,7 @@ def _run(
         size = n_partials * (head_dim + 1)
         target = torch.empty(size, dtype=torch.float32, device=q.device)
     sizes = (n_kv_heads, n_queries, n_keys, query_offset, splits, scale, window, softcap)
-    constexprs = (causal, splits > 1, n_queries == 1 and tree_mask is None, *shape)
+    constexprs = (causal, splits > 1, n_queries == 1 and tree_mask is None, mixed, *shape)
     _decode(
         (batch * splits * n_kv_heads,),
         key and (*key, *constexprs, launch.num_warps, launch.num_stages),

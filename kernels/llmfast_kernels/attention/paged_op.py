@@ -25,6 +25,7 @@ def paged_attention(
     block_table: torch.Tensor,
     max_query_len: int,
     max_context_len: int | None = ...,
+    max_prompts: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
     softcap: float | None = ...,
@@ -43,6 +44,7 @@ def paged_attention(
     block_table: torch.Tensor,
     max_query_len: int,
     max_context_len: int | None = ...,
+    max_prompts: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
     softcap: float | None = ...,
@@ -60,6 +62,7 @@ def paged_attention(
     block_table: torch.Tensor,
     max_query_len: int,
     max_context_len: int | None = None,
+    max_prompts: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -96,6 +99,9 @@ def paged_attention(
         max_query_len: no sequence has more queries.
         max_context_len: about how long the longest context is, for the number of programs only:
             the result is the same whatever it says. ``max_blocks * block_size`` if None.
+        max_prompts: at most so many sequences have more than one query. Those and the ones with one
+            query then run apart, each in the kernel that suits them, in any order; the result is
+            the same. None: one kernel takes all.
         scale, window, softcap, sinks: as in :func:`flash_attention`.
         tree_mask: bool ``[T, n]`` on q's device, its last stride 1; n is at least max_query_len
             and at most 64. ``tree_mask[t, j]`` says whether query t attends the j-th new token
@@ -109,8 +115,9 @@ def paged_attention(
 
     The values of query_start, context_len, block_table and tree_mask are read on the device and
     never looked at before, so that a CUDA graph can be replayed with others in the same buffers.
-    On CUDA a value that breaks the contract (a sequence longer than max_query_len, a context
-    longer than its table, an entry that is no block) is not reported; on the CPU it raises.
+    On CUDA a value that breaks the contract (a sequence longer than max_query_len, more prompts
+    than max_prompts, a context longer than its table, an entry that is no block) is not reported;
+    on the CPU it raises.
 
     Raises:
         TypeError: a dtype that is not listed above.
@@ -138,10 +145,10 @@ def paged_attention(
             f"in shape {tuple(k_cache.shape)}"
         )
     _check_sequences(op, q, query_start, context_len, block_table)
-    if max_query_len < 0 or (max_context_len is not None and max_context_len < 0):
+    if min(max_query_len, max_context_len or 0, max_prompts or 0) < 0:
         raise ValueError(
-            f"{op}: max_query_len and max_context_len must be at least 0, "
-            f"got {max_query_len} and {max_context_len}"
+            f"{op}: max_query_len, max_context_len and max_prompts must be at least 0, "
+            f"got {max_query_len}, {max_context_len} and {max_prompts}"
         )
     if tree_mask is not None:
         _check_tree(op, q, tree_mask, max_query_len, window)
@@ -151,6 +158,7 @@ def paged_attention(
         "block_table": block_table,
         "max_query_len": max_query_len,
         "max_context_len": max_context_len,
+        "max_prompts": max_prompts,
         "scale": scale,
         "window": window,
         "softcap": softcap,
@@ -159,7 +167,10 @@ def paged_attention(
         "return_lse": return_lse,
     }
     if not q.is_cuda:
-        _check_values(op, q, k_cache.shape[2], query_start, context_len, block_table, max_query_len)
+        _check_values(
+            op, q, k_cache.shape[2], query_start, context_len, block_table, max_query_len,
+            max_prompts,
+        )  # fmt: skip
         return paged_attention_reference(q, k_cache, v_cache, **args)  # type: ignore[arg-type]
     from .kernel import launch_paged_attention  # imports Triton, which a CPU machine may lack
 
@@ -222,6 +233,7 @@ def _check_values(
     context_len: torch.Tensor,
     block_table: torch.Tensor,
     max_query_len: int,
+    max_prompts: int | None,
 ) -> None:
     """What would have to wait for the device on CUDA."""
     starts, contexts = query_start.tolist(), context_len.tolist()
@@ -234,6 +246,11 @@ def _check_values(
         raise ValueError(
             f"{op}: no sequence may have more than max_query_len ({max_query_len}) queries, "
             f"got {lengths}"
+        )
+    if max_prompts is not None and sum(length > 1 for length in lengths) > max_prompts:
+        raise ValueError(
+            f"{op}: no more than max_prompts ({max_prompts}) sequences may have more than one "
+            f"query, got {lengths}"
         )
     longest = block_table.shape[1] * block_size
     if any(not 0 <= context <= longest for context in contexts):

@@ -60,7 +60,29 @@ def choose_prefill_launch(
     return PrefillLaunch(128, 64, 8, 2 if width == 128 else 3)
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_heads"])
+@triton.jit
+def find_block(index, cu_q_ptr, batch, BLOCK_M: tl.constexpr):
+    """The sequence and the block of its queries at ``index``, of those with several queries.
+
+    All blocks of such sequences are counted in order; past the last the sequence is ``batch``.
+    """
+    b = 0
+    before = 0  # blocks of the sequences before b
+    total = 0
+    for start in range(0, batch, 256):
+        rows = start + tl.arange(0, 256)
+        inside = rows < batch
+        first = tl.load(cu_q_ptr + rows, mask=inside, other=0)
+        n_queries = tl.load(cu_q_ptr + rows + 1, mask=inside, other=0) - first
+        blocks = tl.where(n_queries > 1, tl.cdiv(n_queries, BLOCK_M), 0)
+        passed = total + tl.cumsum(blocks, 0) <= index
+        b += tl.sum((passed & inside).to(tl.int32), 0)
+        before += tl.sum(tl.where(passed, blocks, 0), 0)
+        total += tl.sum(blocks, 0)
+    return b, index - before
+
+
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_heads", "batch"])
 def _prefill_kernel(
     q_ptr,  # [B, Lq, Hq, D], or [Tq, Hq, D] with cu_q_ptr
     k_ptr,  # [B, Lk, Hkv, D], or [Tk, Hkv, D], or with block_table_ptr [Nb, BLOCK_SIZE, Hkv, D]
@@ -92,6 +114,7 @@ def _prefill_kernel(
     stride_table,
     stride_tree,
     n_heads,  # Hq
+    batch,  # read only if MIXED
     n_queries,  # the most of any sequence
     n_keys,
     query_offset,
@@ -100,6 +123,7 @@ def _prefill_kernel(
     softcap,
     CAUSAL: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
+    MIXED: tl.constexpr,  # only sequences with several queries, the grid as find_block counts
     GROUP: tl.constexpr,  # query heads of one KV head
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,  # keys of a block of the paged cache; or None
@@ -108,18 +132,25 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    n_blocks = tl.cdiv(n_queries, BLOCK_M)
-    if HEADS_FIRST:
-        n_rest = tl.num_programs(0) // n_blocks
-        block = pid // n_rest
-        head = pid % n_rest
+    if MIXED:
+        index = (tl.num_programs(0) - 1 - pid) // n_heads  # the last first, as below
+        head = pid % n_heads
+        b, block = find_block(index, cu_q_ptr, batch, BLOCK_M)
+        if b == batch:
+            return
     else:
-        block = pid % n_blocks
-        head = pid // n_blocks
-    if CAUSAL:
-        block = n_blocks - 1 - block  # the last queries have the most keys: start them first
-    b = head // n_heads
-    head = head % n_heads
+        n_blocks = tl.cdiv(n_queries, BLOCK_M)
+        if HEADS_FIRST:
+            n_rest = tl.num_programs(0) // n_blocks
+            block = pid // n_rest
+            head = pid % n_rest
+        else:
+            block = pid % n_blocks
+            head = pid // n_blocks
+        if CAUSAL:
+            block = n_blocks - 1 - block  # the last queries have the most keys: start them first
+        b = head // n_heads
+        head = head % n_heads
 
     q_start, k_start, n_queries, key_lo, key_hi, offset = locate_sequence(
         b,

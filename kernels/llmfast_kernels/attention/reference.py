@@ -110,6 +110,7 @@ def paged_attention_reference(
     block_table: torch.Tensor,
     max_query_len: int,
     max_context_len: int | None = None,
+    max_prompts: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,

@@ -9,9 +9,6 @@ Minima are not added to the weights: each group's is multiplied with the sum of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -19,49 +16,43 @@ from torch.nn import functional
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
+from .int4_launch import GEMV_COLUMNS, MAX_TOKENS, Int4Launch, choose_int4_launch
 from .int4_layout import CHUNK, MIDDLE
-from .int4_workspace import workspace
-from .launch import block_m
+from .int4_workspace import MAX_TICKETS, tickets, workspace
+from .kernel import shared_memory_of
 
-MAX_TOKENS = 128
 DEQUANTIZED_ROWS = 32  # of a chunk of columns, by a program
+_EXPONENTS = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # of 128, of 1024, twice
 
 _CHUNK = tl.constexpr(CHUNK)
 _MIDDLE = tl.constexpr(MIDDLE)
 _PAIR = tl.constexpr(CHUNK // 4)  # columns that one shift gives
-
-
-@dataclass(frozen=True)
-class Int4Launch:
-    """How the rows of a weight are laid on programs."""
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def choose_int4_launch(n: int, tokens: int) -> Int4Launch:
-    """Pick the launch. Pure: it asks no device, and fits in 99 KiB of shared memory."""
-    block_n = 64 if n >= 64 else 32
-    return Int4Launch(block_n, 4, 4 if tokens <= 32 else 2)
+_WORDS = tl.constexpr(CHUNK // 8)  # of a chunk
 
 
 @triton.jit
-def _pair_of(words, p: tl.constexpr, dtype: tl.constexpr):
+def _pair_of(words, p: tl.constexpr, exponent, dtype: tl.constexpr):
     """Codes of CHUNK / 4 columns as numbers: 128 + code in bfloat16, 1024 + code in float16."""
-    if dtype == tl.bfloat16:
-        exponent = 0x43004300
-    else:
-        exponent = 0x64006400
     both = ((words >> (4 * p)) & 0x000F000F) | exponent
     low = both.to(tl.int16).to(dtype, bitcast=True)
     high = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
     return tl.reshape(tl.join(low, high), [words.shape[0], _PAIR])
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n"])
-def _int4_kernel(
+@triton.jit
+def _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask):
+    """Round the sums, with the bias, to y's dtype; then add the residual."""
+    dtype = y_ptr.dtype.element_ty
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + rows).to(tl.float32)
+    y = sums.to(dtype).to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n", "per_split", "exponent"])
+def _int4_tiles_kernel(
     x_ptr,  # [n_tokens, k]
     packed_ptr,  # [n, chunks * 16] words
     scales_ptr,  # [n, groups]
@@ -70,25 +61,31 @@ def _int4_kernel(
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
     y_ptr,  # [n_tokens, n], written
+    partial_ptr,  # float32 [SPLITS, n_tokens, n], written; or None: SPLITS is 1
+    tickets_ptr,  # int32, 0 for each tile before and after; or None
     n_tokens,
     n,
     k,
     groups,
+    per_split,  # chunks of columns
+    exponent,  # an argument, so that one instruction masks and sets it
     GROUP: tl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
     EVEN_K: tl.constexpr,  # k is a multiple of a chunk
-    BLOCK_M: tl.constexpr,  # n_tokens or more
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
     offset = 128 if dtype == tl.bfloat16 else 1024
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: rows times columns pass 2**31
-    tokens = tl.arange(0, BLOCK_M)[None, :]
+    valid = tl.minimum(out, n - 1)[:, None]
+    rows = valid.to(tl.int64)  # rows times columns pass 2**31
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, _PAIR)[:, None]
     chunks = tl.cdiv(k, _CHUNK)
-    words_ptr = packed_ptr + rows * (chunks * (_CHUNK // 8)) + tl.arange(0, _CHUNK // 8)[None, :]
+    words_ptr = packed_ptr + rows * (chunks * _WORDS) + tl.arange(0, _WORDS)[None, :]
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     of_group = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     zero = tl.full([BLOCK_N, 1], offset + _MIDDLE, tl.float32).to(dtype)
@@ -98,8 +95,9 @@ def _int4_kernel(
     if GROUP == 0:
         if zeros_ptr is not None:
             zero = (tl.load(zeros_ptr + rows).to(tl.float32) + offset).to(dtype)
-    for chunk in range(0, chunks):
-        words = tl.load(words_ptr + chunk * (_CHUNK // 8), eviction_policy="evict_first")
+    first = tl.program_id(1) * per_split
+    for chunk in range(first, tl.minimum(first + per_split, chunks)):
+        words = tl.load(words_ptr + chunk * _WORDS, eviction_policy="evict_first")
         for p in tl.static_range(4):
             if GROUP > 0:
                 group = (chunk * _CHUNK + p * _PAIR) // GROUP
@@ -114,7 +112,7 @@ def _int4_kernel(
             cols = chunk * _CHUNK + p * _PAIR + lanes
             mask = is_token if EVEN_K else is_token & (cols < k)
             x = tl.load(x_ptr + tokens * k + cols, mask=mask, other=0.0)
-            of_group = tl.dot(_pair_of(words, p, dtype) - zero, x, of_group)
+            of_group = tl.dot(_pair_of(words, p, exponent, dtype) - zero, x, of_group)
             if minima_ptr is not None:
                 inputs += tl.sum(x.to(tl.float32), axis=0, keep_dims=True)
             if GROUP > 0:
@@ -127,14 +125,101 @@ def _int4_kernel(
         sums = tl.load(scales_ptr + rows).to(tl.float32) * of_group
         if minima_ptr is not None:
             sums += tl.load(minima_ptr + rows).to(tl.float32) * inputs
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + rows).to(tl.float32)
-    y = sums.to(dtype).to(tl.float32)
-    at = tokens * n + rows
+    at = tokens * n + valid
     mask = is_token & (out < n)[:, None]
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(dtype), mask=mask)
+    if SPLITS == 1:
+        _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask)
+    else:  # the last program of a tile to come adds up, in the order of columns
+        tl.store(partial_ptr + tl.program_id(1) * (n_tokens * n) + at, sums, mask=mask)
+        tl.debug_barrier()  # all of it is stored before the ticket is drawn
+        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == SPLITS - 1:
+            sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for split in range(SPLITS):
+                part_ptrs = partial_ptr + split * (n_tokens * n) + at
+                sums += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask)
+            tl.store(ticket_ptr, 0)
+
+
+@triton.jit
+def _halves(words, dtype: tl.constexpr):
+    """The two 16-bit numbers in each word as float32, the lower first."""
+    if dtype == tl.bfloat16:
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, at):
+    """A group's products with its scale; ``part`` is of 128 + code, ``inputs`` the sum of x."""
+    scale = tl.load(scales_ptr + at).to(tl.float32)
+    if minima_ptr is not None:
+        minimum = tl.load(minima_ptr + at).to(tl.float32)
+        return scale * (part - 128.0 * inputs) + minimum * inputs
+    elif zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + at).to(tl.float32)
+        return scale * (part - (128.0 + zero) * inputs)
+    else:
+        return scale * (part - (128.0 + _MIDDLE) * inputs)
+
+
+@triton.jit(do_not_specialize=["n", "exponent"])
+def _int4_gemv_kernel(
+    x_ptr,  # [k], at a multiple of 4 bytes
+    packed_ptr,  # [n, k / 8] words
+    scales_ptr,  # these as in _int4_tiles_kernel
+    zeros_ptr,
+    minima_ptr,
+    bias_ptr,
+    residual_ptr,  # [n] or None
+    y_ptr,  # [n], written
+    n,
+    k,  # a multiple of 8 * BLOCK_W
+    groups,
+    exponent,  # of bfloat16, whatever x is
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,  # words of a row at a time
+):
+    wait_for_inputs()
+    dtype = y_ptr.dtype.element_ty
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: as above
+    lanes = tl.arange(0, BLOCK_W)[None, :]
+    n_words = k // 8
+    words_ptr = packed_ptr + rows * n_words
+    pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32))
+    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    part = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    inputs = tl.zeros([1, BLOCK_W], tl.float32)
+    for start in range(0, n_words, BLOCK_W):
+        places = start + lanes
+        words = tl.load(words_ptr + places, eviction_policy="evict_first")
+        chunk = places // _WORDS
+        pairs = chunk * (_CHUNK // 2) + places % _WORDS
+        for p in tl.static_range(4):
+            x_low, x_high = _halves(tl.load(pairs_ptr + pairs + p * _WORDS), dtype)
+            codes = ((words >> (4 * p)) & 0x000F000F) | exponent
+            low, high = _halves(codes, tl.bfloat16)
+            part += low * x_low
+            part += high * x_high
+            inputs += x_low + x_high
+            if GROUP > 0:
+                if (p + 1) * _PAIR % GROUP == 0:
+                    at = rows * groups + (chunk * _CHUNK + p * _PAIR) // GROUP
+                    sums += _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, at)
+                    part = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+                    inputs = tl.zeros([1, BLOCK_W], tl.float32)
+    if GROUP == 0:
+        sums = _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, rows)
+    y = tl.sum(sums, 1)[:, None]
+    at = tl.minimum(out, n - 1)[:, None]
+    _store(y, bias_ptr, residual_ptr, y_ptr, rows, at, (out < n)[:, None])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -147,15 +232,15 @@ def _dequantize_kernel(
     n,
     k,
     groups,
-    GROUP: tl.constexpr,  # as in _int4_kernel
+    GROUP: tl.constexpr,  # as in _int4_tiles_kernel
     BLOCK_N: tl.constexpr,
 ):
     wait_for_inputs()
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1)
     rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: rows times columns pass 2**31
-    words = tl.arange(0, _CHUNK // 8)[None, :] + chunk * (_CHUNK // 8)
-    words = tl.load(packed_ptr + rows * (tl.cdiv(k, _CHUNK) * (_CHUNK // 8)) + words)
+    words = tl.arange(0, _WORDS)[None, :] + chunk * _WORDS
+    words = tl.load(packed_ptr + rows * (tl.cdiv(k, _CHUNK) * _WORDS) + words)
     for p in tl.static_range(4):
         low = (words >> (4 * p)) & 15
         high = (words >> (4 * p + 16)) & 15
@@ -175,8 +260,10 @@ def _dequantize_kernel(
         tl.store(weight_ptr + rows * k + cols, weight.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
-_int4 = Relaunch(_int4_kernel, dependent=True)
-_dequantize = Relaunch(_dequantize_kernel, dependent=True)
+_tiles, _gemv, _dequantize = (
+    Relaunch(kernel, dependent=True)
+    for kernel in (_int4_tiles_kernel, _int4_gemv_kernel, _dequantize_kernel)
+)
 
 
 def launch_int4_linear(
@@ -204,25 +291,46 @@ def launch_int4_linear(
         launch_dequantize_int4(packed, scales, zeros, minima, weight, group_size=group_size)
         y = functional.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
-    launch = _launch or choose_int4_launch(n, n_tokens)
+    launch = _launch or _choose(x, n, k, n_tokens)
     y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
-    tensors = (x, packed, scales, zeros, minima, bias, residual, y)
     groups = scales.shape[1]
     group = group_size if groups > 1 else 0
-    even_k = k % CHUNK == 0
+    tensors = (x, packed, scales, zeros, minima, bias, residual, y)
     key = None
     if aligned(*(t for t in tensors if t is not None)):
         absent = tuple(t is None for t in (zeros, minima, bias, residual))
         alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        key = (x.get_device(), x.dtype, *absent, *alike, group, even_k, launch, block_m(n_tokens))
-    _int4(
-        (-(-n // launch.block_n),),
+        key = (x.get_device(), x.dtype, *absent, *alike, group, k % CHUNK == 0, launch)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    programs = -(-n // launch.block_n)
+    if launch.tier == "gemv":
+        sizes = (n, k, groups, _EXPONENTS[torch.bfloat16])
+        tile = (group, launch.block_n, GEMV_COLUMNS // 8)
+        _gemv((programs,), key, (*tensors, *sizes, *tile), **options)
+        return y
+    splits, token_tiles = launch.splits, -(-n_tokens // launch.block_m)
+    partial = of_tile = None
+    if splits > 1:
+        partial = torch.empty(splits * n_tokens * n, dtype=torch.float32, device=x.device)
+        assert programs * token_tiles <= MAX_TICKETS, "splits are for few tiles"
+        of_tile = tickets(x.device)
+    per_split = triton.cdiv(triton.cdiv(k, CHUNK), splits)
+    layer = (n_tokens, n, k, groups, per_split, _EXPONENTS[x.dtype])
+    constexprs = (group, k % CHUNK == 0, splits, launch.block_m, launch.block_n)
+    _tiles(
+        (programs, splits, token_tiles),
         key,
-        (*tensors, n_tokens, n, k, groups, group, even_k, block_m(n_tokens), launch.block_n),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        (*tensors, partial, of_tile, *layer, *constexprs),
+        **options,
     )
     return y
+
+
+def _choose(x: torch.Tensor, n: int, k: int, n_tokens: int) -> Int4Launch:
+    if n_tokens == 1 and x.data_ptr() % 4:  # where no pair of x can be read at once
+        n_tokens = 2
+    shared_memory = shared_memory_of(x.get_device()) if x.is_cuda else 227 * 1024
+    return choose_int4_launch(n, k, n_tokens, shared_memory=shared_memory)
 
 
 def launch_dequantize_int4(

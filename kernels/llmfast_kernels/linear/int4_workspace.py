@@ -1,16 +1,20 @@
-"""Memory that four-bit weights are dequantized into, one layer after another.
+"""Memory that int4_linear holds between calls.
 
-It is as large as the largest layer yet. A layer's weights are there from one launch to the next, so
-nothing is kept of them.
+The workspace, into which weights are dequantized, is as large as the largest layer yet. A layer's
+weights are there from one launch to the next, so nothing is kept of them. Tickets count the
+programs of a tile.
 """
 
 from __future__ import annotations
 
 import torch
 
+MAX_TICKETS = 1024
+
 # the last one is in use; those before it were captured in a CUDA graph, whose replays write to them
 _tensors: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
 _captured: set[int] = set()  # addresses
+_tickets: dict[torch.device, torch.Tensor] = {}
 
 
 def workspace(device: torch.device, dtype: torch.dtype, size: int) -> torch.Tensor:
@@ -23,6 +27,15 @@ def workspace(device: torch.device, dtype: torch.dtype, size: int) -> torch.Tens
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.add(held[-1].data_ptr())
     return held[-1][:size]
+
+
+def tickets(device: torch.device) -> torch.Tensor:
+    """MAX_TICKETS int32 zeros, which a kernel that counts in them leaves as zeros again."""
+    if device not in _tickets:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("int4_linear: run it once before a CUDA graph captures it")
+        _tickets[device] = torch.zeros(MAX_TICKETS, dtype=torch.int32, device=device)
+    return _tickets[device]
 
 
 def int4_workspace_bytes(device: torch.device | None = None) -> int:

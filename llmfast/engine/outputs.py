@@ -1,0 +1,124 @@
+"""From chosen tokens to what the caller gets: texts, ends, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .request import Answer, CompletionOutput, Logprob, Request, RequestOutput
+from .sampling_params import SamplingParams
+from .text import Detokenizer, find_stop, held_back
+
+if TYPE_CHECKING:
+    from .sampler import Choice
+
+
+class Outputs:
+    """Appends tokens to answers, and makes outputs of requests."""
+
+    def __init__(self, tokenizer: Any, end_tokens: set[int]) -> None:
+        """
+        Args:
+            tokenizer: None: answers have no text.
+            end_tokens: the model's own.
+        """
+        self.tokenizer = tokenizer
+        self.end_tokens = end_tokens
+        self.texts: dict[Answer, Detokenizer] = {}  # of answers that are followed
+
+    def follow(self, answer: Answer) -> None:
+        """Keep an answer's text with each token; that of others is made at their end."""
+        if self.tokenizer is not None:
+            self.texts[answer] = Detokenizer(self._decode)
+
+    def append(self, answer: Answer, choice: Choice) -> str | None:
+        """Append a good choice; the reason why the answer ends with it, or None."""
+        token, params, sequence = choice.token, answer.params, answer.sequence
+        sequence.tokens.append(token)
+        answer.num_output += 1
+        if params.logprobs is not None and choice.logprob is not None:
+            answer.cumulative_logprob += choice.logprob
+            answer.logprobs.append(self.logprobs(token, choice.logprob, choice.top))
+        if answer.matcher is not None and answer.matcher.terminated:
+            return "stop"
+        if token in answer.stop_tokens:
+            ends = token in self.end_tokens and not params.ignore_eos
+            answer.stop_reason = None if ends else token
+            return "stop"
+        text = self.texts.get(answer)
+        if text is not None:
+            before = len(text.text)
+            text.push(token)
+            if answer.num_output >= params.min_tokens:
+                stop = find_stop(text.text, before, _stops(params))
+                if stop is not None:
+                    answer.text, answer.stop_reason = text.text[: stop[0]], stop[1]
+                    return "stop"
+            answer.text = text.text[: len(text.text) - held_back(text.text, _stops(params))]
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def finish(self, answer: Answer) -> None:
+        """The text of an answer that has its finish reason."""
+        text = self.texts.pop(answer, None)
+        if isinstance(answer.stop_reason, str):  # it ends before the stop text
+            return
+        if text is not None:
+            text.finish()
+            answer.text = text.text
+        elif self.tokenizer is not None:
+            answer.text = self._decode(_shown(answer))
+
+    def logprobs(
+        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
+    ) -> dict[int, Logprob]:
+        """Of a token, and of the most likely ones."""
+        found = dict([*top, (token, logprob)])
+        return {t: Logprob(lp, self._piece(t)) for t, lp in found.items()}
+
+    def output(self, request: Request) -> RequestOutput:
+        """What the caller gets of a request as it is."""
+        outputs = []
+        for answer in request.answers:
+            wanted = answer.params.logprobs is not None
+            outputs.append(
+                CompletionOutput(
+                    index=answer.index,
+                    text=answer.text,
+                    token_ids=answer.sequence.output,
+                    cumulative_logprob=answer.cumulative_logprob if wanted else None,
+                    logprobs=list(answer.logprobs) if wanted else None,
+                    finish_reason=answer.finish_reason,
+                    stop_reason=answer.stop_reason,
+                    error=answer.error,
+                )
+            )
+        prompt_logprobs = request.prompt_logprobs
+        return RequestOutput(
+            request_id=request.id,
+            prompt=request.prompt,
+            prompt_token_ids=list(request.prompt_ids),
+            outputs=outputs,
+            finished=request.finished,
+            metrics=request.metrics,
+            prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _piece(self, token: int) -> str | None:
+        return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+
+def _shown(answer: Answer) -> list[int]:
+    """The output without the token that stopped it."""
+    output = answer.sequence.output
+    stopped = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
+    return output[:-1] if stopped else output
+
+
+def _stops(params: SamplingParams) -> tuple[str, ...]:
+    return tuple(params.stop or ())
