@@ -8,7 +8,14 @@ import torch
 from torch.nn.functional import linear
 
 from llmfast.measure.shapes import config_of, linear_sizes
-from llmfast_kernels import dense_linear, gated_linear, int4_linear, pack_int4, silu_mul
+from llmfast_kernels import (
+    dense_linear,
+    gated_linear,
+    int4_linear,
+    int8_linear,
+    pack_int4,
+    silu_mul,
+)
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -111,4 +118,35 @@ def bench_block_with_epilogues(bench_op, tokens):
         {"llmfast": fused, "cublas": apart},
         lambda: make_inputs(shape, tokens, dtype),
         bytes_moved=sum(n * k for n, k in sizes(shape)) * dtype.itemsize,
+    )
+
+
+@each_tokens
+@pytest.mark.parametrize("group_size", [None, 128, 32], ids=["channel", "g128", "g32"])
+def bench_int8_block(bench_op, group_size, tokens):
+    """Beside cuBLAS on 16-bit weights of the same shapes."""
+    shape, dtype = "llama-3.1-8b", torch.bfloat16
+    block = sizes(shape)
+
+    def inputs():
+        codes = [torch.randint(0, 256, b, device="cuda", dtype=torch.uint8) for b in block]
+        scales = [
+            torch.rand(n, k // (group_size or k), device="cuda").to(dtype) / k**0.5
+            for n, k in block
+        ]
+        return *make_inputs(shape, tokens, dtype), *codes, *scales
+
+    def int8(*tensors):
+        return [
+            int8_linear(x, codes, scales, group_size=group_size or x.shape[-1])
+            for x, codes, scales in zip(tensors[:4], tensors[8:12], tensors[12:], strict=True)
+        ]
+
+    bench_op(
+        "linear",
+        f"shape={shape} weights=int8-{f'g{group_size}' if group_size else 'channel'} "
+        f"tokens={tokens}",
+        {"llmfast": int8, "cublas": lambda *tensors: block_of(linear)(*tensors[:8])},
+        inputs,
+        bytes_moved=sum(n * (k + 2 * k // (group_size or k)) for n, k in block),
     )

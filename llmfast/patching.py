@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,25 @@ from .model.patch import evaluating, families_of, refuse, swap_in, swap_out
 from .model.report import Report
 from .model.swap import Operations
 from .model.trace import NotTraced
-from .quantization.attached import attach, detach, weights_of
-from .quantization.driver import Quantized, quantize
+from .quantization.attached import (
+    EVERYWHERE,
+    NOWHERE,
+    attach,
+    detach,
+    is_rounded,
+    packed_weights_of,
+    use_own,
+    weights_of,
+)
+from .quantization.driver import WEIGHTS, Quantized, quantize
+from .quantization.forecast import Forecast, forecast
+from .quantization.released import reacquire
 
 GENERATE = "generate"
+# with eight bits one scale an output loses little, and any number of inputs can have it
+GROUP_SIZE = {"int4": 64, "int8": None}
+OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # of a model that was loaded quantized
+NUMBERS = {4: "four", 8: "eight"}
 
 
 def patch(
@@ -28,7 +45,7 @@ def patch(
     ops: str | Iterable[str] | None = None,
     strict: bool = False,
     weights: str | Quantized | None = None,
-    group_size: int | None = 64,
+    group_size: int | str | None = "auto",
     method: str = "nearest",
     calibration: torch.Tensor | None = None,
 ) -> Report:
@@ -46,12 +63,13 @@ def patch(
     transformers; a call that the runner cannot do (beams, for one) goes to transformers' own, and
     the reason is logged once. docs/runner.md has the list.
 
-    With ``weights``, the linear layers of the decoder get four-bit weights, and ``generate`` reads
-    those. The parameters hold the dequantized values, so that the model's own forward computes with
-    the same weights: it takes as much memory as before, and the packed weights come on top. What
-    the parameters held is kept in the CPU's memory and put back by :func:`unpatch`, whatever has
-    been written to them since. A model that was loaded with quantized weights needs no ``weights``;
-    its own are used.
+    With ``weights``, the linear layers of the decoder get weights of four or eight bits, and
+    ``generate`` reads those. The model's own forward computes with the same weights: on a GPU its
+    layers multiply with the packed ones too, and their parameters hold nothing but a shape until
+    :func:`unpatch` (``state_dict`` has the dequantized values all the same); on the CPU the
+    parameters hold the dequantized values. What they held before is kept in the CPU's memory and
+    put back by :func:`unpatch`, whatever has been written to them since. What the choice will save
+    is printed to stderr before the work starts.
 
     Args:
         model: a decoder-only model of transformers, on a GPU of compute capability 8.0 or newer.
@@ -60,10 +78,13 @@ def patch(
         ops: what to swap: any of ``norm``, ``activation``, ``attention``, ``generate``, or
             ``"all"``. None: all on a GPU, none on the CPU.
         strict: raise if anything was kept that llmfast has an operation for.
-        weights: ``"int4"``, to find codes here, or what :func:`llmfast.quantize` has found with
-            ``weights="int4"``. None: weights stay as they are.
-        group_size: of ``"int4"``: inputs that share a scale: 32, 64, 128, or None for all.
-        method: of ``"int4"``: ``"nearest"``, or ``"gptq"`` or ``"awq"`` with a calibration.
+        weights: ``"int4"`` or ``"int8"``, to find codes here; what :func:`llmfast.quantize` has
+            found; of a model that was loaded quantized ``"own"``, its own bits, or
+            ``"dequantized"``. None: weights stay as they are; those that were loaded quantized run
+            in their own bits on a GPU, dequantized on the CPU.
+        group_size: of codes found here: inputs that share a scale: 32, 64, 128, or None for all.
+            ``"auto"``: 64 in four bits, all in eight.
+        method: of codes found here: ``"nearest"``, or ``"gptq"`` or ``"awq"`` with a calibration.
         calibration: token ids, as :func:`llmfast.quantize` takes them.
 
     Returns:
@@ -105,37 +126,66 @@ def patch(
 def _attach(
     model: PreTrainedModel,
     weights: str | Quantized | None,
-    group_size: int | None,
+    group_size: int | str | None,
     method: str,
     calibration: torch.Tensor | None,
 ) -> list[str]:
     """Let the model carry the weights that are asked for; what to tell of it."""
+    if isinstance(weights, str) and weights in OWN:
+        use_own(model, OWN[weights])
+        weights = None
     if weights is None:
         own = weights_of(model)
-        return [] if own is None else [f"weights: {len(own)} linear layers were loaded quantized."]
-    if weights_of(model) is not None:
+        if own is None:
+            return []
+        text = f"weights: {len(own)} linear layers were loaded quantized"
+        if not packed_weights_of(model, model.device):
+            text += ", and run dequantized"
+            if model.device.type == "cpu":
+                text += ": on the CPU that is faster (weights='own' has them in their own bits)"
+        return [f"{text}."]
+    if is_rounded(model):
         raise UserError("patch: weights: this model has quantized weights already")
     if isinstance(weights, str):
-        if weights != "int4":
+        if weights not in WEIGHTS:
             raise UserError(
-                f"patch: weights must be 'int4' or what llmfast.quantize gives; got {weights!r}"
+                "patch: weights must be 'int4', 'int8', 'own', 'dequantized' or what "
+                f"llmfast.quantize gives; got {weights!r}"
             )
+        if isinstance(group_size, str):
+            if group_size != "auto":
+                raise UserError(
+                    f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
+                )
+            group_size = GROUP_SIZE[weights]
+        told = partial(forecast, model, bits=WEIGHTS[weights], group_size=group_size)
         dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
         with evaluating(model):
             weights = quantize(
                 model,
+                weights=weights,
                 method=method,
                 group_size=group_size,
                 calibration=calibration,
                 scale_dtype=dtype,
+                on_progress=lambda _, done, __: None if done else _say(told()),
             )
-    if any(w.bits != 4 for w in weights.weights.values()):
-        raise UserError("patch: weights of 8 bits have no kernel yet; give weights of 4 bits")
+    elif weights.weights:
+        w = next(iter(weights.weights.values()))
+        group = w.group_size if w.groups > 1 else None
+        _say(forecast(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
     attach(model, weights)
+    kinds = sorted({w.bits for w in weights.weights.values()})
     return [
-        f"weights: {len(weights.weights)} linear layers are rounded to four bits; the parameters "
-        "hold the dequantized values until unpatch."
+        f"weights: {len(weights.weights)} linear layers are rounded to "
+        f"{' and '.join(NUMBERS[bits] for bits in kinds)} bits until unpatch."
     ]
+
+
+def _say(told: Forecast) -> None:
+    """To stderr: a library's log is not shown unless somebody asks for it."""
+    for line in told.lines():
+        print(f"llmfast: {line}", file=sys.stderr)
 
 
 def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
@@ -165,8 +215,9 @@ def unpatch(model: PreTrainedModel) -> None:
     from .runner.generate import give_back
 
     swap_out(model)
+    detach(model)  # first, so that nothing is dequantized only to be replaced
     give_back(model)
-    detach(model)
+    reacquire(model)  # of a copy, which has no runner
 
 
 @contextmanager

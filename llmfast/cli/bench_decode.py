@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..measure.results import Env, Row
 
 PEERS = ("transformers", "none")
-_WEIGHTS = ("int4-g32", "int4-g64", "int4-g128")
+_WEIGHTS = ("int4-g32", "int4-g64", "int4-g128", "int8", "int8-g32", "int8-g64", "int8-g128")
 _COLUMNS = {  # of the table: a metric's title, and how its figure is written
     "tok_per_s": ("tok/s", ",.1f"),
     "ms_per_step": ("ms/step", ",.3f"),
@@ -52,11 +52,6 @@ class Request:
     commit: str | None = None
     dtype: str | None = None
     weights: str | None = None
-
-    @property
-    def group_size(self) -> int | None:
-        """Of four-bit weights; None: the weights are as they are."""
-        return None if self.weights is None else int(self.weights.removeprefix("int4-g"))
 
     def check(self) -> None:
         """Refuse what cannot be measured, before anything is imported or loaded.
@@ -154,9 +149,9 @@ def decode_command(
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="int4-gN",
-            help="Round the decoder's linear layers to four bits first, in groups of N inputs: "
-            "32, 64 or 128.",
+            metavar="int4-gN|int8|int8-gN",
+            help="Round the decoder's linear layers to four or eight bits first, in groups of N "
+            "inputs: 32, 64 or 128; int8: one scale an output.",
         ),
     ] = None,
 ) -> None:
@@ -209,7 +204,7 @@ def bench_decode(request: Request) -> Measured:
             repeats=request.repeats,
             peers=request.peers != "none",
             starts=request.starts,
-            group_size=request.group_size,
+            weights=request.weights,
             progress=step,
         )
         env = capture_env(commit=request.commit)

@@ -322,11 +322,10 @@ def _slug(name: str | None) -> str:
 
 
 def _weights(model: Any) -> str:
-    from ..quantization.attached import weights_of
+    from ..quantization.attached import is_rounded, label_of, weights_of
 
-    if carried := weights_of(model):
-        w = next(iter(carried.values()))
-        return f"int{w.bits}-{'channel' if w.groups == 1 else f'g{w.group_size}'}"
+    if is_rounded(model) and (carried := weights_of(model)):
+        return label_of(carried)
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
     return WEIGHTS.get(name, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,8 +63,30 @@ class Choice:
                 f"--calibration-tokens must be at least 1; got {self.calibration_tokens}"
             )
 
-    def find(self, model: Any, tokenizer: Any, on_progress: Progress | None = None) -> Quantized:
-        """Find the codes of ``model``.
+    def forecast(self, model: Any) -> list[str]:
+        """What the weights will take and save, in lines.
+
+        Raises:
+            UserError: a model without decoder layers.
+        """
+        from ..quantization.driver import WEIGHTS
+        from ..quantization.forecast import forecast
+
+        return forecast(
+            model,
+            bits=WEIGHTS[self.weights],
+            group_size=self.group_size or None,
+            symmetric=not self.zero_points,
+        ).lines()
+
+    def find(
+        self,
+        model: Any,
+        tokenizer: Any,
+        on_progress: Progress | None = None,
+        work: Path | None = None,
+    ) -> Quantized:
+        """Find the codes of ``model``; ``work`` is the folder for finished layers.
 
         Raises:
             UserError: as :func:`llmfast.quantize`, a text that cannot be read, or a model whose
@@ -74,9 +97,9 @@ class Choice:
         import llmfast
 
         from ..measure.texts import read_text
-        from ..quantization.attached import weights_of
+        from ..quantization.attached import is_rounded
 
-        if weights_of(model) is not None:
+        if is_rounded(model):
             raise UserError("the model has quantized weights already; give the one they came from")
         ids = None
         if self.method != "nearest":
@@ -92,6 +115,7 @@ class Choice:
             symmetric=not self.zero_points,
             calibration=ids,
             window=min(512, longest),
+            work=work,
             on_progress=on_progress,
         )
         return found
@@ -122,7 +146,8 @@ def quantize_command(
     """Round the linear layers of a model to 4 or 8 bits, and save it as safetensors.
 
     The folder is in the format pack-quantized of compressed-tensors, which llmfast.load and other
-    engines read.
+    engines read. Finished layers are kept beside it while the work goes on: the same command
+    continues an interrupted run.
     """
     choice = Choice(weights, method, group_size, zero_points, calibration, calibration_tokens)
     choice.check()
@@ -135,13 +160,25 @@ def quantize_command(
 
         read_text(calibration)  # before minutes of loading
     loaded = ui.load(model, device=device, dtype=dtype)
+    work = out.absolute().with_name(f".{out.name}.work")
+    going_on = work.is_dir()
     with ui.progress("Quantizing") as step:
-        found = choice.find(loaded.model, loaded.tokenizer, step)
+
+        def tell(what: str, done: int, total: int) -> None:
+            if done == 0:  # all is checked, and the work starts
+                if going_on:
+                    ui.note(f"going on with the finished layers in {work}")
+                for line in choice.forecast(loaded.model):
+                    ui.note(line)
+            step(what, done, total)
+
+        found = choice.find(loaded.model, loaded.tokenizer, tell, work)
     for name, why in found.plain.items():
         ui.note(f"{name}: {why}")
     with ui.progress(f"Writing {out}"):
         import llmfast
 
         llmfast.save_quantized(loaded.model, loaded.tokenizer, found, out)
+    shutil.rmtree(work, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(found.weights)} linear layers in {choice.label}, {size / 2**20:.0f} MiB")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
+from ..quantization.attached import label_of, weights_of
 from .record import make_row
 from .results import CEILING_CASE, Row, format_case
 from .shapes import DTYPE_NAMES, Source
@@ -141,14 +142,14 @@ def measure_decode(
     repeats: int = 3,
     peers: bool = True,
     starts: int = 0,
-    group_size: int | None = None,
+    weights: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Measured:
     """Measure every case, and ``starts`` starts of a process of its own with a cold kernel cache.
 
-    A case that fails for want of memory is noted, and the others go on. With ``group_size`` the
-    linear layers of the decoder have four-bit weights, rounded to nearest in groups of so many
-    inputs; starts and ``peers`` are of the weights as they are.
+    A case that fails for want of memory is noted, and the others go on. With ``weights``
+    (``int4-g64``, ``int8-g128``, ``int8`` of one scale an output, and their like) the linear layers
+    of the decoder are rounded to nearest; starts and ``peers`` are of the weights as they are.
 
     Raises:
         UserError: the runner does not run this model, a case is longer than its context, or no
@@ -188,9 +189,9 @@ def measure_decode(
             found.add(OURS, key, "start_to_first_token_s", estimate, starts)
     _check_context(model, cases)
     prompts = {case: _prompts(model, case) for case in cases}
-    if group_size is not None:
-        found.model["weights"] = f"int4-g{group_size}"
-    with _taken_over(model, group_size) as takeover:
+    with _taken_over(model, weights) as takeover:
+        if takeover.blocks is not None and takeover.blocks.packed_bytes:
+            found.model["weights"] = label_of(weights_of(model) or {})
         for case in cases:
             say(f"{case}: llmfast")
             with _noting(found, OURS, case):
@@ -237,7 +238,7 @@ def _measure_ours(
             direct.append(_run(runner, prompts.flatten(), [case.prompt] * case.batch, case.tokens))
             if index == 0 and cuda:  # generate is the same runner's: nothing is added by it
                 peak = torch.cuda.max_memory_allocated(model.device)
-                weights = _weight_bytes(model) + takeover.blocks.packed_bytes
+                weights = _held_bytes(model) + takeover.blocks.packed_bytes
                 over = (peak - weights - runner.cache.nbytes) / 2**30
                 exact = Estimate(over, over, over)
                 found.add(OURS, case.key, "peak_over_weights_cache_gib", exact, 1)
@@ -293,8 +294,8 @@ def _peer_times(model: Any, prompts: torch.Tensor, case: Case, repeats: int) -> 
 
 
 @contextmanager
-def _taken_over(model: Any, group_size: int | None = None) -> Iterator[Takeover]:
-    """``model`` patched, its ``generate`` the runner's; with ``group_size`` on four-bit weights.
+def _taken_over(model: Any, weights: str | None = None) -> Iterator[Takeover]:
+    """``model`` patched, its ``generate`` the runner's; with ``weights`` on rounded ones.
 
     Raises:
         UserError: the runner does not run this model.
@@ -305,10 +306,13 @@ def _taken_over(model: Any, group_size: int | None = None) -> Iterator[Takeover]
 
     # on the CPU patch swaps nothing unless it is told to
     ops = None if model.device.type == "cuda" else "generate"
-    if group_size is None:
+    if weights is None:
         report = llmfast.patch(model, ops=ops)
     else:
-        report = llmfast.patch(model, ops=ops, weights="int4", group_size=group_size)
+        rounded, _, group = weights.partition("-g")
+        report = llmfast.patch(
+            model, ops=ops, weights=rounded, group_size=int(group) if group else "auto"
+        )
     try:
         takeover = takeover_of(model)
         if takeover is None:
@@ -357,6 +361,12 @@ def _windows(config: Any) -> list[float]:
 
 def _weight_bytes(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _held_bytes(model: Any) -> int:
+    """Of parameters, as far as there is memory behind them."""
+    storages = (parameter.untyped_storage() for parameter in model.parameters())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _prompts(model: Any, case: Case) -> torch.Tensor:

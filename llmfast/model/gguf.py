@@ -1,12 +1,13 @@
 """A Llama-architecture GGUF file as a transformers model and tokenizer.
 
 The model is built without memory (on PyTorch's meta device), then each tensor is read,
-dequantised and put in place, so nothing is initialised only to be overwritten.
+dequantised and put in place, so nothing is initialised only to be overwritten. Quantized layers
+are read once more, in their own bits, when somebody wants to multiply with those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,10 @@ from .gguf_tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-READABLE = ("Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32")
+    from ..quantization.weights import QuantizedWeight
+
+QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
+READABLE = (*QUANTIZED, "F16", "BF16", "F32")
 
 
 def load_gguf(
@@ -67,7 +71,49 @@ def load_gguf(
     # the only buffers are computed, not stored: make them anew where there is memory
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(device)
+    weights_in_file = GgufWeights(file, names, config)
+    if len(weights_in_file):
+        from ..quantization.attached import carry
+
+        carry(model, weights_in_file, again=True)
     return model.eval(), tokenizer
+
+
+class GgufWeights(Mapping[str, "QuantizedWeight"]):
+    """The quantized linear layers of the decoder by their names, read when they are asked for."""
+
+    def __init__(self, file: GgufFile, names: Mapping[str, str], config: LlamaConfig) -> None:
+        """``names``: of the file's tensors, each with that of its parameter."""
+        self._file: GgufFile | None = file
+        self._path = file.path
+        self._config = config
+        self._tensors = {
+            parameter.removesuffix(".weight"): name
+            for name, parameter in names.items()
+            if parameter.startswith("model.layers.") and file.tensors[name].type_name in QUANTIZED
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_file": None}  # an open file cannot be pickled
+
+    def __getitem__(self, layer: str) -> QuantizedWeight:
+        from ..quantization.formats import from_gguf
+
+        name = self._tensors[layer]
+        if self._file is None:
+            self._file = GgufFile(self._path)
+        rows = torch.from_numpy(self._file.raw(name).copy())
+        weight = from_gguf(rows, self._file.tensors[name].type_name)
+        heads = _rotated_heads(name, self._config)
+        if heads is None:
+            return weight
+        return weight.rows(_half_split(torch.arange(len(rows)), heads))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _check_types(file: GgufFile) -> None:
@@ -122,11 +168,17 @@ def _read(file: GgufFile, name: str, config: LlamaConfig) -> torch.Tensor:
     if not values.flags.writeable:  # float32 is a view of the file
         values = values.copy()
     tensor = torch.from_numpy(values)
+    heads = _rotated_heads(name, config)
+    return tensor if heads is None else _half_split(tensor, heads)
+
+
+def _rotated_heads(name: str, config: LlamaConfig) -> int | None:
+    """How many heads a tensor's rows are of, if they stand in GGUF's order; else None."""
     if ".attn_q." in name:
-        return _half_split(tensor, config.num_attention_heads)
+        return int(config.num_attention_heads)
     if ".attn_k." in name:
-        return _half_split(tensor, config.num_key_value_heads)
-    return tensor
+        return int(config.num_key_value_heads or config.num_attention_heads)
+    return None
 
 
 def _half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -50,9 +50,10 @@ def load(
 
     Weights come from GGUF and safetensors files only: neither can run code when it is read.
 
-    A folder of GPTQ, AWQ (gemm layout) or compressed-tensors (pack-quantized) gives a model that
-    computes with the dequantized weights and carries the quantized ones, so that
-    :func:`llmfast.patch` and :class:`llmfast.LLM` multiply in four bits.
+    A folder of GPTQ, AWQ (gemm layout) or compressed-tensors (pack-quantized), and a GGUF file,
+    give a model that computes with the dequantized weights and carries the quantized ones, so that
+    :func:`llmfast.patch` and :class:`llmfast.LLM` multiply in their own bits on a GPU. Those of a
+    GGUF file are read again when they are asked for: the file must stay.
 
     Args:
         path_or_id: None or ``"embedded"`` for the embedded model; a ``.gguf`` file; a folder that
@@ -206,6 +207,7 @@ def _load_quantized(
 
     from ..quantization.attached import carry
     from ..quantization.checkpoint import load_folder
+    from ..quantization.driver import Quantized, replaced_by
 
     quantization_config = config.quantization_config
     del config.quantization_config  # what transformers builds then is the dense model
@@ -226,6 +228,7 @@ def _load_quantized(
     _check_found(folder, found["missing_keys"])
     if lost := biases & set(found["unexpected_keys"]):
         raise UserError(f"{folder}: {min(lost)!r} has no place in {kind.__name__}")
+    replaced_by(str(folder), model, Quantized(weights))  # names and shapes are the model's
     carry(model, weights)
     return cast("PreTrainedModel", model)
 

@@ -45,6 +45,16 @@ class Call:
         kwargs = {name: _convert(value, dtype) for name, value in self.kwargs.items()}
         return Call(tuple(_convert(value, dtype) for value in self.args), kwargs)
 
+    def sharing(self, other: Call) -> Call:
+        """The same call with the tensors of ``other`` where they are equal, to hold them once."""
+        if self is other or len(self.args) != len(other.args):
+            return self
+        args = tuple(_shared(*pair) for pair in zip(self.args, other.args, strict=True))
+        kwargs = {
+            name: _shared(value, other.kwargs.get(name)) for name, value in self.kwargs.items()
+        }
+        return Call(args, kwargs)
+
 
 @dataclass
 class Captured:
@@ -152,4 +162,13 @@ def _convert(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype)
     if isinstance(value, tuple):
         return tuple(_convert(part, dtype) for part in value)
+    return value
+
+
+def _shared(value: Any, other: Any) -> Any:
+    if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = value.dtype == other.dtype and value.device == other.device
+        return other if same and torch.equal(value, other) else value
+    if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+        return tuple(_shared(*pair) for pair in zip(value, other, strict=True))
     return value

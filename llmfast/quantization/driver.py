@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.shadow import PATCH
-from .decoder import capture, decoder_layers, gathering, linears, run_layer
+from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
 from .folds import Fold, find_folds
 from .methods import (
     AwqSettings,
@@ -26,6 +27,7 @@ from .methods import (
     nearest,
 )
 from .weights import QuantizedWeight
+from .work import WorkFolder, fingerprint_of
 
 WEIGHTS = {"int4": 4, "int8": 8}
 METHODS = ("nearest", "gptq", "awq")
@@ -67,6 +69,7 @@ def quantize(
     scale_dtype: torch.dtype = torch.float16,
     gptq_settings: GptqSettings | None = None,
     awq_settings: AwqSettings | None = None,
+    work: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Quantized:
     """Find codes for the linear layers of every decoder layer; embeddings and lm_head stay.
@@ -87,13 +90,17 @@ def quantize(
         scale_dtype: what scales are stored in.
         gptq_settings: damping and order of GPTQ.
         awq_settings: the exponents and clips that AWQ tries.
-        on_progress: called as ``on_progress("quantizing layers", done, total)``.
+        work: a folder for finished layers, made here if it is not there; the same call goes on from
+            what it holds. It stays, for the caller to delete. None: an interrupted call begins
+            anew.
+        on_progress: called as ``on_progress("quantizing layers", done, total)``, first with 0 done
+            when everything has been checked.
 
     Raises:
         UserError: a choice that is not listed above, weights that are not finite, a group size that
             does not divide a layer's inputs, a calibration that is missing, too short or holds ids
             that are no tokens of the model, a model in training mode or changed by
-            ``llmfast.patch``.
+            ``llmfast.patch``, a work folder that is of other work or cannot be written.
 
     Papers: GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978.
     """
@@ -104,36 +111,93 @@ def quantize(
     scheme = Scheme(WEIGHTS[weights], group_size, symmetric, scale_dtype)
     prefix, layers = decoder_layers(model)
     _check_model(model, prefix, layers, scheme)
+    sequences = None
+    if method != "nearest":
+        sequences = _sequences(model, layers, calibration, method, window)
+    finished = None
+    if work is not None:
+        settings = {"gptq": gptq_settings, "awq": awq_settings}.get(method)
+        choices = {"method": method, "scheme": scheme, "settings": settings}
+        finished = WorkFolder(work, fingerprint_of(model, **choices, calibration=sequences))
     result = Quantized()
-    if method == "nearest":
-        for done, layer in enumerate(layers, 1):
-            for name, part in linears(layer).items():
-                result.weights[f"{prefix}.{done - 1}.{name}"] = nearest(part.weight, scheme)
-            if on_progress is not None:
-                on_progress("quantizing layers", done, len(layers))
-        return result
-
-    sequences = _sequences(model, layers, calibration, method, window)
-    device = model.get_input_embeddings().weight.device
-    captured = [capture(model, layers, row[None].to(device)) for row in sequences]
-    probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
-    hidden = [one.hidden for one in captured]
-    for index, layer in enumerate(layers):
-        calls = [one.calls[index] for one in captured]
-        with gathering(layer) as statistics:
-            for x, call in zip(hidden, calls, strict=True):
-                run_layer(layer, x, call)
-        if method == "gptq":
-            found = _gptq_layer(layer, statistics, scheme, gptq_settings)
-        else:
-            folds = find_folds(layer, probe.hidden, probe.calls[index])
-            found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
-        with _replaced(_values("quantize", layer, found)):
-            hidden = [run_layer(layer, x, call) for x, call in zip(hidden, calls, strict=True)]
+    steps = (
+        _rounded(layers, scheme, finished)
+        if sequences is None
+        else _calibrated(
+            model, layers, sequences, scheme, gptq_settings, awq_settings, method, finished
+        )
+    )
+    if on_progress is not None:
+        on_progress("quantizing layers", 0, len(layers))
+    for index, found in enumerate(steps):
+        # off the GPU: all layers' codes together are half as large as the model
+        found.weights.update({name: w.to("cpu") for name, w in found.weights.items()})
         result.add(f"{prefix}.{index}", found)
         if on_progress is not None:
             on_progress("quantizing layers", index + 1, len(layers))
     return result
+
+
+def _rounded(
+    layers: nn.ModuleList, scheme: Scheme, finished: WorkFolder | None
+) -> Iterator[Quantized]:
+    """Each layer rounded to nearest."""
+    for index, layer in enumerate(layers):
+        found = None if finished is None else finished.load(index, torch.device("cpu"))
+        if found is None:
+            parts = linears(layer).items()
+            found = Quantized({name: nearest(part.weight, scheme) for name, part in parts})
+            if finished is not None:
+                finished.save(index, found)
+        yield found
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    sequences: torch.Tensor,
+    scheme: Scheme,
+    gptq_settings: GptqSettings | None,
+    awq_settings: AwqSettings | None,
+    method: str,
+    finished: WorkFolder | None,
+) -> Iterator[Quantized]:
+    """Each layer by GPTQ or AWQ, on what the layers before it give; some may be finished."""
+    device = model.get_input_embeddings().weight.device
+    hidden: list[torch.Tensor] = []
+    all_calls: list[list[Call]] = []
+    layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
+    home = device
+    for row in sequences:
+        captured = capture(model, layers, row[None].to(device))
+        if captured.hidden.nbytes * len(sequences) > layer_bytes:
+            home = torch.device("cpu")  # what all hidden states together must not take on a GPU
+        hidden.append(captured.hidden.to(home))
+        # masks and rotary tables are mostly those of every sequence
+        like = all_calls[0] if all_calls else captured.calls
+        all_calls.append(
+            [call.sharing(first) for call, first in zip(captured.calls, like, strict=True)]
+        )
+    probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
+    for index, layer in enumerate(layers):
+        calls = [of_layers[index] for of_layers in all_calls]
+        found = None if finished is None else finished.load(index, device)
+        if found is None:
+            with gathering(layer) as statistics:
+                for x, call in zip(hidden, calls, strict=True):
+                    run_layer(layer, x.to(device), call)
+            if method == "gptq":
+                found = _gptq_layer(layer, statistics, scheme, gptq_settings)
+            else:
+                folds = find_folds(layer, probe.hidden, probe.calls[index])
+                found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
+            del statistics
+            if finished is not None:
+                finished.save(index, found)
+        with _replaced(_values("quantize", layer, found)):
+            for at, call in enumerate(calls):  # in place: inputs and outputs are not both held
+                hidden[at] = run_layer(layer, hidden[at].to(device), call).to(home)
+        yield found
 
 
 @contextmanager
@@ -210,10 +274,23 @@ def _gptq_layer(
     scheme: Scheme,
     settings: GptqSettings | None,
 ) -> Quantized:
-    found = Quantized()
-    for name, part in linears(layer).items():
+    parts = linears(layer)
+    together: dict[int, list[str]] = {}  # layers of one input share the work on its statistics
+    for name in parts:
         if name in statistics:
-            found.weights[name] = gptq(part.weight, statistics[name], scheme, settings)
+            together.setdefault(id(statistics[name]), []).append(name)
+    weights: dict[str, QuantizedWeight] = {}
+    for names in together.values():
+        stacked = torch.cat([parts[name].weight for name in names])
+        whole = gptq(stacked, statistics[names[0]], scheme, settings)
+        rows = torch.arange(len(stacked), device=stacked.device)
+        sizes = [parts[name].out_features for name in names]
+        for name, own in zip(names, torch.split(rows, sizes), strict=True):
+            weights[name] = whole.rows(own)
+    found = Quantized()
+    for name, part in parts.items():
+        if name in weights:
+            found.weights[name] = weights[name]
         else:
             found.weights[name] = nearest(part.weight, scheme)
             found.plain[name] = "no token of the calibration reached it"

@@ -117,6 +117,11 @@ class InputStatistics:
         return self._gram / max(self.tokens, 1)
 
     @property
+    def squares(self) -> torch.Tensor:
+        """float32 ``[k]``, the mean of x**2: gram's diagonal."""
+        return self._gram.diagonal() / max(self.tokens, 1)
+
+    @property
     def magnitude(self) -> torch.Tensor:
         return self._magnitude / max(self.tokens, 1)
 
@@ -161,18 +166,11 @@ def gptq(
     Paper: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1.
     """
     settings = settings or GptqSettings()
-    w = _check_weight("gptq", weight).clone()
+    w = _check_weight("gptq", weight)
     n, k = w.shape
     size = scheme.group(k)
     _check_statistics("gptq", statistics, k)
-    hessian = statistics.gram.to(w.device, torch.float64)
-    seen = hessian.diagonal() > 0
-    hessian.diagonal()[~seen] = hessian.diagonal()[seen].mean() if bool(seen.any()) else 1.0
-
-    order = torch.arange(k, device=w.device)
-    if settings.act_order:
-        order = torch.argsort(hessian.diagonal() * seen, descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], settings.damping).float()
+    order, factor = _order_and_factor(statistics, settings, w.device)
 
     group_of = torch.arange(k, device=w.device) // size  # of the column at each place of the order
     scales = w.new_zeros(n, k // size)
@@ -182,25 +180,23 @@ def gptq(
         scales, zeros = _find_scales(w.view(n, k // size, size), scheme)
         group_of = group_of[order]
 
-    group_at: list[int] = group_of.tolist()  # as Python numbers: no wait for a GPU in the loop
-
-    w = w[:, order]
-    codes = torch.empty_like(w)
+    w = w[:, order]  # a copy
+    codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     for start in range(0, k, settings.block):
         end = min(start + settings.block, k)
         errors = w.new_empty(n, end - start)
-        for j in range(start, end):
-            if not static and j % size == 0:
+        for a, b in _cut(start, end, k if static else size):
+            if not static and a % size == 0:
                 # columns of this group that lie beyond the block lack its corrections so far
-                ahead = w[:, j : j + size].clone()
-                if j + size > end:
-                    ahead[:, end - j :] -= errors[:, : j - start] @ factor[start:j, end : j + size]
-                scales[:, j // size], zeros[:, j // size] = _find_scales(ahead, scheme)
-            scale, zero = scales[:, group_at[j]], zeros[:, group_at[j]]
-            codes[:, j] = _round(w[:, j], scale, zero, scheme.bits)
-            rounded = (codes[:, j] - zero) * scale
-            errors[:, j - start] = (w[:, j] - rounded) / factor[j, j]
-            w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
+                ahead = w[:, a : a + size].clone()
+                if a + size > end:
+                    ahead[:, end - a :] -= errors[:, : a - start] @ factor[start:a, end : a + size]
+                scales[:, a // size], zeros[:, a // size] = _find_scales(ahead, scheme)
+            groups = group_of[a:b]
+            codes[:, a:b], errors[:, a - start : b - start] = _round_columns(
+                w[:, a:b], scales[:, groups], zeros[:, groups], factor[a:b, a:b], scheme.bits
+            )
+            w[:, b:end] -= errors[:, a - start : b - start] @ factor[a:b, b:end]
         w[:, end:] -= errors @ factor[start:end, end:]
 
     inverse = torch.argsort(order)
@@ -208,6 +204,68 @@ def gptq(
     if settings.act_order and not static and size < k:
         g_idx = group_of[inverse].to(torch.int32)
     return _pack(codes[:, inverse], scales, zeros, size, scheme, g_idx)
+
+
+def _cut(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """The columns from ``start`` to ``end``, cut at the multiples of ``size``."""
+    while start < end:
+        stop = min(end, (start // size + 1) * size)
+        yield start, stop
+        start = stop
+
+
+def _round_columns(
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    factor: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and errors ``[n, m]`` of columns ``w [n, m]``, each made up for by those after it.
+
+    Args:
+        w, scales, zeros: float32 ``[n, m]``.
+        factor: the part of the factor ``[m, m]`` that is of these columns.
+    """
+    # a column at a time: as rows, they are contiguous
+    w, scales, zeros = (t.T.contiguous() for t in (w, scales, zeros))
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    diagonal = factor.diagonal()
+    for j in range(len(w)):
+        column, scale, zero = w[j], scales[j], zeros[j]
+        codes[j] = _round(column, scale, zero, bits)
+        torch.div(column - (codes[j] - zero) * scale, diagonal[j], out=errors[j])
+        w[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return codes.T, errors.T
+
+
+def _order_and_factor(
+    statistics: InputStatistics, settings: GptqSettings, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of columns, int64 ``[k]``, and the factor in it, float32 ``[k, k]``.
+
+    Found in float64; of its matrices of 8 k**2 bytes no more than two are there at a time.
+    """
+    squares = statistics.squares.to(device)
+    seen, order = squares > 0, torch.arange(len(squares), device=device)
+    if settings.act_order:
+        order = torch.argsort(squares, descending=True, stable=True)
+    for share in _growing(settings.damping):
+        hessian = statistics.gram.to(device)[order[:, None], order].double()
+        diagonal, known = hessian.diagonal(), seen[order]
+        diagonal[~known] = diagonal[known].mean() if bool(known.any()) else 1.0
+        diagonal += share * diagonal.mean()
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        del hessian, diagonal
+        if int(failed):
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        del inverse
+        if not int(failed):
+            return order, upper.float()
+    raise UserError("gptq: the inputs' Hessian cannot be inverted, whatever the damping")
 
 
 def awq_scales(
@@ -380,22 +438,6 @@ def _pack(
     )
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper U with U^T U = (H + damping)^-1, with ten times the damping until H can be factored."""
-    mean = hessian.diagonal().mean()
-    for share in _growing(damping):
-        damped = hessian.clone()
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            continue
-        upper: torch.Tensor
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed):
-            return upper
-    raise UserError("gptq: the inputs' Hessian cannot be inverted, whatever the damping")
-
-
 def _growing(damping: float) -> Iterator[float]:
     while damping <= 1:
         yield damping
@@ -420,5 +462,5 @@ def _check_statistics(what: str, statistics: InputStatistics, k: int) -> None:
         raise ValueError(
             f"{what}: statistics must be of {k} inputs; got {len(statistics.magnitude)}"
         )
-    if not bool(statistics.gram.isfinite().all()):
+    if not bool(statistics.squares.isfinite().all()):
         raise UserError(f"{what}: the calibration's activations hold infinity or NaN")

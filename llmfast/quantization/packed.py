@@ -1,23 +1,31 @@
-"""Four-bit weights as the kernels read them."""
+"""Quantized weights as the kernels read them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from llmfast_kernels import int4_linear, pack_int4
+from llmfast_kernels import int4_linear, int8_linear, pack_int4
+from llmfast_kernels.linear.int4_layout import dequantize_int4
+from llmfast_kernels.linear.reference import dequantize_int8
 
 from .weights import QuantizedWeight
 
+# by the bits of codes, what multiplies with them
+OPERATIONS: Mapping[int, Callable[..., torch.Tensor]] = {4: int4_linear, 8: int8_linear}
+
 
 @dataclass(frozen=True)
-class PackedInt4:
-    """The weight ``[n, k]`` of a linear layer for :func:`llmfast_kernels.int4_linear`.
+class PackedWeight:
+    """The weight ``[n, k]`` of a linear layer for :func:`llmfast_kernels.int4_linear` or
+    :func:`llmfast_kernels.int8_linear`.
 
     Args:
-        packed: int32, the codes as :func:`llmfast_kernels.pack_int4` lays them.
+        bits: 4 or 8.
+        codes: of 4 bits int32, as :func:`llmfast_kernels.pack_int4` lays them; of 8 bits uint8
+            ``[n, k]``.
         scales: ``[n, groups]``, in the dtype of the layer's inputs.
         zeros: uint8 ``[n, groups]``, or None.
         minima: ``[n, groups]``, in the scales' dtype, or None.
@@ -27,7 +35,8 @@ class PackedInt4:
         k: inputs.
     """
 
-    packed: torch.Tensor
+    bits: int
+    codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     minima: torch.Tensor | None
@@ -36,50 +45,75 @@ class PackedInt4:
     k: int
 
     @classmethod
-    def from_quantized(cls, w: QuantizedWeight, dtype: torch.dtype) -> PackedInt4:
+    def from_quantized(cls, w: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
         """Pack ``w`` on its device, with scales and minima rounded to ``dtype``.
 
         Raises:
-            ValueError: codes of 8 bits, or scales that ``dtype`` cannot hold.
+            ValueError: scales that ``dtype`` cannot hold.
         """
-        if w.bits != 4:
-            raise ValueError(f"PackedInt4: codes must have 4 bits; got {w.bits}")
         codes, permutation = w.codes, None
         if w.g_idx is not None:
             permutation = w.g_idx.long().argsort(stable=True)
             codes = codes[:, permutation]
+        codes = pack_int4(codes) if w.bits == 4 else codes.contiguous()
         scales = w.scales.to(dtype).contiguous()
         minima = None if w.minima is None else w.minima.to(dtype).contiguous()
         for name, tensor in (("scales", scales), ("minima", minima)):
             if tensor is not None and not bool(tensor.isfinite().all()):
-                raise ValueError(f"PackedInt4: {name} are too large for {dtype}")
+                raise ValueError(f"PackedWeight: {name} are too large for {dtype}")
         zeros = None if w.zeros is None else w.zeros.contiguous()
-        k = w.shape[1]
-        return cls(pack_int4(codes), scales, zeros, minima, permutation, w.group_size, k)
+        return cls(w.bits, codes, scales, zeros, minima, permutation, w.group_size, w.shape[1])
 
     @property
     def n(self) -> int:
         """Outputs."""
-        return len(self.packed)
+        return len(self.codes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.packed, self.scales, self.zeros, self.minima, self.permutation)
+        tensors = (self.codes, self.scales, self.zeros, self.minima, self.permutation)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """The outputs from ``start`` to ``stop``: a view, which takes no memory."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        minima = None if self.minima is None else self.minima[start:stop]
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scales=self.scales[start:stop],
+            zeros=zeros,
+            minima=minima,
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight ``[n, k]``, computed in float32 and rounded to the scales' dtype."""
+        exact = torch.promote_types(self.scales.dtype, torch.float32)
+        form = (self.group_size, exact, self.minima)
+        if self.bits == 4:
+            w = dequantize_int4(self.codes, self.scales, self.zeros, self.k, *form)
+        else:
+            w = dequantize_int8(self.codes, self.scales, self.zeros, *form)
+        if self.permutation is not None:
+            w = w[:, self.permutation.argsort()]
+        return w.to(self.scales.dtype)
 
     def linear(
         self,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
-        operation: Callable[..., torch.Tensor] = int4_linear,
+        operations: Mapping[int, Callable[..., torch.Tensor]] = OPERATIONS,
     ) -> torch.Tensor:
-        """``x @ weight.T + bias`` for ``x [..., k]`` in the scales' dtype; ``[..., n]``."""
+        """``x @ weight.T + bias`` for ``x [..., k]`` in the scales' dtype; ``[..., n]``.
+
+        ``operations``: by the bits of codes.
+        """
         if self.permutation is not None:
             x = x[..., self.permutation]
-        return operation(
+        return operations[self.bits](
             x,
-            self.packed,
+            self.codes,
             self.scales,
             self.zeros,
             bias,

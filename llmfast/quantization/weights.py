@@ -107,7 +107,7 @@ class QuantizedWeight:
             scales=self.scales[index],
             zeros=pick(self.zeros),
             minima=pick(self.minima),
-            g_idx=self.g_idx,
+            g_idx=None if self.g_idx is None else self.g_idx.clone(),
         )
 
     def to(self, device: torch.device | str) -> QuantizedWeight:

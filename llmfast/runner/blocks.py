@@ -19,7 +19,7 @@ from llmfast_kernels.norm import reference as norm
 from llmfast_kernels.rope.reference import rope_write_kv_reference
 
 from ..model.trace import Norm
-from ..quantization.packed import PackedInt4
+from ..quantization.packed import PackedWeight
 from .cache import PagedCache
 from .rope import RopeTable
 from .step import Step
@@ -50,7 +50,13 @@ class BlockOperations:
     rope_write_kv: Callable[..., torch.Tensor] = llmfast_kernels.rope_write_kv
     paged_attention: Callable[..., Any] = llmfast_kernels.paged_attention
     int4_linear: Callable[..., torch.Tensor] = llmfast_kernels.int4_linear
+    int8_linear: Callable[..., torch.Tensor] = llmfast_kernels.int8_linear
     activate: Callable[[torch.Tensor, str], torch.Tensor] = _activate
+
+    @property
+    def packed(self) -> dict[int, Callable[..., torch.Tensor]]:
+        """What multiplies with quantized weights, by the bits of their codes."""
+        return {4: self.int4_linear, 8: self.int8_linear}
 
 
 REFERENCES = BlockOperations(
@@ -61,6 +67,7 @@ REFERENCES = BlockOperations(
     rope_write_kv=rope_write_kv_reference,
     paged_attention=paged_attention_reference,
     int4_linear=linear.int4_linear_reference,
+    int8_linear=linear.int8_linear_reference,
     activate=_activate_reference,
 )
 
@@ -69,7 +76,7 @@ REFERENCES = BlockOperations(
 class Linear:
     """What ``x @ weight.T + bias`` is computed of."""
 
-    weight: torch.Tensor | PackedInt4  # [out_features, in_features]
+    weight: torch.Tensor | PackedWeight  # [out_features, in_features]
     bias: torch.Tensor | None
 
 
@@ -128,8 +135,8 @@ class Run:
     operations: BlockOperations
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        if isinstance(layer.weight, PackedInt4):
-            return layer.weight.linear(x, layer.bias, self.operations.int4_linear)
+        if isinstance(layer.weight, PackedWeight):
+            return layer.weight.linear(x, layer.bias, self.operations.packed)
         return self.operations.dense_linear(x, layer.weight, layer.bias)
 
     def norm(self, x: torch.Tensor, by: Norm) -> torch.Tensor:
@@ -191,7 +198,7 @@ class Run:
 
     def mlp(self, x: torch.Tensor, part: GatedMLP) -> torch.Tensor:
         weight, bias = part.gate_up.weight, part.gate_up.bias
-        if isinstance(weight, PackedInt4):
+        if isinstance(weight, PackedWeight):
             h = self.operations.activate(self.linear(x, part.gate_up), part.activation)
         else:
             h = self.operations.gated_linear(x, weight, bias, activation=part.activation)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..model.modules import attributes
 from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy, relative_rms
 from ..model.trace import Layer, NotTraced, Trace
-from ..quantization.packed import PackedInt4, side_by_side
+from ..quantization.packed import PackedWeight, side_by_side
 from ..quantization.weights import QuantizedWeight
 from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
 from .cache import BLOCK_SIZE, PagedCache
@@ -30,6 +30,7 @@ class Blocks:
     blocks: list[Block]
     tables: list[RopeTable]
     merged: list[MergedLinears]
+    parts: dict[str, PackedWeight]  # of packed weights, by the names of the model's linear layers
     proofs: list[Proof]  # of the layers that differ in more than their weights
 
     @property
@@ -37,10 +38,10 @@ class Blocks:
         return sorted({block.recipe for block in self.blocks})
 
     @property
-    def packed(self) -> list[PackedInt4]:
-        """The weights that are in four bits; merged ones are one."""
+    def packed(self) -> list[PackedWeight]:
+        """The weights that are quantized; merged ones are one."""
         linears = [part for block in self.blocks for part in block.linears]
-        return [part.weight for part in linears if isinstance(part.weight, PackedInt4)]
+        return [part.weight for part in linears if isinstance(part.weight, PackedWeight)]
 
     def restore(self) -> None:
         for merged in self.merged:
@@ -82,20 +83,27 @@ def build_blocks(
     """Choose and prove a recipe for every layer.
 
     The weights of a layer's projections are merged on the way; the model's own parameters become
-    views of them. If anything fails they are put back. Layers with four-bit ``weights``, by their
+    views of them. If anything fails they are put back. Layers with quantized ``weights``, by their
     names in the model, get packed ones instead, and their parameters are left alone.
 
     Raises:
         NotTraced: no recipe computes what a layer does.
     """
     tables: dict[int, int] = {}
-    result = Blocks([], [], [], [])
+    result = Blocks([], [], [], {}, [])
     chosen: dict[Any, _Guess] = {}
     names = {module: name for name, module in trace.shadow.named_modules()}
 
     def pack(layers: list[nn.Linear]) -> Linear | None:
         found = [weights.get(names[layer]) for layer in layers]
-        return _pack(layers, [w for w in found if w is not None])
+        linear = _pack(layers, [w for w in found if w is not None])
+        if linear is not None and isinstance(linear.weight, PackedWeight):
+            start = 0
+            for layer in layers:
+                stop = start + layer.out_features
+                result.parts[names[layer]] = linear.weight.rows(start, stop)
+                start = stop
+        return linear
 
     def merge(layers: list[nn.Linear]) -> Linear:
         merged = MergedLinears(layers)
@@ -136,9 +144,9 @@ def _key(layer: Layer, trace: Trace) -> tuple[Any, ...]:
 
 
 def _pack(layers: list[nn.Linear], weights: list[QuantizedWeight]) -> Linear | None:
-    """The layers side by side in four bits; None if they are not all of that, and of one form."""
+    """The layers side by side in their own bits; None if not all are quantized, and of one form."""
     first, biases = layers[0].weight, [layer.bias for layer in layers if layer.bias is not None]
-    if len(weights) < len(layers) or any(w.bits != 4 for w in weights):
+    if len(weights) < len(layers):
         return None
     if first.is_cuda and first.dtype == torch.float32:
         return None  # the kernel is for 16 bits
@@ -146,17 +154,17 @@ def _pack(layers: list[nn.Linear], weights: list[QuantizedWeight]) -> Linear | N
         return None
     try:
         merged = side_by_side([w.to(first.device) for w in weights])
-        packed = PackedInt4.from_quantized(merged, first.dtype)
+        packed = PackedWeight.from_quantized(merged, first.dtype)
     except ValueError:
         return None
     return Linear(packed, torch.cat([b.data for b in biases]) if biases else None)
 
 
 def _form(layer: Linear | None) -> tuple[Any, ...] | None:
-    if layer is None or not isinstance(layer.weight, PackedInt4):
+    if layer is None or not isinstance(layer.weight, PackedWeight):
         return None
     w = layer.weight
-    return (w.group_size, *(t is None for t in (w.zeros, w.minima, w.permutation)))
+    return (w.bits, w.group_size, *(t is None for t in (w.zeros, w.minima, w.permutation)))
 
 
 def _block(

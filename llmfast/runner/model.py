@@ -14,7 +14,8 @@ from ..model.proof import Proof
 from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
-from ..quantization.attached import weights_of
+from ..quantization.attached import packed_weights_of
+from ..quantization.released import reacquire, release
 from ..quantization.weights import QuantizedWeight
 from .blocks import BlockOperations, Linear, Run
 from .build import Blocks, build_blocks
@@ -22,6 +23,8 @@ from .cache import PagedCache
 from .check import CHECKED_LENGTH, prove_whole
 from .paged import NAME, PLACE, PagedAttention
 from .step import Step
+
+RELEASED = ("cuda",)  # where packed weights take the place of the model's own; the CPU is slower so
 
 
 class StepModel(Protocol):
@@ -69,13 +72,18 @@ class StepModel(Protocol):
 def make_step_model(model: PreTrainedModel) -> StepModel:
     """Blocks where every layer has a recipe, else the model's own layers with our attention.
 
-    Quantized weights that the model carries run in their own bits in blocks.
+    Quantized weights that the model carries run in their own bits in blocks, on the CPU only if
+    they were asked for. On a GPU the dense weights that they stand for are given back.
 
     Raises:
         NotTraced: neither computes what the model does.
     """
+    reacquire(model)
     try:
-        return BlockModel(model, weights=weights_of(model))
+        blocks = BlockModel(model, weights=packed_weights_of(model, model.device))
+        if model.device.type in RELEASED:
+            blocks.release()
+        return blocks
     except NotTraced as error:
         reason = str(error)
     try:
@@ -108,8 +116,8 @@ class BlockModel:
         Args:
             model: in evaluation mode. The weights of its merged projections become views.
             max_length: the longest sequence there will be; :meth:`resize` changes it.
-            weights: of linear layers, by their names in the model; four-bit ones are packed. Where
-                layers of one input differ in form, what the model has is used. The model must hold
+            weights: of linear layers, by their names in the model; they are packed. Where layers
+                of one input differ in form, what the model has is used. The model must hold
                 their dequantized values while this runs: they are what the proofs compare with.
             operations: of the blocks; None: the kernels, on the CPU their references.
             proving: the operations that norms and MLPs are recognised with.
@@ -118,8 +126,9 @@ class BlockModel:
             NotTraced: a layer is built as no recipe is, or the whole does not compute the same.
         """
         self.operations = operations or BlockOperations()
+        self._users, self._weights = model, weights or {}
         traced = trace(model, proving or Operations())
-        self.built: Blocks = build_blocks(model, traced, max_length, self.operations, weights or {})
+        self.built: Blocks = build_blocks(model, traced, max_length, self.operations, self._weights)
         self.packed_bytes = sum(w.nbytes for w in self.built.packed)
         self.dense_bytes = sum(w.n * w.k for w in self.built.packed) * model.dtype.itemsize
         self.cache_shapes = [
@@ -148,14 +157,21 @@ class BlockModel:
         for table in self.built.tables:
             table.resize(max_length)
 
+    def release(self) -> None:
+        """Give back the user's dense weights that packed ones stand for, until :meth:`restore`."""
+        release(self._users, self.built.parts, self._weights)
+
     def restore(self) -> None:
+        reacquire(self._users)
         self.built.restore()
 
     def describe(self) -> str:
         recipes = ", ".join(self.built.recipes)
         text = f"{len(self.built.blocks)} blocks run the recipe {recipes}"
-        if packed := len(self.built.packed):
-            text += f", {packed} of their {4 * len(self.built.blocks)} linear layers in four bits"
+        for bits, name in ((4, "four"), (8, "eight")):
+            if packed := sum(w.bits == bits for w in self.built.packed):
+                text += f", {packed} of their {4 * len(self.built.blocks)} linear layers in {name}"
+                text += " bits"
         return text
 
 

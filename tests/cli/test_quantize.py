@@ -43,8 +43,9 @@ def logits(model):
 def test_a_folder_is_quantized_and_loads(method, folder, capsys):
     out, text = folder.with_name("out"), folder.with_name("text.txt")
     options = ["--method", method, "--group-size", "32", "--zero-points", "--calibration", text]
-    code, stdout, _ = run(capsys, "quantize", folder, "--out", out, *options, "--device", "cpu")
+    code, stdout, err = run(capsys, "quantize", folder, "--out", out, *options, "--device", "cpu")
     assert code == 0
+    assert "note: 14 linear layers: 0.3 MiB of weights become 0.1 MiB." in err
     assert stdout.startswith(f"{out}: 14 linear layers in int4-g32-zeros-{method}, ")
     model, ids = llmfast.load(folder, device="cpu").model, None
     if method != "nearest":
@@ -56,6 +57,29 @@ def test_a_folder_is_quantized_and_loads(method, folder, capsys):
     with simulate(model, found):
         assert torch.equal(logits(loaded), logits(model))
     assert len(weights_of(loaded)) == 14
+
+
+def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
+    from llmfast.quantization import checkpoint
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    out = folder.with_name("out")
+    work = folder.with_name(".out.work")
+    command = ("quantize", folder, "--out", out, "--group-size", "32", "--device", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        code, stdout, err = run(capsys, *command)
+    assert code == 2 and stdout == "" and not out.exists()
+    assert err.splitlines()[-1].endswith("cannot be written: No space left on device")
+    assert len(list(work.glob("layer*"))) == 2
+    code, _, err = run(capsys, *command[:4], "--group-size", "64")
+    assert code == 2 and f"{work} holds finished layers of other work (another scheme)" in err
+    code, stdout, err = run(capsys, *command)
+    assert code == 0 and f"going on with the finished layers in {work}" in err
+    assert stdout.startswith(f"{out}: 14 linear layers")
+    assert not work.exists()
 
 
 def test_mistakes_are_one_line_and_code_2(folder, capsys):

@@ -7,6 +7,7 @@ from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
 from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
+from llmfast_kernels.linear.int8_kernel import WHOLE, choose_int8_launch
 from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
 
 
@@ -121,6 +122,50 @@ def _dequantize(dtype: str, n: int, k: int, group: int, target: str, *, kind: st
     )
 
 
+def _int8(
+    dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, kind: str
+) -> Variant:
+    """``group`` 0: one scale for all columns."""
+    launch = choose_int8_launch(k, group or WHOLE, tokens)
+    pointer, groups = f"*{dtype}:16", k // group if group else 1
+    signature = {
+        "x_ptr": pointer,
+        "codes_ptr": "*u8:16",
+        "scales_ptr": pointer,
+        "y_ptr": pointer,
+        "n": "i32",
+        "k": "i32" if k % 16 else "i32:16",
+    }
+    constexprs: dict[str, object] = {
+        "bias_ptr": None,
+        "residual_ptr": None,
+        "ONE_GROUP": not group,
+        "EVEN_K": k % launch.block_k == 0,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
+    }
+    if group:
+        signature["groups"] = "i32" if groups % 16 else "i32:16"
+    else:
+        constexprs["groups"] = 1
+    if launch.tier == "gemv":
+        constexprs["GROUP"] = group or WHOLE
+    else:
+        signature["n_tokens"] = "i32"
+        constexprs["BLOCK_M"] = block_m(tokens)
+    _kind(kind, dtype, signature, constexprs)
+    return Variant(
+        name=f"linear/int8-{launch.tier}-{f'g{group}' if group else 'channel'} {kind} {dtype}"
+        f" {tokens}x{k}x{n}",
+        kernel=f"llmfast_kernels.linear.int8_kernel:_int8_{launch.tier}_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        targets=(target,),
+    )
+
+
 def _kind(kind: str, dtype: str, signature: dict[str, str], constexprs: dict[str, object]) -> None:
     for name, pointer in (("zeros", "*u8:16"), ("minima", f"*{dtype}:16")):
         if kind == name:
@@ -134,6 +179,8 @@ VARIANTS = [
     _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros"),
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima"),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
+    _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
+    _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="minima"),
     _linear("bf16", 1, 6144, 4096, "sm_90", act=None, bias=True),
     _linear("fp16", 1, 1536, 576, "sm_80", act="silu", bias=False),
     _linear("bf16", 16, 4096, 14336, "sm_90", act=None, bias=False),

@@ -88,16 +88,13 @@ NORM = [
     _norm("add_rms_norm", "bf16", 4096, "sm_90", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "sm_100", few_rows=True, unit_offset=True),
     _norm("rms_norm", "fp16", 4096, "sm_80", few_rows=True, unit_offset=False),
-    _norm("rms_norm", "bf16", 128, "sm_90", few_rows=True, unit_offset=True),
     _norm("add_rms_norm", "fp32", 32768, "sm_80", few_rows=False, unit_offset=False),
     _norm("add_rms_norm", "bf16", 4096, "gfx942", few_rows=False, unit_offset=False),
 ]
 ACTIVATION = [
     _activation("silu", "bf16", 14336, "sm_90", merged=True),
-    _activation("silu", "fp16", 14336, "sm_80", merged=False),
     _activation("gelu_tanh", "bf16", 14336, "sm_100", merged=False),
-    _activation("gelu", "fp16", 14336, "sm_100", merged=True),
-    _activation("silu", "bf16", 14336, "gfx942", merged=False),
+    _activation("gelu", "fp16", 14336, "sm_80", merged=False),
     _activation("gelu_tanh", "fp16", 14336, "gfx942", merged=True),
 ]
 

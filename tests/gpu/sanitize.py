@@ -59,6 +59,20 @@ def int4_linears(dtype: torch.dtype) -> None:
         )
 
 
+def int8_linears(dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return
+    for tokens, k, group_size in itertools.product((1, 17, 129), (200, 256), (32, 128, 0)):
+        group_size = group_size or k
+        codes = torch.randint(0, 256, (67, k), dtype=torch.uint8, device="cuda")
+        groups = (67, -(-k // group_size))
+        x, scales = randn(tokens, k, dtype=dtype), randn(*groups, dtype=dtype)
+        zeros = torch.randint(0, 256, groups, dtype=torch.uint8, device="cuda")
+        residual = randn(tokens, 67, dtype=dtype)
+        ops.int8_linear(x, codes, scales, zeros, group_size=group_size, residual=residual)
+        ops.int8_linear(x, codes, scales, group_size=group_size, minima=scales)
+
+
 def linears(dtype: torch.dtype) -> None:
     for tokens, k, n in itertools.product((1, 3, 17), (67, 576), (33, 1536)):
         x, bias = randn(tokens, k, dtype=dtype), randn(2 * n, dtype=dtype)
@@ -200,6 +214,7 @@ def main(names: list[str]) -> None:
         activations(dtype)
         linears(dtype)
         int4_linears(dtype)
+        int8_linears(dtype)
         steps(dtype)
         attentions(dtype)
         paged_attentions(dtype)

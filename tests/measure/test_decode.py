@@ -251,7 +251,7 @@ def test_four_bit_weights_are_the_runner_s_and_the_peer_has_its_own(tiny, monkey
 
     monkeypatch.setattr(Measured, "add_times", add_times)
     case = Case(1, 20, 5)
-    found = measure_decode(tiny, [case], repeats=1, group_size=32)
+    found = measure_decode(tiny, [case], repeats=1, weights="int4-g32")
     assert {(row.impl, parse_case(row.case)["weights"]) for row in found.rows} == {
         ("llmfast", "int4-g32"),
         ("transformers", "fp32"),
@@ -261,6 +261,11 @@ def test_four_bit_weights_are_the_runner_s_and_the_peer_has_its_own(tiny, monkey
     packed = 2 * (128 + 64 + 192) * (128 // 2) + 2 * 64 * (128 // 2)  # whole chunks of 128 columns
     scales = layers // 32 * 4
     assert reads[0] == dense - 4 * layers + packed + scales
+
+
+def test_eight_bit_weights_have_one_scale_an_output(tiny):
+    found = measure_decode(tiny, [Case(1, 8, 2)], repeats=1, peers=False, weights="int8")
+    assert {parse_case(row.case)["weights"] for row in found.rows} == {"int8-channel"}
 
 
 def test_without_peers_transformers_is_left_alone(tiny):

@@ -139,14 +139,15 @@ def test_a_folder_in_parts(tmp_path):
     refused(folder, "No such file")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "saved int8"])
+@pytest.mark.parametrize("name", NAMES)
 def test_patch_runs_a_loaded_folder_in_its_own_bits(name, tmp_path):
     device = torch.device("cpu")  # in float32
     model = make("Llama")
     folder, found = quantized_folder(tmp_path / "model", model, name)
     loaded = llmfast.load(folder, device="cpu").model
-    report = llmfast.patch(loaded, ops="generate")
-    assert any("8 of their 8 linear layers in four bits" in note for note in report.notes)
+    report = llmfast.patch(loaded, ops="generate", weights="own")
+    bits = "eight" if name == "saved int8" else "four"
+    assert any(f"8 of their 8 linear layers in {bits} bits" in note for note in report.notes)
     assert "weights: 14 linear layers were loaded quantized." in report.notes
     with simulate(model, found):
         wanted = model.generate(**batch(device), **GREEDY)
@@ -157,13 +158,22 @@ def test_patch_runs_a_loaded_folder_in_its_own_bits(name, tmp_path):
         llmfast.patch(loaded, weights="int4")
 
 
-def test_eight_bits_run_dequantized(tmp_path):
-    folder, _ = quantized_folder(tmp_path / "model", make("Llama"), "saved int8")
+def test_on_the_cpu_loaded_weights_run_dequantized_unless_asked_for(tmp_path):
+    folder, _ = quantized_folder(tmp_path / "model", make("Llama"), "awq")
     loaded = llmfast.load(folder, device="cpu").model
     wanted = logits(loaded)
-    llmfast.patch(loaded, ops="generate")
+    report = llmfast.patch(loaded, ops="generate")
+    assert any("run dequantized: on the CPU that is faster" in n for n in report.notes)
     assert loaded.generate.args[1].blocks.packed_bytes == 0
     assert torch.equal(logits(loaded), wanted)
+    llmfast.unpatch(loaded)
+    llmfast.patch(loaded, ops="generate", weights="own")
+    assert loaded.generate.args[1].blocks.packed_bytes > 0
+    llmfast.unpatch(loaded)
+    llmfast.patch(loaded, ops="generate")  # asked for once is not asked for twice
+    assert loaded.generate.args[1].blocks.packed_bytes == 0
+    with pytest.raises(UserError, match="not loaded with quantized weights"):
+        llmfast.patch(make("Llama"), weights="own")
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Phi3", "Gemma3"])

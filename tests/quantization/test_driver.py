@@ -1,5 +1,7 @@
 """The driver: every linear layer of a decoder, the model left alone, and what is refused."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from transformers import PreTrainedModel
 import llmfast
 import tiny_models
 from llmfast.errors import UserError
+from llmfast.quantization import driver
 from llmfast.quantization.decoder import capture, decoder_layers, gathering, linears, run_layer
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.folds import find_folds
@@ -71,7 +74,7 @@ def test_every_linear_layer_of_the_decoder(kind: str, method: str):
         on_progress=lambda *args: seen.append(args),
     )
     assert_unchanged(model, before)
-    assert seen == [("quantizing layers", 1, 2), ("quantizing layers", 2, 2)]
+    assert seen == [("quantizing layers", done, 2) for done in range(3)]
     prefix, layers = decoder_layers(model)
     wanted = {
         name: tuple(part.weight.shape)
@@ -312,3 +315,47 @@ def test_simulate_refuses_what_is_not_the_models():
             pass
     assert_unchanged(model, before)
     assert name
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_what_grows_with_the_calibration_is_held_once(method: str, monkeypatch):
+    """Hidden states once and not as inputs and outputs; masks and tables once for all sequences."""
+    model, calls, held = tiny_models.make("Llama"), [], []
+    own = driver.run_layer
+
+    def run(layer, hidden, call):
+        calls.append(call)
+        matrices = {
+            each.untyped_storage().data_ptr()
+            for each in gc.get_objects()
+            if type(each) is torch.Tensor and each.shape == (1, 64, 64)
+        }
+        held.append(len(matrices))
+        return own(layer, hidden, call)
+
+    ids = tiny_models.tokens(12, 64)
+    monkeypatch.setattr(driver, "run_layer", run)
+    quantize(model, method=method, group_size=32, calibration=ids)
+    assert max(held) <= 12 + 2
+    tables = {id(table) for call in calls for table in call.kwargs["position_embeddings"]}
+    assert len(tables) <= 4
+
+
+def test_layers_of_one_input_are_one_matrix_to_gptq(monkeypatch):
+    model, seen = tiny_models.make("Llama"), []
+    own = driver.gptq
+    monkeypatch.setattr(
+        driver, "gptq", lambda w, *rest: seen.append(tuple(w.shape)) or own(w, *rest)
+    )
+    found = quantize(model, method="gptq", group_size=32, calibration=IDS)
+    assert seen == [(128, 64), (64, 64), (192, 64), (64, 96)] * 2
+    first = model.model.layers[0]
+    with gathering(first) as statistics:
+        captured = [capture(model, model.model.layers, row[None]) for row in IDS]
+        for one in captured:
+            run_layer(first, one.hidden, one.calls[0])
+    for name, part in linears(first).items():
+        alone = own(part.weight, statistics[name], Scheme(4, 32))
+        got = found.weights[f"model.layers.0.{name}"]
+        assert torch.equal(got.scales, alone.scales)
+        assert (got.codes != alone.codes).sum() <= 0.002 * alone.codes.numel()

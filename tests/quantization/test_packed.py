@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from llmfast.quantization.packed import PackedInt4, side_by_side
+from llmfast.quantization.packed import PackedWeight, side_by_side
 from llmfast.quantization.weights import QuantizedWeight
 
 KINDS = ["symmetric", "zeros", "minima"]
@@ -41,22 +41,36 @@ def assert_multiplies(packed, w, bias=None):
 
 
 @each_kind
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize(("k", "group_size"), [(128, 32), (192, 64), (256, 128), (72, 72)])
-def test_packed_is_the_same_layer(k, group_size, order, kind):
-    w = make(k=k, group_size=group_size, kind=kind, order=order)
-    packed = PackedInt4.from_quantized(w, torch.float32)
+def test_packed_is_the_same_layer(k, group_size, order, bits, kind):
+    w = make(k=k, group_size=group_size, kind=kind, order=order, bits=bits)
+    packed = PackedWeight.from_quantized(w, torch.float32)
     assert (packed.n, packed.k) == w.shape
     assert_multiplies(packed, w)
     assert_multiplies(packed, w, torch.randn(packed.n))
 
 
 def test_bytes_are_those_of_all_tensors():
-    packed = PackedInt4.from_quantized(make(kind="zeros", order=True), torch.float16)
+    packed = PackedWeight.from_quantized(make(kind="zeros", order=True), torch.float16)
     codes, groups = 24 * 128 // 2, 24 * 4
     assert packed.nbytes == codes + 2 * groups + groups + 8 * 128
-    packed = PackedInt4.from_quantized(make(kind="minima"), torch.float32)
+    packed = PackedWeight.from_quantized(make(kind="minima"), torch.float32)
     assert packed.nbytes == codes + 2 * 4 * groups
+    packed = PackedWeight.from_quantized(make(bits=8), torch.float16)
+    assert packed.nbytes == 2 * codes + 2 * groups
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@each_kind
+def test_rows_are_a_view(kind, bits):
+    w = make(kind=kind, bits=bits)
+    packed = PackedWeight.from_quantized(w, torch.float32)
+    rows = packed.rows(5, 9)
+    assert (rows.n, rows.k) == (4, 128)
+    assert rows.codes.untyped_storage().data_ptr() == packed.codes.untyped_storage().data_ptr()
+    assert_multiplies(rows, w.rows(torch.arange(5, 9)))
 
 
 @each_kind
@@ -90,9 +104,7 @@ def test_other_forms_are_not_put_side_by_side(other):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="must have 4 bits; got 8"):
-        PackedInt4.from_quantized(make(bits=8), torch.float32)
     w = make()
     large = QuantizedWeight(w.codes, 4, 32, w.scales.float() * 1e8)
     with pytest.raises(ValueError, match="scales are too large"):
-        PackedInt4.from_quantized(large, torch.float16)
+        PackedWeight.from_quantized(large, torch.float16)

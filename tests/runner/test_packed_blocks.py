@@ -8,7 +8,7 @@ import llmfast_kernels
 from llmfast.model.trace import NotTraced
 from llmfast.quantization.driver import Quantized, quantize, simulate
 from llmfast.quantization.methods import GptqSettings
-from llmfast.quantization.packed import PackedInt4
+from llmfast.quantization.packed import PackedWeight
 from llmfast.quantization.weights import QuantizedWeight
 from llmfast.runner.blocks import BlockOperations
 from llmfast.runner.check import run_sequences
@@ -60,6 +60,21 @@ def test_one_scale_an_output():
     assert ours.built.blocks[0].mlp.down.weight.scales.shape == (64, 1)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zeros"])
+def test_eight_bits(symmetric):
+    model = make("Llama")
+    found = quantize(model, weights="int8", group_size=32, symmetric=symmetric)
+    dense = logits(model, IDS[:1])
+    with simulate(model, found):
+        ours = BlockModel(model, 128, weights=found.weights)
+        wanted = logits(model, IDS[:1])
+    got = run_sequences(ours, IDS[:1].tolist(), 20, prefill=11)
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=200 * 2**-24 * scale)
+    assert float((wanted - dense).abs().max()) > 1e-4 * scale
+    assert "8 of their 8 linear layers in eight bits" in ours.describe()
+
+
 def test_act_order():
     model = make("Llama")
     settings = GptqSettings(act_order=True, static_groups=False)
@@ -109,11 +124,11 @@ def test_what_is_not_of_one_form_runs_as_the_model_has_it():
     weights["model.layers.0.self_attn.k_proj"] = eight["model.layers.0.self_attn.k_proj"]
     weights["model.layers.1.mlp.down_proj"] = eight["model.layers.1.mlp.down_proj"]
     del weights["model.layers.1.mlp.up_proj"]
-    ours = assert_packed_is_simulated(model, Quantized(weights), packed=5)
+    ours = assert_packed_is_simulated(model, Quantized(weights), packed=6)
     first, second = ours.built.blocks
     assert isinstance(first.attention.qkv.weight, torch.Tensor)
-    assert isinstance(first.mlp.gate_up.weight, PackedInt4)
-    assert isinstance(second.attention.qkv.weight, PackedInt4)
+    assert isinstance(first.mlp.gate_up.weight, PackedWeight)
+    assert isinstance(second.attention.qkv.weight, PackedWeight)
     assert isinstance(second.mlp.gate_up.weight, torch.Tensor)
 
 
@@ -166,10 +181,11 @@ def test_weights_that_the_model_does_not_hold_are_not_proved():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Phi3"])
-def test_on_a_gpu_in_16_bits(kind, dtype):
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_on_a_gpu_in_16_bits(weights, kind, dtype):
     """A step of all tokens goes through the workspace, one of few through the kernel."""
     model = make(kind, "cuda").to(dtype)
-    found = quantize(model, group_size=32, symmetric=False, scale_dtype=dtype)
+    found = quantize(model, weights=weights, group_size=32, symmetric=False, scale_dtype=dtype)
     ids = tokens(1, 200, "cuda")
     with simulate(model, found):
         ours = BlockModel(model, 256, weights=found.weights)

@@ -78,6 +78,23 @@ def test_what_quantize_found_is_taken():
     assert_is(model, before)
 
 
+def test_eight_bits_have_one_scale_an_output():
+    model, twin = make("Llama"), make("Llama")
+    before = state(model)
+    report = llmfast.patch(model, ops="generate", weights="int8")
+    assert any("14 linear layers are rounded to eight bits" in note for note in report.notes)
+    assert any("8 of their 8 linear layers in eight bits" in note for note in report.notes)
+    block = model.generate.args[1].blocks.built.blocks[0]
+    assert block.mlp.down.weight.codes.dtype == torch.uint8
+    assert block.mlp.down.weight.scales.shape == (64, 1)
+    with simulate(twin, quantize(twin, weights="int8", group_size=None)):
+        wanted = twin.generate(**batch(CPU), **GREEDY)
+        assert torch.equal(logits(model), logits(twin))
+    assert torch.equal(model.generate(**batch(CPU), **GREEDY), wanted)
+    llmfast.unpatch(model)
+    assert_is(model, before)
+
+
 def test_calibrated_methods_find_their_codes_in_patch():
     model, twin = make("Llama"), make("Llama")
     ids = tokens(8, 64)
@@ -149,7 +166,8 @@ def test_generate_on_a_gpu_in_bfloat16():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"weights": "int8"}, "weights must be 'int4' or what llmfast.quantize gives; got 'int8'"),
+        ({"weights": "int2"}, "weights must be 'int4', 'int8', 'own', .*; got 'int2'"),
+        ({"weights": "int8", "group_size": "all"}, "group_size must be 32.*; got 'all'"),
         ({"weights": "int4", "group_size": 48}, "group"),
         ({"weights": "int4", "method": "best"}, "method must be nearest, gptq or awq"),
         ({"weights": "int4", "method": "gptq", "group_size": 32}, "needs a calibration"),
@@ -165,11 +183,9 @@ def test_what_cannot_be_done_leaves_the_model_as_it_was(options, says):
     assert weights_of(model) is None and "generate" not in vars(model)
 
 
-def test_weights_of_eight_bits_or_of_another_model_are_refused():
+def test_weights_of_another_model_are_refused():
     model = make("Llama")
     before = state(model)
-    with pytest.raises(UserError, match="8 bits have no kernel"):
-        llmfast.patch(model, weights=quantize(model, weights="int8", group_size=32))
     other = quantize(make("Llama", intermediate_size=128), group_size=32)
     with pytest.raises(UserError, match=r"weights: 'model.layers.0.mlp.*has shape"):
         llmfast.patch(model, weights=other)

@@ -56,3 +56,38 @@ def int4_linear_reference(
     y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
     y = y.to(x.dtype)
     return y if residual is None else y + residual
+
+
+def dequantize_int8(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    minima: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weights ``(n, k)``, computed in ``dtype``: ``scale * (code - zero)``, or
+    ``scale * code + minimum``."""
+    group = torch.arange(codes.shape[1], device=codes.device) // group_size
+    scale = scales.to(dtype)[:, group]
+    if minima is not None:
+        return scale * codes + minima.to(dtype)[:, group]
+    return scale * (codes.to(dtype) - (128 if zeros is None else zeros.to(dtype)[:, group]))
+
+
+def int8_linear_reference(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    minima: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = dequantize_int8(codes, scales, zeros, group_size, exact, minima)
+    y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
+    y = y.to(x.dtype)
+    return y if residual is None else y + residual

@@ -1,0 +1,286 @@
+"""Linear layers with eight-bit weights: the kernels against float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from guards import BAND, GuardedEmpty, guarded
+from llmfast_kernels.linear import free_int4_workspaces, int4_workspace_bytes, int8_linear
+from llmfast_kernels.linear.int8_kernel import (
+    MAX_TOKENS,
+    Int8Launch,
+    choose_int8_launch,
+    launch_dequantize_int8,
+    launch_int8_linear,
+)
+from llmfast_kernels.linear.launch import block_m
+from llmfast_kernels.linear.reference import dequantize_int8, int8_linear_reference
+
+# tokens, k, n, group size: odd rows, k on either side of a block, groups cut short, all columns
+SHAPES = [
+    (1, 128, 16, 128),
+    (1, 576, 5, 64),
+    (3, 256, 33, 32),
+    (2, 200, 20, 128),
+    (5, 72, 17, 32),
+    (1, 320, 16, 320),
+    (17, 96, 31, 96),
+    (1, 1, 1, 32),
+]
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+
+
+def skip_bfloat16_in_the_interpreter(device, dtype):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
+
+
+def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0):
+    """The operation's arguments by name; results are about 1."""
+    tokens, k, n, group_size = shape
+    gen = torch.Generator().manual_seed(seed)
+    groups = -(-k // group_size)
+    args = {
+        "x": torch.randn(tokens, k, generator=gen).to(dtype),
+        "codes": torch.randint(0, 256, (n, k), generator=gen, dtype=torch.uint8),
+        "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 80 / k**0.5).to(dtype),
+    }
+    if kind == "minima":
+        minima = -127 * args["scales"] * (torch.rand(n, groups, generator=gen) + 0.5)
+        args["minima"] = minima.to(dtype)
+    if kind == "zeros":
+        args["zeros"] = torch.randint(0, 256, (n, groups), generator=gen, dtype=torch.uint8)
+    if more:
+        args["bias"] = torch.randn(n, generator=gen).to(dtype)
+        args["residual"] = torch.randn(tokens, n, generator=gen).to(dtype)
+    return {name: t.to(device) for name, t in args.items()} | {"group_size": group_size}
+
+
+def small(args):
+    """A launch of several steps and programs even at small shapes."""
+    group = 128 if args["scales"].shape[1] == 1 else args["group_size"]
+    if len(args["x"]) == 1:
+        return Int8Launch("gemv", 4, 128, 2, 1)
+    return Int8Launch("tiles", 16, group, 2, 2)
+
+
+def in_float64(x, codes, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
+    weight = dequantize_int8(codes, scales, zeros, group_size, torch.float64, minima)
+    y = linear(x.double(), weight, None if bias is None else bias.double())
+    return y if residual is None else y + residual.double()
+
+
+def assert_as_good(ours, reference, exact):
+    """The relative rule: at most twice the reference's own error, or four epsilons."""
+    assert ours.dtype == reference.dtype and ours.shape == reference.shape
+    error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
+    floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
+    assert error <= max(2 * own, floor)  # false for NaN too
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+def test_reference_is_the_formula(kind):
+    args = make((2, 72, 3, 32), torch.float64, kind=kind)
+    got = int8_linear_reference(**args)
+    for t in range(2):
+        for row in range(3):
+            total = args["bias"][row] + args["residual"][t, row]
+            for column in range(72):
+                g = column // 32
+                zero = {"symmetric": 128, "minima": 0}.get(kind)
+                zero = int(args["zeros"][row, g]) if zero is None else zero
+                weight = args["scales"][row, g] * (int(args["codes"][row, column]) - zero)
+                if kind == "minima":
+                    weight = weight + args["minima"][row, g]
+                total = total + weight * args["x"][t, column]
+            torch.testing.assert_close(got[t, row], total)
+
+
+@each_shape
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
+def test_kernel_matches_float64(shape, dtype, kind, more, device):
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    args = make(shape, dtype, device, kind, more)
+    got = launch_int8_linear(**args, _launch=small(args))
+    assert got.is_contiguous()
+    assert_as_good(got, int8_linear_reference(**args), in_float64(**args))
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # no example changes a fixture
+)
+@given(
+    tokens=st.integers(1, 20),
+    k=st.integers(1, 300),
+    n=st.integers(1, 40),
+    group_size=st.sampled_from([32, 64, 128, 0]),
+    kind=st.sampled_from(["symmetric", "zeros", "minima"]),
+)
+def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, kind):
+    args = make((tokens, k, n, group_size or k), torch.float16, device, kind)
+    got = launch_int8_linear(**args)
+    assert_as_good(got, int8_linear_reference(**args), in_float64(**args))
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@each_dtype
+def test_every_code_and_zero_point_is_exact(tokens, dtype, device):
+    """One column at a time, a scale of 1: the weight itself comes out."""
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    args = {
+        "codes": torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 2).to(device),
+        "scales": torch.ones(256, 1, device=device, dtype=dtype),
+        "zeros": torch.arange(256, dtype=torch.uint8).flip(0)[:, None].contiguous().to(device),
+        "x": torch.eye(2, device=device, dtype=dtype)[:tokens],
+        "group_size": 2,
+    }
+    wanted = (2 * torch.arange(256) - 255).double()
+    assert all(torch.equal(y.cpu().double(), wanted) for y in launch_int8_linear(**args))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["zeros", "minima"])
+def test_nothing_outside_the_tensors_is_read_or_written(tokens, kind, device, monkeypatch):
+    empty = GuardedEmpty()
+    args = make((tokens, 200, 33, 64), torch.float16, device, kind)
+    reference, exact = int8_linear_reference(**args), in_float64(**args)
+    for name, value in args.items():
+        if isinstance(value, torch.Tensor):
+            # a stray read makes NaN, or numbers that are far off
+            band = float("nan") if value.is_floating_point() else 255
+            args[name] = guarded(value, band)[0]
+    monkeypatch.setattr(torch, "empty", empty)
+    got = launch_int8_linear(**args, _launch=small(args))
+    assert_as_good(got, reference, exact)
+    empty.assert_bands_are_whole(reference.numel())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 31, 64, 100, 128, 129, 1000])
+@each_kind
+@each_dtype
+def test_the_operation_at_a_model_s_shapes(tokens, kind, dtype):
+    shapes = ((4096, 6144, 128), (14336, 4096, 64), (576, 1536, 32), (4096, 64, 4096))
+    for k, n, group_size in shapes:
+        args = make((tokens, k, n, group_size), dtype, "cuda", kind)
+        assert_as_good(int8_linear(**args), int8_linear_reference(**args), in_float64(**args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_more_codes_than_an_int32_counts(tokens):
+    k, n = 32768, 65600
+    args = make((tokens, k, 16, k), torch.float16, "cuda", "zeros", more=False)
+    wanted = int8_linear_reference(**args)
+    for name in ("codes", "scales", "zeros"):
+        args[name] = args[name].repeat(n // 16, 1)
+    got = int8_linear(**args)
+    assert torch.equal(got, got[:, :16].repeat(1, n // 16))
+    assert_as_good(got[:, -16:], wanted, wanted.double())
+
+
+def test_op_runs_its_implementation(device):
+    args = make((3, 128, 40, 64), torch.float16, device)
+    run = launch_int8_linear if device.type == "cuda" else int8_linear_reference
+    assert torch.equal(int8_linear(**args), run(**args))
+    args = make((6, 128, 40, 64), torch.float16, device, more=False)
+    args["x"] = args["x"].view(2, 3, 128)
+    assert int8_linear(**args).shape == (2, 3, 40)
+    args["x"] = args["x"][:, :0]
+    assert launch_int8_linear(**args).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, MAX_TOKENS])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("k", [1, 576, 4096, 14336])
+def test_launches_fit_every_gpu(k, group, tokens):
+    launch = choose_int8_launch(k, group, tokens)
+    if launch.tier == "gemv":
+        assert launch.block_k % group == 0
+        return
+    assert launch.block_k == group
+    stage = launch.block_n * launch.block_k + block_m(tokens) * launch.block_k * 2
+    assert stage * launch.num_stages <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.ones(3, 128).int()}, TypeError, "x must be float16 or bfloat16"),
+        ({"x": torch.ones(3, 130).half()}, ValueError, r"codes must be \(40, 130\)"),
+        ({"x": torch.ones(128, 3).half().t()}, ValueError, r"x must be contiguous.*\(1, 3\)"),
+        ({"group_size": 48}, ValueError, "group_size must be 32, 64, 128 or k = 128; got 48"),
+        ({"codes": torch.ones(40, 128)}, TypeError, "codes must be torch.uint8"),
+        ({"codes": torch.ones(40).byte()}, ValueError, r"codes must be \(n, k\)"),
+        ({"scales": torch.ones(40, 3).half()}, ValueError, r"scales must be \(40, 2\).*\(40, 3\)"),
+        ({"scales": torch.ones(40, 2)}, TypeError, "scales must have x's dtype torch.float16"),
+        ({"zeros": torch.ones(40, 2)}, TypeError, "zeros must be torch.uint8"),
+        ({"minima": torch.ones(40, 2).half()}, ValueError, "zeros and minima exclude each other"),
+        ({"zeros": None, "minima": torch.ones(40, 2)}, TypeError, "minima must have x's dtype"),
+        ({"bias": torch.ones(39).half()}, ValueError, r"bias must be \(40,\)"),
+        ({"residual": torch.ones(40).half()}, ValueError, r"residual must be \(3, 40\)"),
+        (
+            {"scales": torch.ones(40, 2, dtype=torch.half, requires_grad=True)},
+            RuntimeError,
+            "no backward",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(change, error, says):
+    args = make((3, 128, 40, 64), torch.float16) | change
+    with pytest.raises(error, match=f"^int8_linear: .*{says}"):
+        int8_linear(**args)
+
+
+# ------------------------------------------------------------------------------------ many tokens
+
+
+@pytest.fixture
+def no_workspaces():
+    free_int4_workspaces()
+    yield
+    free_int4_workspaces()
+
+
+@each_shape
+@each_dtype
+@each_kind
+def test_weights_are_dequantized_with_one_rounding(shape, dtype, kind, device):
+    """Bit for bit: a scale times a code is exact in float32, and so rounded once."""
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    args = make(shape, dtype, device, kind)
+    _, k, n, group_size = shape
+    codes, scales, zeros, minima = (
+        args.get(name) for name in ("codes", "scales", "zeros", "minima")
+    )
+    weight, buffer = guarded(torch.full((n, k), float("nan"), dtype=dtype, device=device), 7.0)
+    launch_dequantize_int8(codes, scales, zeros, minima, weight, group_size=group_size)
+    wanted = dequantize_int8(codes, scales, zeros, group_size, torch.float32, minima)
+    assert torch.equal(weight, wanted.to(dtype))
+    assert (buffer[:BAND] == 7.0).all() and (buffer[-BAND:] == 7.0).all()
+
+
+@each_kind
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
+def test_many_tokens_go_through_the_workspace(kind, more, device, no_workspaces):
+    args = make((MAX_TOKENS + 1, 200, 33, 64), torch.float16, device, kind, more)
+    before = {name: t.clone() for name, t in args.items() if isinstance(t, torch.Tensor)}
+    many = launch_int8_linear(**args)
+    exact = in_float64(**args)
+    assert_as_good(many, int8_linear_reference(**args), exact)
+    assert all(torch.equal(args[name], t) for name, t in before.items())
+    assert int4_workspace_bytes() == 2 * 200 * 33
+    short = {name: args[name][:MAX_TOKENS] for name in ("x", "residual") if name in args}
+    few = launch_int8_linear(**args | short)
+    assert_as_good(few, many[:MAX_TOKENS], exact[:MAX_TOKENS])  # the tiers agree
+    assert_as_good(many[:MAX_TOKENS], few, exact[:MAX_TOKENS])
