@@ -64,7 +64,6 @@ def _int4(
         "n": "i32",
         "k": "i32" if k % 16 else "i32:16",
         "groups": "i32" if groups % 16 else "i32:16",
-        "exponent": "i32",
     }
     constexprs: dict[str, object] = {
         "bias_ptr": None,
@@ -154,6 +153,8 @@ def _int8(
         signature["n_tokens"] = "i32"
         constexprs["BLOCK_M"] = block_m(tokens)
     _kind(kind, dtype, signature, constexprs)
+    if launch.tier == "tiles":
+        del constexprs["minima_ptr"]
     return Variant(
         name=f"linear/int8-{launch.tier}-{f'g{group}' if group else 'channel'} {kind} {dtype}"
         f" {tokens}x{k}x{n}",
@@ -180,7 +181,7 @@ VARIANTS = [
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima"),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
-    _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="minima"),
+    _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),
     _linear("bf16", 1, 6144, 4096, "sm_90", act=None, bias=True),
     _linear("fp16", 1, 1536, 576, "sm_80", act="silu", bias=False),
     _linear("bf16", 16, 4096, 14336, "sm_90", act=None, bias=False),

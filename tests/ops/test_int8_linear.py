@@ -148,8 +148,7 @@ def test_every_code_and_zero_point_is_exact(tokens, dtype, device):
     assert all(torch.equal(y.cpu().double(), wanted) for y in launch_int8_linear(**args))
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("kind", ["zeros", "minima"])
+@pytest.mark.parametrize(("tokens", "kind"), [(1, "zeros"), (3, "zeros"), (1, "minima")])
 def test_nothing_outside_the_tensors_is_read_or_written(tokens, kind, device, monkeypatch):
     empty = GuardedEmpty()
     args = make((tokens, 200, 33, 64), torch.float16, device, kind)

@@ -196,12 +196,14 @@ def test_the_engine_gives_them_back_while_it_is_open():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("weights", "share"), [("int4", 0.35), ("int8", 0.6)])
 def test_on_a_gpu_the_memory_is_given_back(weights, share):
-    model = make("Llama", "cuda", hidden_size=2048, intermediate_size=8192).bfloat16()
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 128}
+    model = make("Llama", "cuda", **sizes).bfloat16()
     before = state(model)
     linears = sum(p.nbytes for n, p in model.named_parameters() if "_proj" in n)
     gc.collect()
     dense = torch.cuda.memory_allocated()
-    llmfast.patch(model, weights=weights)
+    report = llmfast.patch(model, weights=weights)
+    assert "8 of their 8 linear layers" in " ".join(str(report).split())
     model.generate(**batch(torch.device("cuda")), **GREEDY)
     gc.collect()
     torch.cuda.reset_peak_memory_stats()

@@ -22,7 +22,6 @@ from .int4_workspace import MAX_TICKETS, tickets, workspace
 from .kernel import shared_memory_of
 
 DEQUANTIZED_ROWS = 32  # of a chunk of columns, by a program
-_EXPONENTS = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # of 128, of 1024, twice
 
 _CHUNK = tl.constexpr(CHUNK)
 _MIDDLE = tl.constexpr(MIDDLE)
@@ -31,8 +30,13 @@ _WORDS = tl.constexpr(CHUNK // 8)  # of a chunk
 
 
 @triton.jit
-def _pair_of(words, p: tl.constexpr, exponent, dtype: tl.constexpr):
+def _pair_of(words, p: tl.constexpr, dtype: tl.constexpr):
     """Codes of CHUNK / 4 columns as numbers: 128 + code in bfloat16, 1024 + code in float16."""
+    # constants, not arguments: with those Triton moves the weights through shared memory
+    if dtype == tl.bfloat16:
+        exponent = 0x43004300
+    else:
+        exponent = 0x64006400
     both = ((words >> (4 * p)) & 0x000F000F) | exponent
     low = both.to(tl.int16).to(dtype, bitcast=True)
     high = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
@@ -51,7 +55,7 @@ def _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask):
     tl.store(y_ptr + at, y.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n", "per_split", "exponent"])
+@triton.jit(do_not_specialize=["n_tokens", "n", "per_split"])
 def _int4_tiles_kernel(
     x_ptr,  # [n_tokens, k]
     packed_ptr,  # [n, chunks * 16] words
@@ -68,7 +72,6 @@ def _int4_tiles_kernel(
     k,
     groups,
     per_split,  # chunks of columns
-    exponent,  # an argument, so that one instruction masks and sets it
     GROUP: tl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
     EVEN_K: tl.constexpr,  # k is a multiple of a chunk
     SPLITS: tl.constexpr,
@@ -112,7 +115,7 @@ def _int4_tiles_kernel(
             cols = chunk * _CHUNK + p * _PAIR + lanes
             mask = is_token if EVEN_K else is_token & (cols < k)
             x = tl.load(x_ptr + tokens * k + cols, mask=mask, other=0.0)
-            of_group = tl.dot(_pair_of(words, p, exponent, dtype) - zero, x, of_group)
+            of_group = tl.dot(_pair_of(words, p, dtype) - zero, x, of_group)
             if minima_ptr is not None:
                 inputs += tl.sum(x.to(tl.float32), axis=0, keep_dims=True)
             if GROUP > 0:
@@ -168,7 +171,7 @@ def _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, at):
         return scale * (part - (128.0 + _MIDDLE) * inputs)
 
 
-@triton.jit(do_not_specialize=["n", "exponent"])
+@triton.jit(do_not_specialize=["n"])
 def _int4_gemv_kernel(
     x_ptr,  # [k], at a multiple of 4 bytes
     packed_ptr,  # [n, k / 8] words
@@ -181,7 +184,6 @@ def _int4_gemv_kernel(
     n,
     k,  # a multiple of 8 * BLOCK_W
     groups,
-    exponent,  # of bfloat16, whatever x is
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,  # words of a row at a time
@@ -204,7 +206,7 @@ def _int4_gemv_kernel(
         pairs = chunk * (_CHUNK // 2) + places % _WORDS
         for p in tl.static_range(4):
             x_low, x_high = _halves(tl.load(pairs_ptr + pairs + p * _WORDS), dtype)
-            codes = ((words >> (4 * p)) & 0x000F000F) | exponent
+            codes = ((words >> (4 * p)) & 0x000F000F) | 0x43004300  # of bfloat16, whatever x is
             low, high = _halves(codes, tl.bfloat16)
             part += low * x_low
             part += high * x_high
@@ -304,9 +306,8 @@ def launch_int4_linear(
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     programs = -(-n // launch.block_n)
     if launch.tier == "gemv":
-        sizes = (n, k, groups, _EXPONENTS[torch.bfloat16])
         tile = (group, launch.block_n, GEMV_COLUMNS // 8)
-        _gemv((programs,), key, (*tensors, *sizes, *tile), **options)
+        _gemv((programs,), key, (*tensors, n, k, groups, *tile), **options)
         return y
     splits, token_tiles = launch.splits, -(-n_tokens // launch.block_m)
     partial = of_tile = None
@@ -315,7 +316,7 @@ def launch_int4_linear(
         assert programs * token_tiles <= MAX_TICKETS, "splits are for few tiles"
         of_tile = tickets(x.device)
     per_split = triton.cdiv(triton.cdiv(k, CHUNK), splits)
-    layer = (n_tokens, n, k, groups, per_split, _EXPONENTS[x.dtype])
+    layer = (n_tokens, n, k, groups, per_split)
     constexprs = (group, k % CHUNK == 0, splits, launch.block_m, launch.block_n)
     _tiles(
         (programs, splits, token_tiles),

@@ -4,7 +4,8 @@ A code becomes a number without a conversion: its bits below the exponent of 2**
 2**23 + code, exactly. Less 2**23 and the zero point it is a whole number of at most 255, which
 bfloat16 and float16 hold exactly, so it goes to the tensor cores unrounded.
 
-Minima are not added to the weights: each group's is multiplied with the sum of its inputs.
+For one token minima are not added to the weights: each group's is multiplied with the sum of its
+inputs. More tokens with minima go through the workspace.
 """
 
 from __future__ import annotations
@@ -142,7 +143,6 @@ def _int8_tiles_kernel(
     codes_ptr,  # [n, k]
     scales_ptr,  # [n, groups]
     zeros_ptr,  # [n, groups], or None: 128
-    minima_ptr,  # [n, groups], or None; then there are no zeros
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
     y_ptr,  # [n_tokens, n], written
@@ -166,8 +166,7 @@ def _int8_tiles_kernel(
     row_ptrs = codes_ptr + rows * k
     at = rows * groups
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    inputs = tl.zeros([1, BLOCK_M], tl.float32)
-    zero = _zero(zeros_ptr, minima_ptr, at)
+    zero = _zero(zeros_ptr, None, at)
     for start in range(0, k, BLOCK_K):
         cols = start + lanes
         x_ptrs = x_ptr + tokens * k + cols[:, None]
@@ -180,19 +179,12 @@ def _int8_tiles_kernel(
             codes = tl.load(row_ptrs + cols[None, :], mask, 0, eviction_policy="evict_first")
         if ONE_GROUP:
             sums = tl.dot((_numbers(codes) - zero).to(dtype), x, sums)
-            if minima_ptr is not None:
-                inputs += tl.sum(x.to(tl.float32), axis=0, keep_dims=True)
         else:
             of_group = at + start // BLOCK_K
-            w = (_numbers(codes) - _zero(zeros_ptr, minima_ptr, of_group)).to(dtype)
+            w = (_numbers(codes) - _zero(zeros_ptr, None, of_group)).to(dtype)
             sums += tl.dot(w, x) * tl.load(scales_ptr + of_group).to(tl.float32)
-            if minima_ptr is not None:
-                inputs = tl.sum(x.to(tl.float32), axis=0, keep_dims=True)
-                sums += inputs * tl.load(minima_ptr + of_group).to(tl.float32)
     if ONE_GROUP:
         sums *= tl.load(scales_ptr + at).to(tl.float32)
-        if minima_ptr is not None:
-            sums += inputs * tl.load(minima_ptr + at).to(tl.float32)
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + rows).to(tl.float32)
     y = sums.to(dtype).to(tl.float32)
@@ -267,7 +259,7 @@ def launch_int8_linear(
             )  # fmt: skip
     *leading, k = x.shape
     n, n_tokens = len(codes), x.numel() // k
-    if n_tokens > MAX_TOKENS:
+    if n_tokens > (MAX_TOKENS if minima is None else 1):
         weight = workspace(x.device, x.dtype, n * k).view(n, k)
         launch_dequantize_int8(codes, scales, zeros, minima, weight, group_size=group_size)
         y = functional.linear(x, weight, bias)
@@ -292,10 +284,11 @@ def launch_int8_linear(
         constexprs = (min(group, launch.block_k), one_group, even_k, *tile)
         _gemv(grid, key, (*tensors, n, k, groups, *constexprs), num_warps=launch.num_warps)
     else:
+        given = (x, codes, scales, zeros, bias, residual, y)
         _tiles(
             grid,
             key,
-            (*tensors, n_tokens, n, k, groups, one_group, even_k, block_m(n_tokens), *tile),
+            (*given, n_tokens, n, k, groups, one_group, even_k, block_m(n_tokens), *tile),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

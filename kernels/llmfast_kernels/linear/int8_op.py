@@ -32,8 +32,8 @@ def int8_linear(
     Codes less zero points are whole numbers that 16 bits hold exactly; products are summed in
     float32 and each group's sum is multiplied with its scale there. No weight is rounded.
 
-    On CUDA, more than ``int8_kernel.MAX_TOKENS`` tokens go another way: the weights are rounded to
-    x's dtype in a workspace, and multiplied by cuBLAS. It is the one of
+    On CUDA, more than ``int8_kernel.MAX_TOKENS`` tokens, or several with minima, go another way:
+    the weights are rounded to x's dtype in a workspace, and multiplied by cuBLAS. It is the one of
     :func:`~llmfast_kernels.int4_linear`.
 
     Args:
