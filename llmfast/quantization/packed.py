@@ -26,13 +26,14 @@ class PackedWeight:
         bits: 4 or 8.
         codes: of 4 bits int32, as :func:`llmfast_kernels.pack_int4` lays them; of 8 bits uint8
             ``[n, k]``.
-        scales: ``[n, groups]``, in the dtype of the layer's inputs.
+        scales: ``[n, groups]``, in ``dtype`` or float16.
         zeros: uint8 ``[n, groups]``, or None.
         minima: ``[n, groups]``, in the scales' dtype, or None.
         permutation: int64 ``[k]``: column j of the codes is for input ``permutation[j]``, so that
             groups are neighbours; None: they were (no act-order).
         group_size: 32, 64, 128, or k.
         k: inputs.
+        dtype: of the layer's inputs and outputs.
     """
 
     bits: int
@@ -43,10 +44,14 @@ class PackedWeight:
     permutation: torch.Tensor | None
     group_size: int
     k: int
+    dtype: torch.dtype
 
     @classmethod
     def from_quantized(cls, w: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
-        """Pack ``w`` on its device, with scales and minima rounded to ``dtype``.
+        """Pack ``w`` on its device, for inputs of ``dtype``.
+
+        Scales and minima in float16, as checkpoints have them, stay so where ``dtype`` has fewer
+        digits; others are rounded to ``dtype``.
 
         Raises:
             ValueError: scales that ``dtype`` cannot hold.
@@ -56,13 +61,18 @@ class PackedWeight:
             permutation = w.g_idx.long().argsort(stable=True)
             codes = codes[:, permutation]
         codes = pack_int4(codes) if w.bits == 4 else codes.contiguous()
-        scales = w.scales.to(dtype).contiguous()
-        minima = None if w.minima is None else w.minima.to(dtype).contiguous()
+        own = dtype
+        if dtype == torch.bfloat16 and w.scales.dtype == torch.float16:
+            own = torch.float16
+        scales = w.scales.to(own).contiguous()
+        minima = None if w.minima is None else w.minima.to(own).contiguous()
         for name, tensor in (("scales", scales), ("minima", minima)):
             if tensor is not None and not bool(tensor.isfinite().all()):
-                raise ValueError(f"PackedWeight: {name} are too large for {dtype}")
+                raise ValueError(f"PackedWeight: {name} are too large for {own}")
         zeros = None if w.zeros is None else w.zeros.contiguous()
-        return cls(w.bits, codes, scales, zeros, minima, permutation, w.group_size, w.shape[1])
+        return cls(
+            w.bits, codes, scales, zeros, minima, permutation, w.group_size, w.shape[1], dtype
+        )
 
     @property
     def n(self) -> int:
@@ -88,8 +98,8 @@ class PackedWeight:
         )
 
     def dequantize(self) -> torch.Tensor:
-        """The weight ``[n, k]``, computed in float32 and rounded to the scales' dtype."""
-        exact = torch.promote_types(self.scales.dtype, torch.float32)
+        """The weight ``[n, k]``, computed in float32 and rounded to ``dtype``."""
+        exact = torch.promote_types(self.dtype, torch.float32)
         form = (self.group_size, exact, self.minima)
         if self.bits == 4:
             w = dequantize_int4(self.codes, self.scales, self.zeros, self.k, *form)
@@ -97,7 +107,7 @@ class PackedWeight:
             w = dequantize_int8(self.codes, self.scales, self.zeros, *form)
         if self.permutation is not None:
             w = w[:, self.permutation.argsort()]
-        return w.to(self.scales.dtype)
+        return w.to(self.dtype)
 
     def linear(
         self,
@@ -105,7 +115,7 @@ class PackedWeight:
         bias: torch.Tensor | None = None,
         operations: Mapping[int, Callable[..., torch.Tensor]] = OPERATIONS,
     ) -> torch.Tensor:
-        """``x @ weight.T + bias`` for ``x [..., k]`` in the scales' dtype; ``[..., n]``.
+        """``x @ weight.T + bias`` for ``x [..., k]`` in ``dtype``; ``[..., n]``.
 
         ``operations``: by the bits of codes.
         """

@@ -34,9 +34,7 @@ class _Forward:
         bias: torch.Tensor | None = self.module.bias
         part = self.part
         if (
-            x.dtype != part.scales.dtype
-            or x.device != part.scales.device
-            or torch.compiler.is_compiling()
+            x.dtype != part.dtype or x.device != part.scales.device or torch.compiler.is_compiling()
         ):  # a model that was moved since, or plain operations that a compiler can follow
             return functional.linear(x, part.dequantize().to(x), bias)
         if torch.is_grad_enabled() and any(

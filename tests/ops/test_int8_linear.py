@@ -188,6 +188,26 @@ def test_more_codes_than_an_int32_counts(tokens):
     assert_as_good(got[:, -16:], wanted, wanted.double())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device_type"), [(torch.float64, "cpu"), (torch.bfloat16, "cuda")], ids=str
+)
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+@each_kind
+def test_scales_may_be_float16(dtype, device_type, tokens, kind):
+    """As checkpoints have them: a model in another dtype does not round them."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("wants a CUDA GPU")
+    args = make((tokens, 256, 40, 64), torch.float16, device_type, kind)
+    exact = in_float64(**args)
+    args = {
+        name: t.to(dtype) if name in ("x", "bias", "residual") else t for name, t in args.items()
+    }
+    got = int8_linear(**args)
+    assert got.dtype == dtype
+    error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error <= (1e-12 if dtype == torch.float64 else 2**-7)
+
+
 def test_op_runs_its_implementation(device):
     args = make((3, 128, 40, 64), torch.float16, device)
     run = launch_int8_linear if device.type == "cuda" else int8_linear_reference

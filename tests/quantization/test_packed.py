@@ -52,6 +52,19 @@ def test_packed_is_the_same_layer(k, group_size, order, bits, kind):
     assert_multiplies(packed, w, torch.randn(packed.n))
 
 
+@each_kind
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float16_scales_stay_in_a_bfloat16_model(kind, bits):
+    w = make(kind=kind, bits=bits)
+    packed = PackedWeight.from_quantized(w, torch.bfloat16)
+    assert packed.scales.dtype == torch.float16 and torch.equal(packed.scales, w.scales)
+    assert torch.equal(packed.dequantize(), w.dequantize(torch.bfloat16))  # rounded once
+    x = torch.randn(3, w.shape[1], generator=torch.Generator().manual_seed(9)).bfloat16()
+    wanted = linear(x.double(), w.dequantize(torch.float64))
+    assert torch.equal(packed.linear(x), wanted.bfloat16())
+    assert PackedWeight.from_quantized(w, torch.float32).scales.dtype == torch.float32
+
+
 def test_bytes_are_those_of_all_tensors():
     packed = PackedWeight.from_quantized(make(kind="zeros", order=True), torch.float16)
     codes, groups = 24 * 128 // 2, 24 * 4

@@ -302,7 +302,16 @@ def launch_int4_linear(
     if aligned(*(t for t in tensors if t is not None)):
         absent = tuple(t is None for t in (zeros, minima, bias, residual))
         alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        key = (x.get_device(), x.dtype, *absent, *alike, group, k % CHUNK == 0, launch)
+        key = (
+            x.get_device(),
+            x.dtype,
+            scales.dtype,
+            *absent,
+            *alike,
+            group,
+            k % CHUNK == 0,
+            launch,
+        )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     programs = -(-n // launch.block_n)
     if launch.tier == "gemv":
@@ -351,7 +360,15 @@ def launch_dequantize_int4(
     key = None
     if aligned(*(t for t in tensors if t is not None)):
         alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        key = (weight.get_device(), weight.dtype, zeros is None, minima is None, *alike, group)
+        key = (
+            weight.get_device(),
+            weight.dtype,
+            scales.dtype,
+            zeros is None,
+            minima is None,
+            *alike,
+            group,
+        )
     _dequantize(
         (-(-n // DEQUANTIZED_ROWS), -(-k // CHUNK)),
         key,

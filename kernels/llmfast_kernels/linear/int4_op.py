@@ -39,7 +39,8 @@ def int4_linear(
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.
         packed: int32, what :func:`pack_int4` makes of codes ``(n, k)``.
-        scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype.
+        scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype or float16, as
+            checkpoints have them.
         zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 8 does,
             unless there are minima.
         bias: ``(n,)``, of x's dtype, contiguous.
@@ -75,13 +76,14 @@ def int4_linear(
     n = len(packed)
     check_like(op, "packed", packed, (n, -(-k // CHUNK) * CHUNK // 8), x, torch.int32)
     groups = (n, -(-k // group_size))
-    check_like(op, "scales", scales, groups, x)
+    scale_dtype = torch.float16 if scales.dtype == torch.float16 else x.dtype
+    check_like(op, "scales", scales, groups, x, scale_dtype)
     if zeros is not None:
         check_like(op, "zeros", zeros, groups, x, torch.uint8)
     if minima is not None:
         if zeros is not None:
             raise ValueError(f"{op}: zeros and minima exclude each other; got both")
-        check_like(op, "minima", minima, groups, x)
+        check_like(op, "minima", minima, groups, x, scale_dtype)
     if bias is not None:
         check_like(op, "bias", bias, (n,), x)
     if residual is not None:

@@ -278,7 +278,7 @@ def launch_int8_linear(
         absent = tuple(t is None for t in (zeros, minima, bias, residual))
         alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
         form = (group, one_group, even_k, launch, block_m(n_tokens))
-        key = (x.get_device(), x.dtype, *absent, *alike, *form)
+        key = (x.get_device(), x.dtype, scales.dtype, *absent, *alike, *form)
     grid, tile = (-(-n // launch.block_n),), (launch.block_n, launch.block_k)
     if launch.tier == "gemv":
         constexprs = (min(group, launch.block_k), one_group, even_k, *tile)
@@ -314,7 +314,7 @@ def launch_dequantize_int8(
     if aligned(*(t for t in tensors if t is not None)):
         alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
         form = (zeros is None, minima is None, group, one_group)
-        key = (weight.get_device(), weight.dtype, *form, *alike)
+        key = (weight.get_device(), weight.dtype, scales.dtype, *form, *alike)
     rows, cols = DEQUANTIZED
     _dequantize(
         (-(-n // rows), -(-k // cols)),

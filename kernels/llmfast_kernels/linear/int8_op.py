@@ -39,7 +39,8 @@ def int8_linear(
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.
         codes: uint8 ``(n, k)``, contiguous.
-        scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype.
+        scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype or float16, as
+            checkpoints have them.
         zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 128 does,
             unless there are minima.
         bias: ``(n,)``, of x's dtype, contiguous.
@@ -72,13 +73,14 @@ def int8_linear(
     n = len(codes)
     check_like(op, "codes", codes, (n, k), x, torch.uint8)
     groups = (n, -(-k // group_size))
-    check_like(op, "scales", scales, groups, x)
+    scale_dtype = torch.float16 if scales.dtype == torch.float16 else x.dtype
+    check_like(op, "scales", scales, groups, x, scale_dtype)
     if zeros is not None:
         check_like(op, "zeros", zeros, groups, x, torch.uint8)
     if minima is not None:
         if zeros is not None:
             raise ValueError(f"{op}: zeros and minima exclude each other; got both")
-        check_like(op, "minima", minima, groups, x)
+        check_like(op, "minima", minima, groups, x, scale_dtype)
     if bias is not None:
         check_like(op, "bias", bias, (n,), x)
     if residual is not None:

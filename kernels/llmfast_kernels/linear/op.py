@@ -127,7 +127,7 @@ def check_like(
 ) -> None:
     """Raise if a tensor is not contiguous, of ``shape``, on x's device and of x's or ``dtype``."""
     if tensor.dtype != (dtype or x.dtype):
-        wanted = f"be {dtype}" if dtype else f"have x's dtype {x.dtype}"
+        wanted = f"be {dtype}" if dtype not in (None, x.dtype) else f"have x's dtype {x.dtype}"
         raise TypeError(f"{op}: {name} must {wanted}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape or tensor.device != x.device or not tensor.is_contiguous():
         raise ValueError(
