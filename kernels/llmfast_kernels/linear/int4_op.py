@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .contract import check_input, check_parts
 from .int4_layout import CHUNK
-from .op import check_like, check_no_grad
+from .op import check_like
 from .reference import int4_linear_reference
-
-GROUP_SIZES = (32, 64, 128)  # or all columns
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def int4_linear(
@@ -61,34 +59,12 @@ def int4_linear(
     Language Models, arXiv:2408.11743.
     """
     op = "int4_linear"
-    if x.dtype not in _DTYPES[1:] and (x.is_cuda or x.dtype not in (*_DTYPES, torch.float64)):
-        raise TypeError(f"{op}: x must be float16 or bfloat16; got {x.dtype} on {x.device}")
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_contiguous():
-        raise ValueError(
-            f"{op}: x must be contiguous with a last dimension of at least 1; "
-            f"got shape {tuple(x.shape)} with strides {x.stride()}"
-        )
-    k = x.shape[-1]
-    if group_size not in GROUP_SIZES and group_size != k:
-        raise ValueError(f"{op}: group_size must be 32, 64, 128 or k = {k}; got {group_size}")
+    k = check_input(op, x, group_size)
     if packed.ndim != 2 or len(packed) == 0:
         raise ValueError(f"{op}: packed must be (n, words), got shape {tuple(packed.shape)}")
     n = len(packed)
     check_like(op, "packed", packed, (n, -(-k // CHUNK) * CHUNK // 8), x, torch.int32)
-    groups = (n, -(-k // group_size))
-    scale_dtype = torch.float16 if scales.dtype == torch.float16 else x.dtype
-    check_like(op, "scales", scales, groups, x, scale_dtype)
-    if zeros is not None:
-        check_like(op, "zeros", zeros, groups, x, torch.uint8)
-    if minima is not None:
-        if zeros is not None:
-            raise ValueError(f"{op}: zeros and minima exclude each other; got both")
-        check_like(op, "minima", minima, groups, x, scale_dtype)
-    if bias is not None:
-        check_like(op, "bias", bias, (n,), x)
-    if residual is not None:
-        check_like(op, "residual", residual, (*x.shape[:-1], n), x)
-    check_no_grad(op, x, scales, minima, bias, residual)
+    check_parts(op, x, n, group_size, scales, zeros, minima, bias, residual)
     run = int4_linear_reference
     if x.is_cuda:
         from .int4_kernel import launch_int4_linear  # imports Triton

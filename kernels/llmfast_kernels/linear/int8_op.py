@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .int4_op import GROUP_SIZES
-from .op import check_like, check_no_grad
+from .contract import check_input, check_parts
+from .op import check_like
 from .reference import int8_linear_reference
-
-_DTYPES = (torch.float16, torch.bfloat16)
-_OFF_CUDA = (*_DTYPES, torch.float32, torch.float64)
 
 
 def int8_linear(
@@ -58,34 +55,12 @@ def int8_linear(
         RuntimeError: an argument requires grad in grad mode; there is no backward.
     """
     op = "int8_linear"
-    if x.dtype not in (_DTYPES if x.is_cuda else _OFF_CUDA):
-        raise TypeError(f"{op}: x must be float16 or bfloat16; got {x.dtype} on {x.device}")
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_contiguous():
-        raise ValueError(
-            f"{op}: x must be contiguous with a last dimension of at least 1; "
-            f"got shape {tuple(x.shape)} with strides {x.stride()}"
-        )
-    k = x.shape[-1]
-    if group_size not in GROUP_SIZES and group_size != k:
-        raise ValueError(f"{op}: group_size must be 32, 64, 128 or k = {k}; got {group_size}")
+    k = check_input(op, x, group_size)
     if codes.ndim != 2 or len(codes) == 0:
         raise ValueError(f"{op}: codes must be (n, k), got shape {tuple(codes.shape)}")
     n = len(codes)
     check_like(op, "codes", codes, (n, k), x, torch.uint8)
-    groups = (n, -(-k // group_size))
-    scale_dtype = torch.float16 if scales.dtype == torch.float16 else x.dtype
-    check_like(op, "scales", scales, groups, x, scale_dtype)
-    if zeros is not None:
-        check_like(op, "zeros", zeros, groups, x, torch.uint8)
-    if minima is not None:
-        if zeros is not None:
-            raise ValueError(f"{op}: zeros and minima exclude each other; got both")
-        check_like(op, "minima", minima, groups, x, scale_dtype)
-    if bias is not None:
-        check_like(op, "bias", bias, (n,), x)
-    if residual is not None:
-        check_like(op, "residual", residual, (*x.shape[:-1], n), x)
-    check_no_grad(op, x, scales, minima, bias, residual)
+    check_parts(op, x, n, group_size, scales, zeros, minima, bias, residual)
     run = int8_linear_reference
     if x.is_cuda:
         from .int8_kernel import launch_int8_linear  # imports Triton
