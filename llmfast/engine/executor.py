@@ -108,8 +108,9 @@ class Executor:
         device = self._model.device
         self.device = device
         self.waited = 0.0  # seconds in which the host did nothing but wait for steps
-        self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._status = torch.zeros_like(self._sampled)
+        # of the latest step: the tokens that were chosen, and their status
+        self._chosen = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._sampled = self._chosen[0]
         self._filler = Filler(
             rows,
             width,
@@ -207,7 +208,7 @@ class Executor:
             elif answers:
                 self._draw(logits, inputs, *drawing(answers))
         if plain and answers:
-            flight.result = self._results(len(answers))
+            flight.result = self._results()
         if self._model.device.type == "cuda":
             flight.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             flight.done.record()
@@ -220,7 +221,7 @@ class Executor:
             flight.done.synchronize()
             self.waited += time.perf_counter() - started
         if flight.result is not None:
-            tokens, status = flight.result.tolist()
+            tokens, status = flight.result[:, : len(flight.rows)].tolist()
             flight.choices = [Choice(*row, None, []) for row in zip(tokens, status, strict=True)]
         return flight.choices
 
@@ -237,13 +238,12 @@ class Executor:
             for tensor in (*self.cache.keys, *self.cache.values):
                 tensor[target] = tensor[source]
 
-    def _results(self, rows: int) -> torch.Tensor:
-        """Tokens and status ``[2, rows]`` of the latest step, on their way to the host."""
-        latest = torch.stack((self._sampled[:rows], self._status[:rows]))
-        if latest.device.type != "cuda":
-            return latest
-        result = torch.empty(latest.shape, dtype=latest.dtype, pin_memory=True)
-        return result.copy_(latest, non_blocking=True)
+    def _results(self) -> torch.Tensor:
+        """What the latest step has chosen, of all rows, on its way to the host."""
+        if self._chosen.device.type != "cuda":
+            return self._chosen.clone()
+        result = torch.empty(self._chosen.shape, dtype=self._chosen.dtype, pin_memory=True)
+        return result.copy_(self._chosen, non_blocking=True)
 
     def _fill(
         self, size: Size, plan: Plan, answers: Sequence[Answer], previous: Flight | None
@@ -264,8 +264,8 @@ class Executor:
             seeds=inputs.seeds[:n] if draws else None,
             positions=inputs.numbers[:n] if draws else None,
         )
-        self._sampled[:n] = sampled.tokens
-        self._status[:n] = sampled.status
+        self._chosen[0, :n] = sampled.tokens
+        self._chosen[1, :n] = sampled.status
 
     def _make_idle(self, size: Size) -> None:
         """Let the buffer say that every row of a step of ``size`` is idle."""
