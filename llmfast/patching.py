@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,25 +16,12 @@ from .model.patch import evaluating, families_of, refuse, swap_in, swap_out
 from .model.report import Report
 from .model.swap import Operations
 from .model.trace import NotTraced
-from .quantization.attached import (
-    EVERYWHERE,
-    NOWHERE,
-    attach,
-    detach,
-    is_rounded,
-    packed_weights_of,
-    use_own,
-    weights_of,
-)
-from .quantization.driver import WEIGHTS, Quantized, quantize
-from .quantization.forecast import Forecast, forecast
+from .quantization.attached import detach
+from .quantization.choice import choose_weights
+from .quantization.driver import Quantized
 from .quantization.released import reacquire
 
 GENERATE = "generate"
-# with eight bits one scale an output loses little, and any number of inputs can have it
-GROUP_SIZE = {"int4": 64, "int8": None}
-OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # of a model that was loaded quantized
-NUMBERS = {4: "four", 8: "eight"}
 
 
 def patch(
@@ -102,7 +87,7 @@ def patch(
     modules = tuple(family for family in wanted if family in MODULES)
     with torch.inference_mode(False):  # what is made here outlives the mode
         try:
-            attached = _attach(model, weights, group_size, method, calibration)
+            attached = choose_weights(model, weights, group_size, method, calibration)
             report = swap_in(model, Operations(), families=modules, strict=strict)
             report.notes += attached
             if GENERATE in wanted:
@@ -121,71 +106,6 @@ def patch(
         )
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _attach(
-    model: PreTrainedModel,
-    weights: str | Quantized | None,
-    group_size: int | str | None,
-    method: str,
-    calibration: torch.Tensor | None,
-) -> list[str]:
-    """Let the model carry the weights that are asked for; what to tell of it."""
-    if isinstance(weights, str) and weights in OWN:
-        use_own(model, OWN[weights])
-        weights = None
-    if weights is None:
-        own = weights_of(model)
-        if own is None:
-            return []
-        text = f"weights: {len(own)} linear layers were loaded quantized"
-        if not packed_weights_of(model, model.device):
-            text += ", and run dequantized"
-            if model.device.type == "cpu":
-                text += ": on the CPU that is faster (weights='own' has them in their own bits)"
-        return [f"{text}."]
-    if is_rounded(model):
-        raise UserError("patch: weights: this model has quantized weights already")
-    if isinstance(weights, str):
-        if weights not in WEIGHTS:
-            raise UserError(
-                "patch: weights must be 'int4', 'int8', 'own', 'dequantized' or what "
-                f"llmfast.quantize gives; got {weights!r}"
-            )
-        if isinstance(group_size, str):
-            if group_size != "auto":
-                raise UserError(
-                    f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
-                )
-            group_size = GROUP_SIZE[weights]
-        told = partial(forecast, model, bits=WEIGHTS[weights], group_size=group_size)
-        dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
-        with evaluating(model):
-            weights = quantize(
-                model,
-                weights=weights,
-                method=method,
-                group_size=group_size,
-                calibration=calibration,
-                scale_dtype=dtype,
-                on_progress=lambda _, done, __: None if done else _say(told()),
-            )
-    elif weights.weights:
-        w = next(iter(weights.weights.values()))
-        group = w.group_size if w.groups > 1 else None
-        _say(forecast(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
-    attach(model, weights)
-    kinds = sorted({w.bits for w in weights.weights.values()})
-    return [
-        f"weights: {len(weights.weights)} linear layers are rounded to "
-        f"{' and '.join(NUMBERS[bits] for bits in kinds)} bits until unpatch."
-    ]
-
-
-def _say(told: Forecast) -> None:
-    """To stderr: a library's log is not shown unless somebody asks for it."""
-    for line in told.lines():
-        print(f"llmfast: {line}", file=sys.stderr)
 
 
 def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:

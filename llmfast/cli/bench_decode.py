@@ -70,8 +70,7 @@ class Request:
             raise UserError(f"--starts must be 0 or more, got {self.starts}")
         if self.peers not in PEERS:
             raise UserError(f"--peers must be {' or '.join(PEERS)}, got {self.peers!r}")
-        if self.weights not in (None, *_WEIGHTS):
-            raise UserError(f"--weights must be {', '.join(_WEIGHTS)}; got {self.weights!r}")
+        check_weights(self.weights)
         check_json(self.json_path)
 
     def cases(self, *, gpu: bool) -> list[Case]:
@@ -224,6 +223,15 @@ def bench_decode(request: Request) -> Measured:
             console.print(_start(row))
     write_figures(found, env, "decode", request.json_path, request.results)
     return found
+
+
+def check_weights(weights: str | None) -> None:
+    """
+    Raises:
+        UserError: ``--weights`` names no form.
+    """
+    if weights not in (None, *_WEIGHTS):
+        raise UserError(f"--weights must be {', '.join(_WEIGHTS)}; got {weights!r}")
 
 
 def check_json(path: str | None) -> None:

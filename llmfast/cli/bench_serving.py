@@ -12,7 +12,7 @@ import typer
 
 from ..errors import UserError
 from . import ui
-from .bench_decode import check_json, quiet_transformers, write_figures
+from .bench_decode import check_json, check_weights, quiet_transformers, write_figures
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +51,13 @@ Repeats = Annotated[
 ]
 MaxSeqs = Annotated[int | None, typer.Option(help="As of LLM.", show_default="256")]
 MaxTokens = Annotated[int | None, typer.Option(help="As of LLM.", show_default="4096")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int4-gN|int8",
+        help="Round the decoder's linear layers first, as for bench decode.",
+    ),
+]
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="Merge the figures into a results file."),
@@ -85,10 +92,19 @@ class Request:
     json_path: str | None
     results: Path | None
     commit: str | None
+    weights: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Of the engine."""
+        given: dict[str, Any] = dict(self._counts)
+        if self.weights is not None:
+            rounded, _, group = self.weights.partition("-g")
+            given |= {"weights": rounded, "group_size": int(group) if group else "auto"}
+        return given
+
+    @property
+    def _counts(self) -> dict[str, int]:
         given = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
@@ -100,9 +116,10 @@ class Request:
         Raises:
             UserError: an option outside its range.
         """
-        for name, value in (("repeats", self.repeats), *self.options.items()):
+        for name, value in (("repeats", self.repeats), *self._counts.items()):
             if value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        check_weights(self.weights)
         check_json(self.json_path)
 
 
@@ -125,6 +142,7 @@ def throughput_command(
     ] = False,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
+    weights: Weights = None,
     json_path: Json = None,
     results: Results = None,
     commit: Commit = None,
@@ -135,7 +153,7 @@ def throughput_command(
     """
     request = Request(
         "throughput", shape, model, repeats, max_num_seqs, max_num_batched_tokens, json_path,
-        results, commit,
+        results, commit, weights,
     )  # fmt: skip
     workload = check_workload(requests, input_tokens, output_tokens, temperature, seed)
 
@@ -167,6 +185,7 @@ def latency_command(
     repeats: Repeats = 3,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
+    weights: Weights = None,
     json_path: Json = None,
     results: Results = None,
     commit: Commit = None,
@@ -174,7 +193,7 @@ def latency_command(
     """Measure one batch: seconds until it is answered in full."""
     request = Request(
         "latency", shape, model, repeats, max_num_seqs, max_num_batched_tokens, json_path,
-        results, commit,
+        results, commit, weights,
     )  # fmt: skip
     for name, value in (("batch", batch), ("input", input_tokens), ("output", output_tokens)):
         if value < 1:

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..model.load import load
 from ..model.patch import refuse
+from ..quantization.attached import detach
+from ..quantization.choice import choose_weights
+from ..quantization.driver import Quantized
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
 from .executor import Executor
@@ -55,6 +58,8 @@ class LLM(Steps):
         num_blocks: int | None = None,
         enforce_eager: bool = False,
         seed: int = 0,
+        weights: str | Quantized | None = None,
+        group_size: int | str | None = "auto",
     ) -> None:
         """
         Args:
@@ -80,9 +85,12 @@ class LLM(Steps):
             enforce_eager: run every step without CUDA graphs. Otherwise, on a GPU, those in which
                 every sequence decodes, and small ones with prompts, are captured here.
             seed: of the seeds of requests that have none.
+            weights, group_size: as of :func:`llmfast.patch`: ``"int4"`` or ``"int8"`` rounds the
+                decoder's linear layers until :meth:`close`.
 
         Raises:
-            UserError: the model cannot be loaded or run, or its cache does not fit.
+            UserError: the model cannot be loaded or run, its cache does not fit, or its weights
+                cannot be quantized so.
             ValueError: an argument that is out of range.
         """
         if max_num_batched_tokens is None:
@@ -111,21 +119,27 @@ class LLM(Steps):
             )
         try:
             refuse(model)
+            choose_weights(model, weights, group_size)
         except UserError as error:
             raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
+        self._rounded = None if weights is None else model
         self.tokenizer = tokenizer
         end_tokens = end_tokens_of(model, tokenizer)
-        self._executor = Executor(
-            model,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            utilization=gpu_memory_utilization,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            chunked=enable_chunked_prefill,
-            eager=enforce_eager,
-        )
+        try:
+            self._executor = Executor(
+                model,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                utilization=gpu_memory_utilization,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                chunked=enable_chunked_prefill,
+                eager=enforce_eager,
+            )
+        except BaseException:
+            self._put_back()
+            raise
         self.max_model_len = self._executor.max_model_len
         num_blocks = self._executor.num_blocks
         self._blocks = BlockManager(num_blocks, block_size, caching=enable_prefix_caching)
@@ -272,6 +286,13 @@ class LLM(Steps):
         self._closed = True
         self._flights.clear()
         self._executor.close()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Give a model that was rounded here its own weights."""
+        if self._rounded is not None:
+            detach(self._rounded)
+        self._rounded = None
 
     def __enter__(self) -> LLM:
         return self

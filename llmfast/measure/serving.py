@@ -18,6 +18,7 @@ from ..engine.llm import LLM
 from ..engine.request import RequestOutput
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
+from ..quantization.attached import label_of, weights_of
 from .busy import Observed, Text, observe
 from .decode import OURS, Measured, Progress
 from .record import make_row
@@ -169,6 +170,7 @@ def measure_throughput(
     vocabulary = vocabulary_of(model)
     walls, outs, totals = [], [], []
     with LLM(model, **options_for(workload.longest, options)) as llm:
+        label_weights(found, model, options)
         warm_up(llm)
         for again in range(repeats):
             progress("Answering", again, repeats)
@@ -215,6 +217,7 @@ def measure_latency(
     found, model = prepare(source, workload.input[1], workload.output[1], progress)
     walls = []
     with LLM(model, **options_for(workload.longest, options)) as llm:
+        label_weights(found, model, options)
         warm_up(llm)
         for again in range(repeats):
             progress("Answering", again, repeats)
@@ -367,6 +370,12 @@ def prepare(source: Source, prompt: int, answer: int, progress: Progress) -> tup
 def options_for(longest: int, given: dict[str, Any] | None) -> dict[str, Any]:
     """Options of ``LLM`` for requests of ``longest`` tokens, prompt and answer."""
     return {"max_model_len": max(longest, 8), **(given or {})}  # 8: to warm up
+
+
+def label_weights(found: Measured, model: Any, options: dict[str, Any] | None) -> None:
+    """Name the weights that an engine was asked to round, in cases that are added from now on."""
+    if (options or {}).get("weights"):
+        found.model["weights"] = label_of(weights_of(model) or {})
 
 
 def vocabulary_of(model: Any) -> int:

@@ -50,6 +50,17 @@ def test_throughput(tmp_path):
     assert [row.metric for row in measured.rows] == ["out_tok_per_s", "total_tok_per_s", "s"]
 
 
+def test_rounded_weights(tmp_path):
+    result = run("throughput", *SMALL, "--weights", "int4-g32", "--results", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "tiny, int4-g32, on the CPU" in result.stdout
+    (measured,) = read(tmp_path / "throughput.json")
+    assert all("weights=int4-g32 kv=fp32" in row.case for row in measured.rows)
+    result = run("latency", "--shape", "tiny", "--weights", "int3")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--weights must be int4-g32" in result.stderr
+
+
 def test_busy_wants_a_gpu():
     result = run("throughput", *SMALL, "--busy")
     assert (result.exit_code, result.stdout) == (2, "")

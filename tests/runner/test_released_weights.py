@@ -8,6 +8,7 @@ import torch
 
 import llmfast
 from generating import batch
+from llmfast.errors import UserError
 from llmfast.quantization.attached import attach, carry
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.runner import model as step_model
@@ -191,6 +192,28 @@ def test_the_engine_gives_them_back_while_it_is_open():
     with simulate(twin, quantize(twin, group_size=32)):
         wanted = twin.generate(torch.tensor([prompt]), min_new_tokens=8, max_new_tokens=8)
     assert list(result.outputs[0].token_ids) == wanted[0, 20:].tolist()
+
+
+def test_the_engine_rounds_a_model_while_it_is_open():
+    model, twin = make("Llama"), make("Llama")
+    before, dense = state(model), held(model)
+    prompt = IDS[0].tolist()
+    params = llmfast.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with llmfast.LLM(model, max_num_seqs=2, weights="int4", group_size=32) as llm:
+        assert held(model) < dense / 2
+        (result,) = llm.generate([prompt], params)
+    assert_is(model, before)
+    with simulate(twin, quantize(twin, group_size=32)):
+        wanted = twin.generate(torch.tensor([prompt]), min_new_tokens=8, max_new_tokens=8)
+    assert list(result.outputs[0].token_ids) == wanted[0, 20:].tolist()
+    for wrong, words in (
+        ({"weights": "int3"}, "LLM: weights must be 'int4'"),
+        ({"weights": "int4", "group_size": 48}, "48"),
+        ({"weights": "int8", "max_model_len": 10**6}, "max_model_len"),  # after they were rounded
+    ):
+        with pytest.raises(UserError, match=words):
+            llmfast.LLM(model, max_num_seqs=2, **wrong)
+        assert_is(model, before)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,107 @@
+"""The weights that a user asks for by a word: found, said what they save, and put on a model."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..model.patch import evaluating
+from .attached import (
+    EVERYWHERE,
+    NOWHERE,
+    attach,
+    is_rounded,
+    packed_weights_of,
+    use_own,
+    weights_of,
+)
+from .driver import WEIGHTS, Quantized, quantize
+from .forecast import Forecast, forecast
+
+# with eight bits one scale an output loses little, and any number of inputs can have it
+GROUP_SIZE = {"int4": 64, "int8": None}
+OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # of a model that was loaded quantized
+NUMBERS = {4: "four", 8: "eight"}
+
+
+def choose_weights(
+    model: PreTrainedModel,
+    weights: str | Quantized | None,
+    group_size: int | str | None = "auto",
+    method: str = "nearest",
+    calibration: torch.Tensor | None = None,
+) -> list[str]:
+    """Let the model carry the weights that are asked for, until :func:`.attached.detach`.
+
+    What they will save is printed to stderr before the work starts.
+
+    Args:
+        model: that is not patched.
+        weights, group_size, method, calibration: of :func:`llmfast.patch`.
+
+    Returns:
+        What to tell of it, in full sentences.
+
+    Raises:
+        UserError: weights that cannot be quantized so, that are not of this model, or that it has
+            already; nothing is changed then.
+    """
+    if isinstance(weights, str) and weights in OWN:
+        use_own(model, OWN[weights])
+        weights = None
+    if weights is None:
+        own = weights_of(model)
+        if own is None:
+            return []
+        text = f"weights: {len(own)} linear layers were loaded quantized"
+        if not packed_weights_of(model, model.device):
+            text += ", and run dequantized"
+            if model.device.type == "cpu":
+                text += ": on the CPU that is faster (weights='own' has them in their own bits)"
+        return [f"{text}."]
+    if is_rounded(model):
+        raise UserError("patch: weights: this model has quantized weights already")
+    if isinstance(weights, str):
+        if weights not in WEIGHTS:
+            raise UserError(
+                "patch: weights must be 'int4', 'int8', 'own', 'dequantized' or what "
+                f"llmfast.quantize gives; got {weights!r}"
+            )
+        if isinstance(group_size, str):
+            if group_size != "auto":
+                raise UserError(
+                    f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
+                )
+            group_size = GROUP_SIZE[weights]
+        told = partial(forecast, model, bits=WEIGHTS[weights], group_size=group_size)
+        dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        with evaluating(model):
+            weights = quantize(
+                model,
+                weights=weights,
+                method=method,
+                group_size=group_size,
+                calibration=calibration,
+                scale_dtype=dtype,
+                on_progress=lambda _, done, __: None if done else _say(told()),
+            )
+    elif weights.weights:
+        w = next(iter(weights.weights.values()))
+        group = w.group_size if w.groups > 1 else None
+        _say(forecast(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
+    attach(model, weights)
+    kinds = sorted({w.bits for w in weights.weights.values()})
+    return [
+        f"weights: {len(weights.weights)} linear layers are rounded to "
+        f"{' and '.join(NUMBERS[bits] for bits in kinds)} bits until unpatch."
+    ]
+
+
+def _say(told: Forecast) -> None:
+    """To stderr: a library's log is not shown unless somebody asks for it."""
+    for line in told.lines():
+        print(f"llmfast: {line}", file=sys.stderr)
