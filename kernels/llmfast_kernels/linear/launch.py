@@ -104,7 +104,10 @@ def _heuristic(n: int, k: int, tokens: int, gated: bool, shared_memory: int) -> 
     widest = 1 << (k - 1).bit_length()
     if tokens == 1:
         block_k = min(4096 if gated else 2048, widest)
-        return Launch("gemv", 1 if gated else 2, block_k, max(block_k // 512, 1))
+        num_warps = max(block_k // 512, 1)
+        if k >= 4096:  # as all such layers in the H100's table
+            num_warps = 4 if gated else 8
+        return Launch("gemv", 1 if gated else 2, block_k, num_warps)
     if tokens > 32:
         return VENDOR["gated_linear" if gated else "dense_linear"]
     # enough programs for every multiprocessor, and enough bytes on their way in each
