@@ -107,17 +107,23 @@ def attach(model: nn.Module, quantized: Quantized) -> None:
         quantized: names of layers and other parameters of the model.
 
     Raises:
-        UserError: a name or shape that is not the model's; nothing is changed then.
+        UserError: a name or shape that is not the model's.
+
+    Whatever is raised, nothing is changed then.
     """
     replaced = replaced_by("weights", model, quantized)
     before: dict[str, torch.Tensor] = {}
     weights = {name: w.to("cpu") for name, w in quantized.weights.items()}
     under = _attached(model)
     setattr(model, _ATTRIBUTE, _Attached(weights, before, where=EVERYWHERE, under=under))
-    for name, parameter, make in replaced:  # one after another: there is memory for one
-        value = make()
-        before[name] = parameter.data.cpu()
-        parameter.data = value
+    try:
+        for name, parameter, make in replaced:  # one after another: there is memory for one
+            value = make()
+            before[name] = parameter.data.cpu()
+            parameter.data = value
+    except BaseException:
+        detach(model)
+        raise
 
 
 @torch.no_grad()

@@ -207,3 +207,23 @@ def test_a_patch_that_fails_late_puts_the_weights_back(monkeypatch):
         llmfast.patch(model, ops="generate", weights="int4", group_size=32)
     assert_is(model, before)
     assert weights_of(model) is None
+
+
+def test_an_attachment_that_is_interrupted_leaves_the_model_alone(monkeypatch):
+    model = make("Llama")
+    before = state(model)
+    found = quantize(model, group_size=32)
+    moved = []
+
+    def interrupt(self):
+        moved.append(self)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return self.clone()
+
+    monkeypatch.setattr(torch.Tensor, "cpu", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, found)
+    monkeypatch.undo()
+    assert len(moved) == 3 and weights_of(model) is None
+    assert_is(model, before)
