@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from llmfast_kernels import begin_step, end_step, sample_tokens
-from llmfast_kernels.linear import int4_workspace_bytes
+from llmfast_kernels.linear import workspace_bytes
 
 from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache
@@ -144,7 +144,7 @@ class Runner:
         graphs = workspace = 0
         if self._pool is not None:
             graphs, workspace = held_memory(self.device, self._pool)
-            workspace += int4_workspace_bytes(self.device)
+            workspace += workspace_bytes(self.device)
         state = [*vars(self._state).values(), *([] if self._logits is None else [self._logits])]
         return {
             "cache": self.cache.nbytes,

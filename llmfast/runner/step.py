@@ -21,9 +21,7 @@ class Step:
     block_table: torch.Tensor  # int32 [B, max_blocks]
     max_query_len: int  # no sequence has more tokens in this step
     max_context_len: int | None = None  # about the longest context, for the number of programs
-    max_prompts: int | None = (
-        None  # no more sequences have several tokens; None: one kernel for all
-    )
+    max_prompts: int | None = None  # that have several tokens; None: one kernel takes all
 
     def attend(
         self,

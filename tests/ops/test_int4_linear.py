@@ -8,12 +8,12 @@ from torch.nn.functional import linear
 
 from guards import BAND, GuardedEmpty, guarded
 from llmfast_kernels.linear import (
-    free_int4_workspaces,
+    free_workspaces,
     int4_launch,
     int4_linear,
-    int4_workspace_bytes,
     pack_int4,
     unpack_int4,
+    workspace_bytes,
 )
 from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
 from llmfast_kernels.linear.int4_launch import (
@@ -370,9 +370,9 @@ def test_bad_arguments_are_named(change, error, says):
 
 @pytest.fixture
 def no_workspaces():
-    free_int4_workspaces()
+    free_workspaces()
     yield
-    free_int4_workspaces()
+    free_workspaces()
 
 
 @each_shape
@@ -421,10 +421,10 @@ def test_the_tiers_agree_at_their_border(device):
 def test_the_workspace_is_one_and_as_large_as_the_largest_layer(device, no_workspaces):
     for n, k in ((8, 64), (40, 128), (8, 64)):
         launch_int4_linear(**make((MAX_TOKENS + 1, k, n, 64), torch.float16, device))
-    assert int4_workspace_bytes() == int4_workspace_bytes(device_of(device)) == 2 * 40 * 128
+    assert workspace_bytes() == workspace_bytes(device_of(device)) == 2 * 40 * 128
     launch_int4_linear(**make((MAX_TOKENS, 256, 40, 64), torch.float16, device))
-    assert int4_workspace_bytes() == 2 * 40 * 128  # few tokens want none
-    assert int4_workspace_bytes(torch.device("meta")) == 0
+    assert workspace_bytes() == 2 * 40 * 128  # few tokens want none
+    assert workspace_bytes(torch.device("meta")) == 0
 
 
 def device_of(device):
@@ -443,4 +443,4 @@ def test_a_captured_workspace_stays_where_it_is(no_workspaces):
     graph.replay()
     assert torch.equal(got, wanted)
     assert all(bool((t == 7.0).all()) for t in taken)
-    assert int4_workspace_bytes() == 2 * (40 * 128 + 80 * 256)
+    assert workspace_bytes() == 2 * (40 * 128 + 80 * 256)

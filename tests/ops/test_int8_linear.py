@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from guards import BAND, GuardedEmpty, guarded
-from llmfast_kernels.linear import free_int4_workspaces, int4_workspace_bytes, int8_linear
+from llmfast_kernels.linear import free_workspaces, int8_linear, workspace_bytes
 from llmfast_kernels.linear.int8_kernel import (
     MAX_TOKENS,
     Int8Launch,
@@ -266,9 +266,9 @@ def test_bad_arguments_are_named(change, error, says):
 
 @pytest.fixture
 def no_workspaces():
-    free_int4_workspaces()
+    free_workspaces()
     yield
-    free_int4_workspaces()
+    free_workspaces()
 
 
 @each_shape
@@ -298,7 +298,7 @@ def test_many_tokens_go_through_the_workspace(kind, more, device, no_workspaces)
     exact = in_float64(**args)
     assert_as_good(many, int8_linear_reference(**args), exact)
     assert all(torch.equal(args[name], t) for name, t in before.items())
-    assert int4_workspace_bytes() == 2 * 200 * 33
+    assert workspace_bytes() == 2 * 200 * 33
     short = {name: args[name][:MAX_TOKENS] for name in ("x", "residual") if name in args}
     few = launch_int8_linear(**args | short)
     assert_as_good(few, many[:MAX_TOKENS], exact[:MAX_TOKENS])  # the tiers agree

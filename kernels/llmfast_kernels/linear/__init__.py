@@ -2,17 +2,17 @@
 
 from .int4_layout import pack_int4, unpack_int4
 from .int4_op import int4_linear
-from .int4_workspace import free_int4_workspaces, int4_workspace_bytes
 from .int8_op import int8_linear
 from .op import dense_linear, gated_linear
+from .workspace import free_workspaces, workspace_bytes
 
 __all__ = [
     "dense_linear",
-    "free_int4_workspaces",
+    "free_workspaces",
     "gated_linear",
     "int4_linear",
-    "int4_workspace_bytes",
     "int8_linear",
     "pack_int4",
     "unpack_int4",
+    "workspace_bytes",
 ]

@@ -18,8 +18,8 @@ from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
 from .int4_launch import GEMV_COLUMNS, MAX_TOKENS, Int4Launch, choose_int4_launch
 from .int4_layout import CHUNK, MIDDLE
-from .int4_workspace import MAX_TICKETS, tickets, workspace
 from .kernel import shared_memory_of
+from .workspace import MAX_TICKETS, tickets, workspace
 
 DEQUANTIZED_ROWS = 32  # of a chunk of columns, by a program
 

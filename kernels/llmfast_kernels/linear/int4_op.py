@@ -32,7 +32,7 @@ def int4_linear(
 
     On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go another way: the weights are rounded to
     x's dtype in a workspace, and multiplied by cuBLAS. The workspace is one for each device and
-    dtype, so calls on two streams must not overlap; :func:`int4_workspace_bytes` is its size.
+    dtype, so calls on two streams must not overlap; :func:`workspace_bytes` is its size.
 
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
-from .int4_workspace import workspace
 from .launch import block_m
+from .workspace import workspace
 
 MAX_TOKENS = 128
 MIDDLE = 128  # the code that stands for 0 where there are no zero points

@@ -40,6 +40,19 @@ def gated_linear_reference(
     return ACTIVATIONS[activation](functional.linear(x, weight, bias))
 
 
+def _multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """In the weight's dtype, which is at least as precise as x's, and rounded once."""
+    exact = weight.dtype
+    y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
+    y = y.to(x.dtype)
+    return y if residual is None else y + residual
+
+
 def int4_linear_reference(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -53,9 +66,7 @@ def int4_linear_reference(
 ) -> torch.Tensor:
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, exact, minima)
-    y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
-    y = y.to(x.dtype)
-    return y if residual is None else y + residual
+    return _multiply(x, weight, bias, residual)
 
 
 def dequantize_int8(
@@ -88,6 +99,4 @@ def int8_linear_reference(
 ) -> torch.Tensor:
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = dequantize_int8(codes, scales, zeros, group_size, exact, minima)
-    y = functional.linear(x.to(exact), weight, None if bias is None else bias.to(exact))
-    y = y.to(x.dtype)
-    return y if residual is None else y + residual
+    return _multiply(x, weight, bias, residual)

@@ -1,4 +1,4 @@
-"""Memory that int4_linear holds between calls.
+"""Memory that linear layers with quantized weights hold between calls.
 
 The workspace, into which weights are dequantized, is as large as the largest layer yet. A layer's
 weights are there from one launch to the next, so nothing is kept of them. Tickets count the
@@ -38,10 +38,10 @@ def tickets(device: torch.device) -> torch.Tensor:
     return _tickets[device]
 
 
-def int4_workspace_bytes(device: torch.device | None = None) -> int:
+def workspace_bytes(device: torch.device | None = None) -> int:
     """Bytes that the workspaces of ``device`` take, of all devices if it is None.
 
-    They are kept until :func:`free_int4_workspaces`.
+    They are kept until :func:`free_workspaces`.
     """
     return sum(
         tensor.nbytes
@@ -51,7 +51,7 @@ def int4_workspace_bytes(device: torch.device | None = None) -> int:
     )
 
 
-def free_int4_workspaces() -> None:
-    """Give the workspaces back. CUDA graphs that hold an ``int4_linear`` must not be used again."""
+def free_workspaces() -> None:
+    """Give the workspaces back. CUDA graphs of quantized layers must not be used again."""
     _tensors.clear()
     _captured.clear()
