@@ -1,4 +1,4 @@
-"""The four linear layers of a decoder block against cuBLAS, for few tokens, in one graph.
+"""The four linear layers of a decoder block against cuBLAS, in one graph.
 
 pytest bench/bench_linear.py
 """
@@ -19,8 +19,15 @@ from llmfast_kernels import (
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
+MANY_TOKENS = [256, 1024, 4096]  # of prompts; 16-bit layers are cuBLAS's there
 
-each_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}tokens")
+
+def parametrize_tokens(tokens):
+    return pytest.mark.parametrize("tokens", tokens, ids=lambda n: f"{n}tokens")
+
+
+each_tokens = parametrize_tokens(TOKENS)
+also_many_tokens = parametrize_tokens(TOKENS + MANY_TOKENS)
 
 
 def sizes(shape):
@@ -76,7 +83,7 @@ def bench_block(bench_op, shape, dtype, tokens):
     )
 
 
-@each_tokens
+@also_many_tokens
 @pytest.mark.parametrize("group_size", [128, 64])
 def bench_int4_block(bench_op, group_size, tokens):
     """Beside cuBLAS on 16-bit weights of the same shapes."""
@@ -121,7 +128,7 @@ def bench_block_with_epilogues(bench_op, tokens):
     )
 
 
-@each_tokens
+@also_many_tokens
 @pytest.mark.parametrize("group_size", [None, 128, 32], ids=["channel", "g128", "g32"])
 def bench_int8_block(bench_op, group_size, tokens):
     """Beside cuBLAS on 16-bit weights of the same shapes."""

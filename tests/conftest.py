@@ -16,6 +16,17 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_CUDA else "cpu")
 
 
+@pytest.fixture(scope="session")
+def embedded():  # type: ignore[no-untyped-def]
+    """In float32 on the CPU. A test that changes the model must change it back, or deepcopy it."""
+    import llmfast
+    from llmfast.model.embedded import INSTALL, embedded_model_path
+
+    if embedded_model_path() is None:
+        pytest.skip(f"the embedded model is not installed: {INSTALL}")
+    return llmfast.load(device="cpu", dtype=torch.float32)
+
+
 @pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill fresh float memory with NaN, so an element that a kernel leaves unwritten is seen."""

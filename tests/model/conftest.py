@@ -1,4 +1,4 @@
-"""The embedded model, loaded once; and tiny GGUF files, written by the gguf library."""
+"""Tiny GGUF files, written by the gguf library."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +11,11 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import llmfast
-from llmfast.model.embedded import INSTALL, embedded_model_path
-
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # A vocabulary of CONTROL, one token per byte, and what these merges make.
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2"]
 TOKENS = [*CONTROL, *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-
-
-@pytest.fixture(scope="session")
-def embedded() -> llmfast.Loaded:
-    """In float32 on the CPU. A test that changes the model must change it back, or deepcopy it."""
-    if embedded_model_path() is None:
-        pytest.skip(f"the embedded model is not installed: {INSTALL}")
-    return llmfast.load(device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture
