@@ -39,6 +39,7 @@ gpu-test: setup
 	$(BIN)/python -m pytest
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(BIN)/python tests/gpu/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/gpu/sanitize.py bfloat16
 
 bench: setup
 	$(BIN)/python -m pytest bench
