@@ -31,6 +31,7 @@ from .scheduler import Plan
 logger = logging.getLogger("llmfast")
 
 GRAPHS: dict[str, type[StepGraphs]] = {"cuda": StepGraphs}  # where steps can be captured
+WARM_ROWS = 16  # sampling and attention lay out many rows in another way than few
 CPU_CACHE_BYTES = 2**30  # no GPU's memory is there to be filled
 _SAMPLING_COPIES = 8  # of the logits in float32: what a choice with every parameter may hold
 
@@ -130,27 +131,38 @@ class Executor:
 
         What they leave in the cache is not read by anybody.
         """
-        for tokens, params in (
-            (max_tokens, SamplingParams(temperature=0)),
-            (max_tokens, SamplingParams()),
-            (MIXED_TOKENS + 1, SamplingParams(top_k=8)),
+        greedy, drawn, filtered = (
+            SamplingParams(temperature=0),
+            SamplingParams(),
+            SamplingParams(top_k=8),
+        )
+        small = min(MIXED_TOKENS + 1, max_tokens)
+        for tokens, rows, params in (
+            (max_tokens, 2, greedy),
+            *((small, 2, params) for params in (drawn, filtered)),
+            *((small, WARM_ROWS, params) for params in (greedy, drawn, filtered)),
         ):
-            plan, used = Plan(), 0
-            left = min(tokens, max_tokens)
-            while left and len(plan.counts) < max_rows:
-                decodes = not plan.counts  # the first one
-                count = 1 if decodes else min(left, self.max_model_len)
-                sequence = Tokens([0] * (count + decodes), count, count + 2, computed=int(decodes))
-                blocks = -(-len(sequence.tokens) // self.cache.block_size)
-                sequence.blocks = list(range(used, used + blocks))
-                used += blocks
-                left -= count
-                if used > self.num_blocks:
-                    break
-                plan.counts[sequence] = count
+            plan = self._plan_of_prompts(tokens, min(rows, max_rows))
             answers = [Answer(0, sequence, params, 0, frozenset()) for sequence in plan.counts]
             if answers:
                 self.collect(self.launch(plan, answers, None))
+
+    def _plan_of_prompts(self, tokens: int, rows: int) -> Plan:
+        """One sequence that decodes, and prompts of ``tokens`` tokens, as far as blocks reach."""
+        plan, used = Plan(), 0
+        longest = max(1, min(self.max_model_len, -(-tokens // rows)))
+        while tokens and len(plan.counts) < rows:
+            decodes = not plan.counts  # the first one
+            count = 1 if decodes else min(tokens, longest)
+            sequence = Tokens([0] * (count + decodes), count, count + 2, computed=int(decodes))
+            blocks = -(-len(sequence.tokens) // self.cache.block_size)
+            if used + blocks > self.num_blocks:
+                break
+            sequence.blocks = list(range(used, used + blocks))
+            used += blocks
+            tokens -= count
+            plan.counts[sequence] = count
+        return plan
 
     @property
     def asynchronous(self) -> bool:

@@ -229,6 +229,23 @@ def test_warming_up_changes_nothing(rows, tokens, blocks):
     assert got == wanted
 
 
+def test_warming_up_runs_every_sampling_of_few_rows_and_of_many(monkeypatch):
+    seen = set()
+    with engine(max_num_seqs=32, max_num_batched_tokens=700, num_blocks=60) as llm:
+        launch = llm._executor.launch
+
+        def note(plan, given, *args):
+            seen.update((len(given), a.params.temperature > 0, a.params.top_k > 0) for a in given)
+            assert sum(plan.counts.values()) > 1
+            return launch(plan, given, *args)
+
+        monkeypatch.setattr(llm._executor, "launch", note)
+        llm._executor.warm_up(32, 700)
+        check_empty(llm)
+    ways = [(False, False), (True, False), (True, True)]  # greedy, drawn, drawn with filters
+    assert seen == {(rows, *way) for rows in (2, 16) for way in ways}
+
+
 def test_a_cache_that_runs_out_changes_nothing():
     with engine(num_blocks=7, max_num_seqs=4) as llm:
         outputs = llm.generate([PROMPTS[i] for i in (2, 3, 1, 7)], PARAMS[3], use_tqdm=False)
