@@ -45,7 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of each scenario: the options that i
         "repeats": 1,
     },
 }
-_CHUNKED_BUDGET = 512  # tokens of a step that takes a long prompt in chunks
+_CHUNKED_BUDGET = 2080  # tokens of a step: 32 that decode, and 2,048 of a long prompt
 
 
 def _default(name: str) -> str:
