@@ -45,3 +45,19 @@ def ratio_and_weight(z, z_max):
     """How likely a score is beside the largest, and the same in whole steps."""
     ratio = tl.exp(z - z_max)
     return ratio, (ratio * _FIXED_POINT).to(tl.int64)
+
+
+@triton.jit
+def place_of(x, cols):
+    """An int64 in the order of (x, then the higher column first), as top-p ranks."""
+    return (key_of(x).to(tl.int64) << 32) | cols.to(tl.int64)
+
+
+@triton.jit
+def placed_key(place):
+    return (place >> 32).to(tl.int32)
+
+
+@triton.jit
+def placed_col(place):
+    return (place & 0x7FFFFFFF).to(tl.int32)
