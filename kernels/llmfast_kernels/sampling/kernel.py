@@ -26,10 +26,10 @@ from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
 from .few import keep_few, sum_few
 from .filters import cut_lists, load_min_p, load_top_k, load_top_p, weigh_lists
-from .keys import key_of, place_of, ratio_and_weight
+from .keys import key_of, place_of, ratio_and_weight, weight_of
 from .logprobs import launch_logprobs
 from .reference import ALL_MASKED, NOT_FINITE, OK, Sampled
-from .scores import heated, penalised
+from .scores import drawn, heated, penalised
 
 _OK = tl.constexpr(OK)
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
@@ -195,8 +195,8 @@ def _bound_kernel(
     tl.store(tokens_ptr + row, tl.where(status == _OK, token, 0).to(tl.int64))
 
     if temperature_ptr is not None:
-        drawn = (status == _OK) & ((tl.load(temperature_ptr + row) <= 0.0) == 0)
-        tl.store(z_max_ptr + row, tl.where(drawn, z_max, float("inf")))
+        to_draw = (status == _OK) & ((tl.load(temperature_ptr + row) <= 0.0) == 0)
+        tl.store(z_max_ptr + row, tl.where(to_draw, z_max, float("inf")))
         k = 0
         bound = float("inf")
         if top_k_ptr is not None:
@@ -291,28 +291,26 @@ def _weigh_kernel(
             size = tl.zeros([], tl.int32)
             while group < GROUPS:
                 piece = first + group * (CHUNK // GROUPS) + tl.arange(0, CHUNK // GROUPS)
-                scores = penalised(
+                scores = drawn(
                     logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr,
-                    bias_ptr, stride_logits, stride_seen, stride_counts, stride_bias, row, piece,
-                    n_vocab,
+                    bias_ptr, stride_logits, stride_seen, stride_counts, stride_bias,
+                    temperature_ptr, row, piece, n_vocab,
                 )  # fmt: skip
                 size = _list(
-                    heated(scores, temperature_ptr, row), piece, z_max, bound, size, lists_ptr,
-                    n_listed_ptr, few_ptr, FEW,
-                )  # fmt: skip
+                    scores, piece, z_max, bound, size, lists_ptr, n_listed_ptr, few_ptr, FEW
+                )
                 group = tl.min(tl.where((maxima >= bound) & (groups > group), groups, GROUPS), 0)
             tl.store(sizes_ptr + pid, size)
             return
     cols = first + tl.arange(0, CHUNK)
-    z = penalised(
+    z = drawn(
         logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
-        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+        stride_logits, stride_seen, stride_counts, stride_bias, temperature_ptr, row, cols, n_vocab,
     )  # fmt: skip
-    z = heated(z, temperature_ptr, row)
     ratio, weight = ratio_and_weight(z, z_max)
     if min_p_ptr is not None:  # in rows with lists it comes later, after top-p
         min_p = tl.where(bound < float("inf"), 0.0, load_min_p(min_p_ptr, row))
-        weight = tl.where(ratio >= min_p, weight, 0)
+        weight = weight_of(tl.where(ratio >= min_p, ratio, 0.0))
     tl.store(weights_ptr + pid, tl.sum(weight))
     if lists_ptr is not None:
         if bound < float("inf"):
@@ -321,15 +319,14 @@ def _weigh_kernel(
                 # anew and piece by piece: a whole chunk with its places is more than registers hold
                 for start in range(0, CHUNK, PIECE):
                     piece = first + start + tl.arange(0, PIECE)
-                    scores = penalised(
+                    scores = drawn(
                         logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr,
                         counts_ptr, bias_ptr, stride_logits, stride_seen, stride_counts,
-                        stride_bias, row, piece, n_vocab,
+                        stride_bias, temperature_ptr, row, piece, n_vocab,
                     )  # fmt: skip
                     size = _list(
-                        heated(scores, temperature_ptr, row), piece, z_max, bound, size,
-                        lists_ptr, n_listed_ptr, few_ptr, FEW,
-                    )  # fmt: skip
+                        scores, piece, z_max, bound, size, lists_ptr, n_listed_ptr, few_ptr, FEW
+                    )
             tl.store(sizes_ptr + pid, size)
 
 
@@ -498,11 +495,10 @@ def _draw_kernel(
     chunk = tl.sum((tl.cumsum(weights, 0) <= at).to(tl.int32))
     before = tl.sum(tl.where(chunks < chunk, weights, 0))
     cols = chunk * CHUNK + tl.arange(0, CHUNK)
-    z = penalised(
+    z = drawn(
         logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
-        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+        stride_logits, stride_seen, stride_counts, stride_bias, temperature_ptr, row, cols, n_vocab,
     )  # fmt: skip
-    z = heated(z, temperature_ptr, row)
     ties_before = tl.sum(tl.where(chunks == chunk, ties_before, 0))
     up_to = before + tl.cumsum(_kept_weights(z, z_max, last, skip, min_p, ties_before), 0)
     token = tl.min(tl.where(up_to > at, cols, _NO_COL), 0)

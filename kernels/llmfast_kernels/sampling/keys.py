@@ -44,7 +44,12 @@ def ranked_col(rank):
 def ratio_and_weight(z, z_max):
     """How likely a score is beside the largest, and the same in whole steps."""
     ratio = tl.exp(z - z_max)
-    return ratio, (ratio * _FIXED_POINT).to(tl.int64)
+    return ratio, weight_of(ratio)
+
+
+@triton.jit
+def weight_of(ratio):
+    return (ratio * _FIXED_POINT).to(tl.int64)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def penalised(
+def _penalised(
     logits_ptr,  # [B, n_vocab]
     repetition_ptr,  # [B]; this and the next five: None if absent
     presence_ptr,  # [B]
@@ -23,7 +23,6 @@ def penalised(
     cols,
     n_vocab,
 ):
-    """A row's scores before temperature: +inf for what is no number, -inf past the row's end."""
     mask = cols < n_vocab
     z = tl.load(logits_ptr + row * stride_logits + cols, mask=mask, other=0.0).to(tl.float32)
     if counts_ptr is not None:
@@ -42,8 +41,33 @@ def penalised(
         z = z - tl.load(frequency_ptr + row) * counts.to(tl.float32)
     if bias_ptr is not None:
         z = z + tl.load(bias_ptr + row * stride_bias + cols, mask=mask, other=0.0)
+    return z
+
+
+@triton.jit
+def penalised(
+    logits_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    seen_ptr,
+    counts_ptr,
+    bias_ptr,
+    stride_logits,
+    stride_seen,
+    stride_counts,
+    stride_bias,
+    row,
+    cols,
+    n_vocab,
+):
+    """A row's scores before temperature: +inf for what is no number, -inf past the row's end."""
+    z = _penalised(
+        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
+        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+    )  # fmt: skip
     z = tl.where(z == z, z, float("inf"))
-    return tl.where(mask, z, float("-inf"))
+    return tl.where(cols < n_vocab, z, float("-inf"))
 
 
 @triton.jit
@@ -57,3 +81,32 @@ def heated(z, temperature_ptr, row):
         scores = tl.where(scores == scores, scores, float("inf"))
         scores = tl.where(z == float("-inf"), z, scores)
     return tl.where(scores == 0.0, 0.0, scores)  # -0.0 equals 0.0, and must have its key
+
+
+@triton.jit
+def drawn(
+    logits_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    seen_ptr,
+    counts_ptr,
+    bias_ptr,
+    stride_logits,
+    stride_seen,
+    stride_counts,
+    stride_bias,
+    temperature_ptr,
+    row,
+    cols,
+    n_vocab,
+):
+    """What heated gives of penalised, in a row that is drawn: all scores are less than +inf there,
+    so that none need be looked at.
+    """
+    z = _penalised(
+        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
+        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+    )  # fmt: skip
+    scores = tl.div_rn(z, tl.load(temperature_ptr + row) + tl.zeros_like(z))
+    return tl.where(cols < n_vocab, scores + 0.0, float("-inf"))  # of -0.0 it makes 0.0
