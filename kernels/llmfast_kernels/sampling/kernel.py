@@ -36,7 +36,7 @@ _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _ALL_MASKED = tl.constexpr(ALL_MASKED)
 _NO_COL = tl.constexpr(2**31 - 1)
 _NO_WEIGHT = tl.constexpr(28.0)  # so far below the largest score, exp times 2**40 is below 1
-_BOUND_STEPS = tl.constexpr(12)  # halvings of that: nothing is gained by a bound that is closer
+_BOUND_STEPS = tl.constexpr(12)  # halvings of that at most: a closer bound gains nothing
 _PIECE = tl.constexpr(512)  # of a chunk, taken at a time where many scores are listed
 _SAFE = tl.constexpr(0.99)  # of a float32 sum that is to bound an exact one
 
@@ -96,7 +96,7 @@ def _survey_kernel(
     top_k_ptr,
     top_p_ptr,
     maxima_ptr,  # [B, n_chunks, GROUPS], written: the largest scores
-    first_ptr,  # [B, n_chunks], written: where the chunk's largest stands first, before temperature
+    first_ptr,  # [B, n_chunks], written in greedy rows: where the chunk's largest stands first
     sums_ptr,  # [B, n_chunks, 2], written: see _top_p_bound; None without top-p
     n_vocab,
     CHUNK: tl.constexpr,
@@ -113,14 +113,17 @@ def _survey_kernel(
         logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
         stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
     )  # fmt: skip
+    greedy = True
     if temperature_ptr is not None:
         heat = tl.load(temperature_ptr + row)
+        greedy = heat <= 0.0
         if (heat < float("inf")) == 0:  # even -inf is no number then
             z = tl.where((z == float("-inf")) & (cols < n_vocab), float("inf"), z)
     maxima = tl.max(z, 1)  # division keeps the order, so that these alone need be divided
     largest = tl.max(maxima, 0)
     tl.store(maxima_ptr + pid.to(tl.int64) * GROUPS + groups, heated(maxima, temperature_ptr, row))
-    tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, _NO_COL)))
+    if greedy:
+        tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, _NO_COL)))
     k = 0
     if top_k_ptr is not None:
         k = load_top_k(top_k_ptr, row, n_vocab)
@@ -137,11 +140,14 @@ def _top_k_bound(maxima, z_max, k):
     """What k groups' largest scores are no less than; at the least, what has any weight."""
     low = z_max - _NO_WEIGHT
     high = z_max
-    for _ in range(_BOUND_STEPS):
+    n_low = tl.full([], 2**30, tl.int32)
+    step = 0
+    while (step < _BOUND_STEPS) & (n_low > k + k // 8):
         middle = 0.5 * (low + high)
-        enough = tl.sum((maxima >= middle).to(tl.int32)) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        n = tl.sum((maxima >= middle).to(tl.int32))
+        low, n_low = tl.where(n >= k, middle, low), tl.where(n >= k, n, n_low)
+        high = tl.where(n >= k, high, middle)
+        step += 1
     return low
 
 
@@ -168,7 +174,7 @@ def _bound_kernel(
     temperature_ptr,  # [B] or None, as the next two
     top_k_ptr,
     top_p_ptr,
-    tokens_ptr,  # [B], written: the most likely token
+    tokens_ptr,  # [B], written: the most likely token; no matter what in rows that are drawn
     status_ptr,  # [B], written
     z_max_ptr,  # [B], written: the largest score, or +inf where nothing is to be drawn
     bound_ptr,  # [B], written: scores are listed from here on; +inf where top-k and top-p are off
@@ -274,19 +280,20 @@ def _weigh_kernel(
     n_chunks = tl.cdiv(n_vocab, CHUNK)
     row = (pid // n_chunks).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
+    bound = tl.load(bound_ptr + row)
+    groups = tl.arange(0, GROUPS)
+    if top_k_ptr is not None:  # loaded before anything is known of the row: loads take long
+        k = load_top_k(top_k_ptr, row, n_vocab)
+        maxima = tl.load(maxima_ptr + pid.to(tl.int64) * GROUPS + groups)
     if z_max == float("inf"):
         return
-    bound = tl.load(bound_ptr + row)
     first = pid % n_chunks * CHUNK
     if lists_ptr is not None:
         lists_ptr += row * stride_lists + first
         n_listed_ptr += row
         few_ptr += row * 2 * FEW
     if top_k_ptr is not None:
-        if load_top_k(top_k_ptr, row, n_vocab) > 0:
-            # only groups whose largest is listed are read again, and in most chunks none
-            groups = tl.arange(0, GROUPS)
-            maxima = tl.load(maxima_ptr + pid.to(tl.int64) * GROUPS + groups)
+        if k > 0:  # only groups whose largest is listed are read again, and in most chunks none
             group = tl.min(tl.where(maxima >= bound, groups, GROUPS), 0)
             size = tl.zeros([], tl.int32)
             while group < GROUPS:
@@ -470,12 +477,13 @@ def _draw_kernel(
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
-    if z_max == float("inf"):
-        return
     seed = tl.load(seeds_ptr + row)
     position = tl.load(positions_ptr + row).to(tl.int64)
     if few_ptr is not None:
         n = tl.load(n_listed_ptr + row)
+    if z_max == float("inf"):
+        return
+    if few_ptr is not None:
         if (n > 0) & (n <= FEW):
             cols, weight = _filter_few(
                 row, n, z_max, top_k_ptr, top_p_ptr, min_p_ptr, weights_ptr, few_ptr, n_vocab,
