@@ -235,7 +235,7 @@ def _list(z, cols, z_max, bound, size, lists_ptr, n_listed_ptr, few_ptr, FEW: tl
         rank = tl.cumsum(listed, 0) - 1
         tl.store(lists_ptr + size + rank, z, mask=listed > 0)
         if size <= FEW:
-            n = tl.atomic_add(n_listed_ptr, added)  # programs come in any order
+            n = tl.atomic_add(n_listed_ptr, added, sem="relaxed")  # programs come in any order
             if n + added <= FEW:
                 _, weight = ratio_and_weight(z, z_max)
                 tl.store(few_ptr + n + rank, place_of(z, cols), mask=listed > 0)
