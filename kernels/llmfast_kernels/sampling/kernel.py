@@ -7,7 +7,8 @@ A row is cut in chunks, each the work of a program. Four kernels follow each oth
     weigh    by chunk   the sum of the weights; and the scores from the bound on, in a list
     draw     by row     the filters' cut in the lists, the chunk that is drawn, its token
 
-Where few scores are listed, they stand together too, and draw needs nothing else.
+Where few scores are listed, they stand together too, and draw needs nothing else. After top-k bound
+lists them, and weigh has nothing to do.
 
 Scores are computed anew from the logits where they are needed: reading them back would cost more.
 """
@@ -24,21 +25,15 @@ import triton.language as tl
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
+from .bound import _bound_kernel
 from .few import keep_few, sum_few
 from .filters import cut_lists, load_min_p, load_top_k, load_top_p, weigh_lists
-from .keys import key_of, place_of, ratio_and_weight, weight_of
+from .keys import NO_COL, key_of, place_of, ratio_and_weight, weight_of
 from .logprobs import launch_logprobs
-from .reference import ALL_MASKED, NOT_FINITE, OK, Sampled
+from .reference import Sampled
 from .scores import drawn, heated, penalised
 
-_OK = tl.constexpr(OK)
-_NOT_FINITE = tl.constexpr(NOT_FINITE)
-_ALL_MASKED = tl.constexpr(ALL_MASKED)
-_NO_COL = tl.constexpr(2**31 - 1)
-_NO_WEIGHT = tl.constexpr(28.0)  # so far below the largest score, exp times 2**40 is below 1
-_BOUND_STEPS = tl.constexpr(12)  # halvings of that at most: a closer bound gains nothing
 _PIECE = tl.constexpr(512)  # of a chunk, taken at a time where many scores are listed
-_SAFE = tl.constexpr(0.99)  # of a float32 sum that is to bound an exact one
 
 _MAX_CHUNKS = 128  # a row's program holds a number for each
 _GROUP = 64  # scores of a chunk whose largest is kept apart
@@ -123,7 +118,7 @@ def _survey_kernel(
     largest = tl.max(maxima, 0)
     tl.store(maxima_ptr + pid.to(tl.int64) * GROUPS + groups, heated(maxima, temperature_ptr, row))
     if greedy:
-        tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, _NO_COL)))
+        tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, NO_COL)))
     k = 0
     if top_k_ptr is not None:
         k = load_top_k(top_k_ptr, row, n_vocab)
@@ -133,94 +128,6 @@ def _survey_kernel(
             root = tl.exp((z - largest) * (0.5 / heat))
             tl.store(sums_ptr + 2 * pid, tl.sum(root))
             tl.store(sums_ptr + 2 * pid + 1, tl.sum(root * root))
-
-
-@triton.jit
-def _top_k_bound(maxima, z_max, k):
-    """What k groups' largest scores are no less than; at the least, what has any weight."""
-    low = z_max - _NO_WEIGHT
-    high = z_max
-    n_low = tl.full([], 2**30, tl.int32)
-    step = 0
-    while (step < _BOUND_STEPS) & (n_low > k + k // 8):
-        middle = 0.5 * (low + high)
-        n = tl.sum((maxima >= middle).to(tl.int32))
-        low, n_low = tl.where(n >= k, middle, low), tl.where(n >= k, n, n_low)
-        high = tl.where(n >= k, high, middle)
-        step += 1
-    return low
-
-
-@triton.jit
-def _top_p_bound(root_sum, sum, z_max, top_p, n_vocab):
-    """What all that lies below it weighs at most 1 - top_p of the sum.
-
-    With weights w = exp(z - z_max), those below b weigh at most n_vocab * b; and, since each is
-    sqrt(w) * sqrt(w), at most sqrt(b) times the sum of all roots.
-    """
-    rest = _SAFE * sum * (1.0 - tl.where(top_p > 0.0, top_p, 0.0))
-    by_number = tl.log(rest / n_vocab)
-    by_roots = 2.0 * tl.log(rest / root_sum)
-    below = tl.where(by_number > by_roots, by_number, by_roots)
-    # where a sum is no number, comparisons fail
-    return z_max + tl.where(below > -_NO_WEIGHT, below, -_NO_WEIGHT)
-
-
-@triton.jit
-def _bound_kernel(
-    maxima_ptr,  # [B, n_chunks, GROUPS]
-    first_ptr,  # [B, n_chunks]
-    sums_ptr,  # [B, n_chunks, 2]
-    temperature_ptr,  # [B] or None, as the next two
-    top_k_ptr,
-    top_p_ptr,
-    tokens_ptr,  # [B], written: the most likely token; no matter what in rows that are drawn
-    status_ptr,  # [B], written
-    z_max_ptr,  # [B], written: the largest score, or +inf where nothing is to be drawn
-    bound_ptr,  # [B], written: scores are listed from here on; +inf where top-k and top-p are off
-    n_listed_ptr,  # [B], written: 0; None without top-k and top-p
-    n_vocab,
-    CHUNK: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    n_chunks = tl.cdiv(n_vocab, CHUNK)
-    chunks = tl.arange(0, MAX_CHUNKS)
-    mask = chunks < n_chunks
-    at = (row * n_chunks + chunks[:, None]) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    maxima = tl.load(maxima_ptr + at, mask=mask[:, None], other=float("-inf"))
-    chunk_max = tl.max(maxima, 1)
-    z_max = tl.max(chunk_max, 0)
-    first = tl.load(first_ptr + row * n_chunks + chunks, mask=mask, other=_NO_COL)
-    token = tl.min(tl.where(chunk_max == z_max, first, _NO_COL), 0)
-    status = tl.where(z_max == float("-inf"), _ALL_MASKED, _OK)
-    status = tl.where(z_max == float("inf"), _NOT_FINITE, status)
-    tl.store(status_ptr + row, status)
-    tl.store(tokens_ptr + row, tl.where(status == _OK, token, 0).to(tl.int64))
-
-    if temperature_ptr is not None:
-        to_draw = (status == _OK) & ((tl.load(temperature_ptr + row) <= 0.0) == 0)
-        tl.store(z_max_ptr + row, tl.where(to_draw, z_max, float("inf")))
-        k = 0
-        bound = float("inf")
-        if top_k_ptr is not None:
-            k = load_top_k(top_k_ptr, row, n_vocab)
-            if k > 0:
-                bound = _top_k_bound(maxima, z_max, k)
-        if top_p_ptr is not None:
-            top_p = load_top_p(top_p_ptr, row)
-            # after top-k a nucleus is of what that keeps, so the lists must have all of it
-            if (top_p < 1.0) & (k == 0):
-                scale = tl.exp(0.5 * (chunk_max - z_max))
-                sums = sums_ptr + 2 * (row * n_chunks + chunks)
-                root_sum = tl.sum(scale * tl.load(sums, mask=mask, other=0.0))
-                sum = tl.sum(scale * scale * tl.load(sums + 1, mask=mask, other=0.0))
-                bound = _top_p_bound(root_sum, sum, z_max, top_p, n_vocab)
-        tl.store(bound_ptr + row, bound)
-        if n_listed_ptr is not None:
-            tl.store(n_listed_ptr + row, 0)
 
 
 @triton.jit
@@ -265,7 +172,7 @@ def _weigh_kernel(
     weights_ptr,  # [B, n_chunks], written: after min-p in rows without lists; not after top-k
     lists_ptr,  # [B, stride_lists], written: what is from the bound on, CHUNK for each chunk
     sizes_ptr,  # [B, n_chunks], written: how many these are; None without top-k and top-p, as lists
-    n_listed_ptr,  # [B], added to: how many of the row are; and the next
+    n_listed_ptr,  # [B], added to where bound has listed none: how many of the row are
     few_ptr,  # [B, 2, FEW], written: places and weights of the listed, unless these are more
     stride_lists,
     n_vocab,
@@ -287,6 +194,9 @@ def _weigh_kernel(
         maxima = tl.load(maxima_ptr + pid.to(tl.int64) * GROUPS + groups)
     if z_max == float("inf"):
         return
+    if top_k_ptr is not None:
+        if (k > 0) & (bound == float("inf")):  # all are listed
+            return
     first = pid % n_chunks * CHUNK
     if lists_ptr is not None:
         lists_ptr += row * stride_lists + first
@@ -491,7 +401,7 @@ def _draw_kernel(
             )  # fmt: skip
             at = _random_below(tl.sum(weight), seed, position)
             up_to = sum_few(few_ptr + row * 2 * FEW, n, cols, weight, FEW)
-            token = tl.min(tl.where(up_to > at, cols, _NO_COL), 0)
+            token = tl.min(tl.where(up_to > at, cols, NO_COL), 0)
             tl.store(tokens_ptr + row, token.to(tl.int64))
             return
     weights, last, skip, min_p, ties_before = _filter(
@@ -509,7 +419,7 @@ def _draw_kernel(
     )  # fmt: skip
     ties_before = tl.sum(tl.where(chunks == chunk, ties_before, 0))
     up_to = before + tl.cumsum(_kept_weights(z, z_max, last, skip, min_p, ties_before), 0)
-    token = tl.min(tl.where(up_to > at, cols, _NO_COL), 0)
+    token = tl.min(tl.where(up_to > at, cols, NO_COL), 0)
     tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
@@ -581,6 +491,7 @@ def _launch(
     status = empty(n_rows, dtype=torch.int32)
     maxima = empty(n_rows, n_chunks, groups, dtype=torch.float32)
     first = empty(n_rows, n_chunks, dtype=torch.int32)
+    stride_lists = n_chunks * launch.chunk + launch.max_chunks * launch.width
     sums = z_max = bound = lists = sizes = n_listed = few = None
     if temperature is not None:
         z_max = empty(n_rows, dtype=torch.float32)
@@ -588,10 +499,12 @@ def _launch(
     if top_k is not None or top_p is not None:
         n_listed = empty(n_rows, dtype=torch.int32)
         few = empty(n_rows, 2, launch.few, dtype=torch.int64)
+        lists = empty(n_rows, stride_lists, dtype=torch.float32)
+        sizes = empty(n_rows, n_chunks, dtype=torch.int32)
     if top_p is not None:
         sums = empty(n_rows, n_chunks, 2, dtype=torch.float32)
     surveyed = (maxima, first, sums)
-    bounded = (tokens, status, z_max, bound, n_listed)
+    bounded = (tokens, status, z_max, bound, lists, n_listed, few, stride_lists)
     # no product is fused with a sum: scores are bit for bit the reference's
     by_chunk = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
     by_row = {"num_warps": launch.row_warps, "enable_fp_fusion": False}
@@ -601,18 +514,15 @@ def _launch(
         (*scored, *strides, *options[:3], *surveyed, n_vocab, launch.chunk, groups),
         **by_chunk,
     )
+    constexprs = (launch.chunk, launch.max_chunks, groups, launch.few)
     _bound(
         (n_rows,),
         key,
-        (*surveyed, *options[:3], *bounded, n_vocab, launch.chunk, launch.max_chunks, groups),
+        (*scored, *strides, *surveyed, *options[:3], *bounded, n_vocab, *constexprs),
         **by_row,
     )
     if temperature is not None:
         weights = empty(n_rows, n_chunks, dtype=torch.int64)
-        stride_lists = n_chunks * launch.chunk + launch.max_chunks * launch.width
-        if top_k is not None or top_p is not None:
-            lists = empty(n_rows, stride_lists, dtype=torch.float32)
-            sizes = empty(n_rows, n_chunks, dtype=torch.int32)
         weighed = (z_max, bound, weights, lists, sizes, n_listed, few, stride_lists)
         tile = (launch.chunk, groups, launch.few)
         constexprs = (launch.chunk, launch.max_chunks, launch.width, launch.few)

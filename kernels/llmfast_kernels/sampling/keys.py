@@ -8,6 +8,7 @@ import triton.language as tl
 from .reference import FIXED_POINT
 
 _FIXED_POINT = tl.constexpr(FIXED_POINT)
+NO_COL = tl.constexpr(2**31 - 1)
 NO_RANK = tl.constexpr(-2139095041 * 2**32)  # of -inf and a column past all others
 
 
