@@ -16,18 +16,23 @@ PENALISED = {
 FILTERS = {"top_k_ptr": "*i32:16", "top_p_ptr": "*fp32:16", "min_p_ptr": "*fp32:16"}
 SURVEYED = {"maxima_ptr": "*fp32:16", "first_ptr": "*i32:16", "sums_ptr": "*fp32:16"}
 BOUNDED = {"z_max_ptr": "*fp32:16", "bound_ptr": "*fp32:16"}
+LISTED = {
+    "lists_ptr": "*fp32:16",
+    "n_listed_ptr": "*i32:16",
+    "few_ptr": "*i64:16",
+    "stride_lists": "i32",
+}
 WEIGHED = {
     **BOUNDED,
     "weights_ptr": "*i64:16",
-    "lists_ptr": "*fp32:16",
     "sizes_ptr": "*i32:16",
-    "stride_lists": "i32",
+    **LISTED,
 }
 # absent where nothing is asked but a draw; where not even that, BOUNDED and the temperature too
 OPTIONAL = (
     {name for name in PENALISED if name.endswith("_ptr")}
     | FILTERS.keys()
-    | {"sums_ptr", "lists_ptr", "sizes_ptr"}
+    | {"sums_ptr", "lists_ptr", "sizes_ptr", "n_listed_ptr", "few_ptr"}
 )
 UNUSED_STRIDES = ("stride_seen", "stride_counts", "stride_bias")
 
@@ -37,7 +42,7 @@ def _variant(kernel: str, target: str, dtype: str, n_rows: int, asked: str) -> V
     logits = {"logits_ptr": f"*{dtype}:16", **PENALISED, "temperature_ptr": "*fp32:16"}
     signature = {
         "survey": logits | FILTERS | SURVEYED,
-        "bound": {"temperature_ptr": "*fp32:16"} | FILTERS | SURVEYED | BOUNDED,
+        "bound": logits | FILTERS | SURVEYED | BOUNDED | LISTED,
         "weigh": logits | FILTERS | WEIGHED | {"maxima_ptr": "*fp32:16"},
         "draw": logits | FILTERS | WEIGHED,
     }[kernel]
@@ -66,6 +71,8 @@ def _variant(kernel: str, target: str, dtype: str, n_rows: int, asked: str) -> V
         constexprs["MAX_CHUNKS"] = launch.max_chunks
     if kernel == "draw":
         constexprs["WIDTH"] = launch.width
+    if kernel != "survey":
+        constexprs["FEW"] = launch.few
     given = {name: kind for name, kind in signature.items() if name not in constexprs}
     return Variant(
         name=f"sampling/{kernel} {dtype} rows={n_rows} {asked}",

@@ -17,6 +17,7 @@ from llmfast_kernels.sampling import kernel, sample_tokens
 from llmfast_kernels.sampling.kernel import (
     Launch,
     _filter,
+    _filter_few,
     _kept_weights,
     choose_launch,
     launch_sample_tokens,
@@ -47,8 +48,8 @@ FILTERS = {  # as transformers has them: None is off
     "more than there is": (5000, 0.999, 1e-9),
 }
 LAUNCHES = {
-    "wide": Launch(32, max_chunks=32, groups=2, width=32, num_warps=1, row_warps=4),
-    "narrow": Launch(8, max_chunks=16, groups=2, width=2, num_warps=1, row_warps=2),
+    "wide": Launch(32, max_chunks=32, groups=2, width=32, few=32, num_warps=1, row_warps=4),
+    "narrow": Launch(8, max_chunks=16, groups=2, width=2, few=4, num_warps=1, row_warps=2),
 }
 INF, NAN = float("inf"), float("nan")
 
@@ -303,12 +304,22 @@ def test_kernel_matches_reference_filter_by_filter(filters, device):
 @triton.jit(do_not_specialize=["stride_lists"])
 def _kept_kernel(
     scores_ptr, kept_ptr, sums_ptr, top_k_ptr, top_p_ptr, min_p_ptr, z_max_ptr, bound_ptr,
-    weights_ptr, lists_ptr, sizes_ptr, stride_lists, n_vocab,
-    CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    weights_ptr, lists_ptr, sizes_ptr, n_listed_ptr, few_ptr, stride_lists, n_vocab,
+    CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """The draw's own steps, but that the weights are stored and nothing is drawn."""
     row = tl.program_id(0).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
+    if few_ptr is not None:
+        n = tl.load(n_listed_ptr + row)
+        if (n > 0) & (n <= FEW):
+            cols, kept = _filter_few(
+                row, n, z_max, top_k_ptr, top_p_ptr, min_p_ptr, weights_ptr, few_ptr, n_vocab,
+                CHUNK, MAX_CHUNKS, FEW,
+            )  # fmt: skip
+            tl.store(kept_ptr + row * n_vocab + cols, kept, mask=tl.arange(0, FEW) < n)
+            tl.store(sums_ptr + row * MAX_CHUNKS, tl.sum(kept))
+            return
     weights, last, skip, min_p, ties_before = _filter(
         row, z_max, top_k_ptr, top_p_ptr, min_p_ptr, bound_ptr, weights_ptr, lists_ptr, sizes_ptr,
         stride_lists, n_vocab, CHUNK, MAX_CHUNKS, WIDTH,
@@ -323,33 +334,97 @@ def _kept_kernel(
         tl.store(kept_ptr + row * n_vocab + cols, kept, mask=cols < n_vocab)
 
 
-@each_filter
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_kernel_keeps_what_the_reference_keeps(filters, ties, launch, device, monkeypatch):
-    rows, n_vocab = (64, LAUNCHES[launch].max_chunks * 7 + 1) if on_cuda else (3, 61)
-    spread = torch.tensor([2.0, 0.05, 12.0]).repeat(rows)[:rows, None]
-    logits = spread * random_logits(rows, n_vocab, seed=8)
-    logits[0, ::3] = -INF
-    if ties:
-        logits = (logits / 2).round() + 0.0  # no -0.0, as the kernel leaves none
-    options = filter_tensors(filters, rows)
+def check_kept(logits, launch, device, monkeypatch, **options):
+    """What the kernels keep against what the reference does; returns how many scores are listed."""
     scores = logits.to(device)
-    weights = torch.empty(rows, n_vocab, dtype=torch.int64, device=device)
-    sums = torch.empty(rows, LAUNCHES[launch].max_chunks, dtype=torch.int64, device=device)
+    rows, n_vocab = scores.shape
+    weights = torch.zeros(rows, n_vocab, dtype=torch.int64, device=device)
+    sums = torch.zeros(rows, launch.max_chunks, dtype=torch.int64, device=device)
+    n_listed = []
 
     def store(grid, key, args, **options):
-        of_the_filters = (*args[12:15], *args[17:23], *args[24:])
+        of_the_filters = (*args[12:15], *args[17:25], *args[26:])
         _kept_kernel[grid](scores, weights, sums, *of_the_filters, **options)
+        n_listed.append(args[22])
 
     monkeypatch.setattr(kernel, "_draw", store)
-    monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: LAUNCHES[launch])
+    monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
     launch_sample_tokens(scores, **moved(options | draw_options(rows), device))
     wanted = kept_weights(logits, **options)
     assert torch.equal((weights > 1).cpu(), wanted > 1)
     assert torch.equal(sums.sum(dim=1), weights.sum(dim=1))
     # exp differs in its last bits, and is cut to a whole number
     torch.testing.assert_close(weights.cpu().double(), wanted.double(), rtol=1e-5, atol=1)
+    return n_listed[0]
+
+
+@each_filter
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_kernel_keeps_what_the_reference_keeps(filters, ties, launch, device, monkeypatch):
+    rows, n_vocab = (64, launch.max_chunks * 7 + 1) if on_cuda else (3, 61)
+    spread = torch.tensor([2.0, 0.05, 12.0]).repeat(rows)[:rows, None]
+    logits = spread * random_logits(rows, n_vocab, seed=8)
+    logits[0, ::3] = -INF
+    if ties:
+        logits = (logits / 2).round() + 0.0  # no -0.0, as the kernel leaves none
+    check_kept(logits, launch, device, monkeypatch, **filter_tensors(filters, rows))
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize("values", [1, 3, 1000], ids=["all ties", "some ties", "distinct"])
+@pytest.mark.parametrize("few", [8, 32])
+def test_both_ways_of_the_cut_keep_the_same(few, values, beyond, device, monkeypatch):
+    """As many scores as are compared each with each, and one more; the rest far below."""
+    n = few + beyond
+    options = {
+        "top_k": torch.tensor([0, 1, 3, n - 1, n, n + 1, 5, 3, 0, 2]),
+        "top_p": torch.tensor([0.75, 1.0, 0.5, 0.9, 0.0, 0.6, 0.999, 1.0, 0.0, 0.3]),
+        "min_p": torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5, 0.0]),
+    }
+    rows, n_vocab = 10, 67
+    gen = torch.Generator().manual_seed(few + values)
+    logits = torch.full((rows, n_vocab), -50.0)
+    likely = torch.rand(rows, n_vocab, generator=gen).argsort(dim=1)[:, :n]
+    levels = torch.randint(0, values, (rows, n), generator=gen).float() / values
+    logits.scatter_(1, likely, 6 * levels)
+    logits[-1, likely[-1]] -= torch.linspace(0, 27.9, n)  # what has hardly any weight
+    launch = Launch(32, max_chunks=4, groups=1, width=8, few=few, num_warps=1, row_warps=4)
+    n_listed = check_kept(logits, launch, device, monkeypatch, **options)
+    assert (n_listed > few).any() == (beyond > 0)
+    assert (n_listed <= few).any()
+    if values == 3:
+        monkeypatch.undo()
+        monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
+        check_kernel(logits, device, **options, **draw_options(rows))
+
+
+@pytest.mark.parametrize("few", [16, 2], ids=["listed by row", "listed by chunk"])
+def test_groups_below_the_bound_are_not_read_again(few, device, monkeypatch):
+    """After survey they are made no numbers, which nothing may notice."""
+    rows, n_vocab, k = 3, 300, 4
+    logits = random_logits(rows, n_vocab)
+    launch = Launch(64, max_chunks=8, groups=8, width=8, few=few, num_warps=1, row_warps=4)
+    options = filter_tensors((k, 0.9, 0.01), rows) | draw_options(rows)
+    monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
+    wanted = sample_tokens_reference(logits, **options).tokens
+    scores = logits.to(device)
+    survey, replaced = kernel._survey, []
+
+    def survey_first(*args, **more):
+        survey(*args, **more)
+        groups = torch.nn.functional.pad(logits, (0, -n_vocab % 8), value=-INF).view(rows, -1, 8)
+        maxima = groups.amax(dim=2)
+        # the bound is as close as its search: 28 / 2**12
+        below = maxima < maxima.topk(k, dim=1).values[:, -1:] - 0.01
+        below = below.repeat_interleave(8, dim=1)[:, :n_vocab]
+        scores.masked_fill_(below.to(device), NAN)
+        replaced.append(below.float().mean())
+
+    monkeypatch.setattr(kernel, "_survey", survey_first)
+    got = launch_sample_tokens(scores, **moved(options, device)).tokens
+    assert got.tolist() == wanted.tolist()
+    assert replaced[0] > 0.5
 
 
 def test_rows_of_many_chunks(device, monkeypatch):
@@ -618,7 +693,7 @@ def test_what_requires_grad_is_taken_under_no_grad():
 @pytest.mark.parametrize("n_vocab", [1, 7, 512, 513, 32000, 128256, MAX_VOCAB])
 def test_launch_fits(n_vocab, n_rows):
     launch = choose_launch(n_rows, n_vocab)
-    for size in (launch.chunk, launch.max_chunks, launch.groups, launch.width):
+    for size in (launch.chunk, launch.max_chunks, launch.groups, launch.width, launch.few):
         assert size > 0 and size & (size - 1) == 0
     assert launch.chunk < 2 * n_vocab
     assert launch.chunk * launch.max_chunks >= n_vocab > launch.chunk * (launch.max_chunks // 2 - 1)

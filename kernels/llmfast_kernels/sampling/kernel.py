@@ -7,6 +7,9 @@ A row is cut in chunks, each the work of a program. Four kernels follow each oth
     weigh    by chunk   the sum of the weights; and the scores from the bound on, in a list
     draw     by row     the filters' cut in the lists, the chunk that is drawn, its token
 
+Where few scores are listed, they stand together too, and draw needs nothing else. After top-k bound
+lists them, and weigh has nothing to do.
+
 Scores are computed anew from the logits where they are needed: reading them back would cost more.
 """
 
@@ -22,23 +25,21 @@ import triton.language as tl
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
+from .bound import _bound_kernel
+from .few import keep_few, sum_few
 from .filters import cut_lists, load_min_p, load_top_k, load_top_p, weigh_lists
-from .keys import key_of, ratio_and_weight
+from .keys import NO_COL, key_of, place_of, ratio_and_weight, weight_of
 from .logprobs import launch_logprobs
-from .reference import ALL_MASKED, NOT_FINITE, OK, Sampled
+from .reference import Sampled
+from .scores import drawn, heated, penalised
 
-_OK = tl.constexpr(OK)
-_NOT_FINITE = tl.constexpr(NOT_FINITE)
-_ALL_MASKED = tl.constexpr(ALL_MASKED)
-_NO_COL = tl.constexpr(2**31 - 1)
-_NO_WEIGHT = tl.constexpr(28.0)  # so far below the largest score, exp times 2**40 is below 1
-_BOUND_STEPS = tl.constexpr(12)  # halvings of that: nothing is gained by a bound that is closer
-_SAFE = tl.constexpr(0.99)  # of a float32 sum that is to bound an exact one
+_PIECE = tl.constexpr(512)  # of a chunk, taken at a time where many scores are listed
 
 _MAX_CHUNKS = 128  # a row's program holds a number for each
 _GROUP = 64  # scores of a chunk whose largest is kept apart
 _MAX_GROUPS = 2048  # of a row
 _TILE = 1024  # listed scores that a row's program takes at a time
+_FEW = 128  # listed scores of a row that are compared each with each
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Launch:
     max_chunks: int  # of a row, rounded up to a power of 2
     groups: int  # of a chunk: the largest score of each bounds top-k
     width: int  # columns of the tile in which a row's program takes the lists of all chunks
+    few: int  # listed scores of a row up to which draw compares each with each
     num_warps: int  # of a chunk's program
     row_warps: int  # of a row's
 
@@ -66,67 +68,15 @@ def choose_launch(n_rows: int, n_vocab: int) -> Launch:
         max_chunks,
         groups=max(min(chunk // _GROUP, _MAX_GROUPS // max_chunks), 1),
         width=_TILE // max_chunks,
+        few=_FEW,
         num_warps=min(max(chunk // 256, 1), 4 if chunk <= 2048 else 8),
         row_warps=4 if chunk <= 2048 else 8,
     )
 
 
 @triton.jit
-def _penalised(
-    logits_ptr,  # [B, n_vocab]
-    repetition_ptr,  # [B]; this and the next five: None if absent
-    presence_ptr,  # [B]
-    frequency_ptr,  # [B]
-    seen_ptr,  # [B, n_vocab] of bytes
-    counts_ptr,  # [B, n_vocab]
-    bias_ptr,  # [B, n_vocab]
-    stride_logits,
-    stride_seen,
-    stride_counts,
-    stride_bias,
-    row,
-    cols,
-    n_vocab,
-):
-    """A row's scores before temperature: +inf for what is no number, -inf past the row's end."""
-    mask = cols < n_vocab
-    z = tl.load(logits_ptr + row * stride_logits + cols, mask=mask, other=0.0).to(tl.float32)
-    if counts_ptr is not None:
-        counts = tl.load(counts_ptr + row * stride_counts + cols, mask=mask, other=0)
-    if repetition_ptr is not None and (seen_ptr is not None or counts_ptr is not None):
-        by = tl.load(repetition_ptr + row)
-        seen = cols < 0
-        if seen_ptr is not None:
-            seen = tl.load(seen_ptr + row * stride_seen + cols, mask=mask, other=0) != 0
-        if counts_ptr is not None:
-            seen = seen | (counts > 0)
-        z = tl.where(seen, tl.where(z < 0, z * by, tl.div_rn(z, by + tl.zeros_like(z))), z)
-    if counts_ptr is not None and presence_ptr is not None:
-        z = z - tl.load(presence_ptr + row) * (counts > 0).to(tl.float32)
-    if counts_ptr is not None and frequency_ptr is not None:
-        z = z - tl.load(frequency_ptr + row) * counts.to(tl.float32)
-    if bias_ptr is not None:
-        z = z + tl.load(bias_ptr + row * stride_bias + cols, mask=mask, other=0.0)
-    z = tl.where(z == z, z, float("inf"))
-    return tl.where(mask, z, float("-inf"))
-
-
-@triton.jit
-def _heated(z, temperature_ptr, row):
-    """The scores: divided by the temperature, +inf for what is no number; -inf stays."""
-    scores = z
-    if temperature_ptr is not None:
-        heat = tl.load(temperature_ptr + row)
-        greedy = heat <= 0.0  # NaN is not, and makes every score NaN
-        scores = tl.where(greedy, z, tl.div_rn(z, tl.where(greedy, 1.0, heat) + tl.zeros_like(z)))
-        scores = tl.where(scores == scores, scores, float("inf"))
-        scores = tl.where(z == float("-inf"), z, scores)
-    return tl.where(scores == 0.0, 0.0, scores)  # -0.0 equals 0.0, and must have its key
-
-
-@triton.jit
 def _survey_kernel(
-    logits_ptr,  # this and the next ten: see _penalised
+    logits_ptr,  # this and the next ten: see penalised
     repetition_ptr,
     presence_ptr,
     frequency_ptr,
@@ -141,7 +91,7 @@ def _survey_kernel(
     top_k_ptr,
     top_p_ptr,
     maxima_ptr,  # [B, n_chunks, GROUPS], written: the largest scores
-    first_ptr,  # [B, n_chunks], written: where the chunk's largest stands first, before temperature
+    first_ptr,  # [B, n_chunks], written in greedy rows: where the chunk's largest stands first
     sums_ptr,  # [B, n_chunks, 2], written: see _top_p_bound; None without top-p
     n_vocab,
     CHUNK: tl.constexpr,
@@ -154,18 +104,21 @@ def _survey_kernel(
     groups = tl.arange(0, GROUPS)
     members = tl.arange(0, CHUNK // GROUPS)
     cols = pid % n_chunks * CHUNK + groups[:, None] * (CHUNK // GROUPS) + members[None, :]
-    z = _penalised(
+    z = penalised(
         logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
         stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
     )  # fmt: skip
+    greedy = True
     if temperature_ptr is not None:
         heat = tl.load(temperature_ptr + row)
+        greedy = heat <= 0.0
         if (heat < float("inf")) == 0:  # even -inf is no number then
             z = tl.where((z == float("-inf")) & (cols < n_vocab), float("inf"), z)
     maxima = tl.max(z, 1)  # division keeps the order, so that these alone need be divided
     largest = tl.max(maxima, 0)
-    tl.store(maxima_ptr + pid.to(tl.int64) * GROUPS + groups, _heated(maxima, temperature_ptr, row))
-    tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, _NO_COL)))
+    tl.store(maxima_ptr + pid.to(tl.int64) * GROUPS + groups, heated(maxima, temperature_ptr, row))
+    if greedy:
+        tl.store(first_ptr + pid, tl.min(tl.where(z == largest, cols, NO_COL)))
     k = 0
     if top_k_ptr is not None:
         k = load_top_k(top_k_ptr, row, n_vocab)
@@ -178,90 +131,28 @@ def _survey_kernel(
 
 
 @triton.jit
-def _top_k_bound(maxima, z_max, k):
-    """What k groups' largest scores are no less than; at the least, what has any weight."""
-    low = z_max - _NO_WEIGHT
-    high = z_max
-    for _ in range(_BOUND_STEPS):
-        middle = 0.5 * (low + high)
-        enough = tl.sum((maxima >= middle).to(tl.int32)) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    return low
+def _list(z, cols, z_max, bound, size, lists_ptr, n_listed_ptr, few_ptr, FEW: tl.constexpr):
+    """Add what is from the bound on to a chunk's list of ``size``, and to the row's few.
 
-
-@triton.jit
-def _top_p_bound(root_sum, sum, z_max, top_p, n_vocab):
-    """What all that lies below it weighs at most 1 - top_p of the sum.
-
-    With weights w = exp(z - z_max), those below b weigh at most n_vocab * b; and, since each is
-    sqrt(w) * sqrt(w), at most sqrt(b) times the sum of all roots.
+    Returns the list's size.
     """
-    rest = _SAFE * sum * (1.0 - tl.where(top_p > 0.0, top_p, 0.0))
-    by_number = tl.log(rest / n_vocab)
-    by_roots = 2.0 * tl.log(rest / root_sum)
-    below = tl.where(by_number > by_roots, by_number, by_roots)
-    # where a sum is no number, comparisons fail
-    return z_max + tl.where(below > -_NO_WEIGHT, below, -_NO_WEIGHT)
-
-
-@triton.jit
-def _bound_kernel(
-    maxima_ptr,  # [B, n_chunks, GROUPS]
-    first_ptr,  # [B, n_chunks]
-    sums_ptr,  # [B, n_chunks, 2]
-    temperature_ptr,  # [B] or None, as the next two
-    top_k_ptr,
-    top_p_ptr,
-    tokens_ptr,  # [B], written: the most likely token
-    status_ptr,  # [B], written
-    z_max_ptr,  # [B], written: the largest score, or +inf where nothing is to be drawn
-    bound_ptr,  # [B], written: scores are listed from here on; +inf where top-k and top-p are off
-    n_vocab,
-    CHUNK: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    n_chunks = tl.cdiv(n_vocab, CHUNK)
-    chunks = tl.arange(0, MAX_CHUNKS)
-    mask = chunks < n_chunks
-    at = (row * n_chunks + chunks[:, None]) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    maxima = tl.load(maxima_ptr + at, mask=mask[:, None], other=float("-inf"))
-    chunk_max = tl.max(maxima, 1)
-    z_max = tl.max(chunk_max, 0)
-    first = tl.load(first_ptr + row * n_chunks + chunks, mask=mask, other=_NO_COL)
-    token = tl.min(tl.where(chunk_max == z_max, first, _NO_COL), 0)
-    status = tl.where(z_max == float("-inf"), _ALL_MASKED, _OK)
-    status = tl.where(z_max == float("inf"), _NOT_FINITE, status)
-    tl.store(status_ptr + row, status)
-    tl.store(tokens_ptr + row, tl.where(status == _OK, token, 0).to(tl.int64))
-
-    if temperature_ptr is not None:
-        drawn = (status == _OK) & ((tl.load(temperature_ptr + row) <= 0.0) == 0)
-        tl.store(z_max_ptr + row, tl.where(drawn, z_max, float("inf")))
-        k = 0
-        bound = float("inf")
-        if top_k_ptr is not None:
-            k = load_top_k(top_k_ptr, row, n_vocab)
-            if k > 0:
-                bound = _top_k_bound(maxima, z_max, k)
-        if top_p_ptr is not None:
-            top_p = load_top_p(top_p_ptr, row)
-            # after top-k a nucleus is of what that keeps, so the lists must have all of it
-            if (top_p < 1.0) & (k == 0):
-                scale = tl.exp(0.5 * (chunk_max - z_max))
-                sums = sums_ptr + 2 * (row * n_chunks + chunks)
-                root_sum = tl.sum(scale * tl.load(sums, mask=mask, other=0.0))
-                sum = tl.sum(scale * scale * tl.load(sums + 1, mask=mask, other=0.0))
-                bound = _top_p_bound(root_sum, sum, z_max, top_p, n_vocab)
-        tl.store(bound_ptr + row, bound)
+    listed = (z >= bound).to(tl.int32)
+    added = tl.sum(listed)
+    if added > 0:
+        rank = tl.cumsum(listed, 0) - 1
+        tl.store(lists_ptr + size + rank, z, mask=listed > 0)
+        if size <= FEW:
+            n = tl.atomic_add(n_listed_ptr, added, sem="relaxed")  # programs come in any order
+            if n + added <= FEW:
+                _, weight = ratio_and_weight(z, z_max)
+                tl.store(few_ptr + n + rank, place_of(z, cols), mask=listed > 0)
+                tl.store(few_ptr + FEW + n + rank, weight, mask=listed > 0)
+    return size + added
 
 
 @triton.jit(do_not_specialize=["stride_lists"])
 def _weigh_kernel(
-    logits_ptr,  # this and the next ten: see _penalised
+    logits_ptr,  # this and the next ten: see penalised
     repetition_ptr,
     presence_ptr,
     frequency_ptr,
@@ -281,47 +172,79 @@ def _weigh_kernel(
     weights_ptr,  # [B, n_chunks], written: after min-p in rows without lists; not after top-k
     lists_ptr,  # [B, stride_lists], written: what is from the bound on, CHUNK for each chunk
     sizes_ptr,  # [B, n_chunks], written: how many these are; None without top-k and top-p, as lists
+    n_listed_ptr,  # [B], added to where bound has listed none: how many of the row are
+    few_ptr,  # [B, 2, FEW], written: places and weights of the listed, unless these are more
     stride_lists,
     n_vocab,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
+    FEW: tl.constexpr,
 ):
+    PIECE: tl.constexpr = CHUNK if CHUNK < _PIECE else _PIECE
     wait_for_inputs()
     # backwards: what was surveyed last may still be in the L2 cache
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     n_chunks = tl.cdiv(n_vocab, CHUNK)
     row = (pid // n_chunks).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
+    bound = tl.load(bound_ptr + row)
+    groups = tl.arange(0, GROUPS)
+    if top_k_ptr is not None:  # loaded before anything is known of the row: loads take long
+        k = load_top_k(top_k_ptr, row, n_vocab)
+        maxima = tl.load(maxima_ptr + pid.to(tl.int64) * GROUPS + groups)
     if z_max == float("inf"):
         return
-    bound = tl.load(bound_ptr + row)
-    k = 0
     if top_k_ptr is not None:
-        k = load_top_k(top_k_ptr, row, n_vocab)
-        maxima = tl.load(maxima_ptr + pid.to(tl.int64) * GROUPS + tl.arange(0, GROUPS))
-        if (k > 0) & (tl.max(maxima, 0) < bound):  # as most chunks are
-            tl.store(sizes_ptr + pid, 0)
+        if (k > 0) & (bound == float("inf")):  # all are listed
             return
     first = pid % n_chunks * CHUNK
-    cols = first + tl.arange(0, CHUNK)
-    z = _penalised(
-        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
-        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
-    )  # fmt: skip
-    z = _heated(z, temperature_ptr, row)
     if lists_ptr is not None:
-        listed = (z >= bound).to(tl.int32)
-        size = tl.sum(listed)
-        tl.store(sizes_ptr + pid, size)
-        if size > 0:
-            at = row * stride_lists + first + tl.cumsum(listed, 0) - 1
-            tl.store(lists_ptr + at, z, mask=listed > 0)
-    if k == 0:
-        ratio, weight = ratio_and_weight(z, z_max)
-        if min_p_ptr is not None:  # in rows with lists it comes later, after top-p
-            min_p = tl.where(bound < float("inf"), 0.0, load_min_p(min_p_ptr, row))
-            weight = tl.where(ratio >= min_p, weight, 0)
-        tl.store(weights_ptr + pid, tl.sum(weight))
+        lists_ptr += row * stride_lists + first
+        n_listed_ptr += row
+        few_ptr += row * 2 * FEW
+    if top_k_ptr is not None:
+        if k > 0:  # only groups whose largest is listed are read again, and in most chunks none
+            group = tl.min(tl.where(maxima >= bound, groups, GROUPS), 0)
+            size = tl.zeros([], tl.int32)
+            while group < GROUPS:
+                piece = first + group * (CHUNK // GROUPS) + tl.arange(0, CHUNK // GROUPS)
+                scores = drawn(
+                    logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr,
+                    bias_ptr, stride_logits, stride_seen, stride_counts, stride_bias,
+                    temperature_ptr, row, piece, n_vocab,
+                )  # fmt: skip
+                size = _list(
+                    scores, piece, z_max, bound, size, lists_ptr, n_listed_ptr, few_ptr, FEW
+                )
+                group = tl.min(tl.where((maxima >= bound) & (groups > group), groups, GROUPS), 0)
+            tl.store(sizes_ptr + pid, size)
+            return
+    cols = first + tl.arange(0, CHUNK)
+    z = drawn(
+        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
+        stride_logits, stride_seen, stride_counts, stride_bias, temperature_ptr, row, cols, n_vocab,
+    )  # fmt: skip
+    ratio, weight = ratio_and_weight(z, z_max)
+    if min_p_ptr is not None:  # in rows with lists it comes later, after top-p
+        min_p = tl.where(bound < float("inf"), 0.0, load_min_p(min_p_ptr, row))
+        weight = weight_of(tl.where(ratio >= min_p, ratio, 0.0))
+    tl.store(weights_ptr + pid, tl.sum(weight))
+    if lists_ptr is not None:
+        if bound < float("inf"):
+            size = tl.zeros([], tl.int32)
+            if tl.max(z, 0) >= bound:
+                # anew and piece by piece: a whole chunk with its places is more than registers hold
+                for start in range(0, CHUNK, PIECE):
+                    piece = first + start + tl.arange(0, PIECE)
+                    scores = drawn(
+                        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr,
+                        counts_ptr, bias_ptr, stride_logits, stride_seen, stride_counts,
+                        stride_bias, temperature_ptr, row, piece, n_vocab,
+                    )  # fmt: skip
+                    size = _list(
+                        scores, piece, z_max, bound, size, lists_ptr, n_listed_ptr, few_ptr, FEW
+                    )
+            tl.store(sizes_ptr + pid, size)
 
 
 @triton.jit
@@ -382,6 +305,39 @@ def _filter(
 
 
 @triton.jit
+def _filter_few(
+    row,
+    n,
+    z_max,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    weights_ptr,
+    few_ptr,
+    n_vocab,
+    CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """The columns of a row's n listed scores, in any order, and what these weigh in the draw."""
+    k = tl.zeros([], tl.int32)
+    top_p = tl.full([], 1.0, tl.float32)
+    min_p = 0.0
+    if top_k_ptr is not None:
+        k = load_top_k(top_k_ptr, row, n_vocab)
+    if top_p_ptr is not None:
+        top_p = load_top_p(top_p_ptr, row)
+    if min_p_ptr is not None:
+        min_p = load_min_p(min_p_ptr, row)
+    whole = tl.zeros([], tl.int64)
+    if k == 0:
+        n_chunks = tl.cdiv(n_vocab, CHUNK)
+        chunks = tl.arange(0, MAX_CHUNKS)
+        whole = tl.sum(tl.load(weights_ptr + row * n_chunks + chunks, chunks < n_chunks, other=0))
+    return keep_few(few_ptr + row * 2 * FEW, n, z_max, whole, k, top_p, min_p, FEW)
+
+
+@triton.jit
 def _random_below(total, seed, position):
     """A whole number in [0, total), total below 2**61, from the row's seed and position."""
     zero = tl.zeros([1], tl.int64)
@@ -396,7 +352,7 @@ def _random_below(total, seed, position):
 
 @triton.jit(do_not_specialize=["stride_lists"])
 def _draw_kernel(
-    logits_ptr,  # this and the next ten: see _penalised
+    logits_ptr,  # this and the next ten: see penalised
     repetition_ptr,
     presence_ptr,
     frequency_ptr,
@@ -413,41 +369,57 @@ def _draw_kernel(
     min_p_ptr,
     seeds_ptr,  # [B]
     positions_ptr,  # [B]
-    z_max_ptr,  # this and the next five: see _weigh_kernel
+    z_max_ptr,  # this and the next seven: see _weigh_kernel
     bound_ptr,
     weights_ptr,
     lists_ptr,  # a row's last WIDTH * MAX_CHUNKS are scratch
     sizes_ptr,
+    n_listed_ptr,
+    few_ptr,
     stride_lists,
     tokens_ptr,  # [B], written
     n_vocab,
     CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
+    seed = tl.load(seeds_ptr + row)
+    position = tl.load(positions_ptr + row).to(tl.int64)
+    if few_ptr is not None:
+        n = tl.load(n_listed_ptr + row)
     if z_max == float("inf"):
         return
+    if few_ptr is not None:
+        if (n > 0) & (n <= FEW):
+            cols, weight = _filter_few(
+                row, n, z_max, top_k_ptr, top_p_ptr, min_p_ptr, weights_ptr, few_ptr, n_vocab,
+                CHUNK, MAX_CHUNKS, FEW,
+            )  # fmt: skip
+            at = _random_below(tl.sum(weight), seed, position)
+            up_to = sum_few(few_ptr + row * 2 * FEW, n, cols, weight, FEW)
+            token = tl.min(tl.where(up_to > at, cols, NO_COL), 0)
+            tl.store(tokens_ptr + row, token.to(tl.int64))
+            return
     weights, last, skip, min_p, ties_before = _filter(
         row, z_max, top_k_ptr, top_p_ptr, min_p_ptr, bound_ptr, weights_ptr, lists_ptr, sizes_ptr,
         stride_lists, n_vocab, CHUNK, MAX_CHUNKS, WIDTH,
     )  # fmt: skip
     chunks = tl.arange(0, MAX_CHUNKS)
-    position = tl.load(positions_ptr + row).to(tl.int64)
-    at = _random_below(tl.sum(weights), tl.load(seeds_ptr + row), position)
+    at = _random_below(tl.sum(weights), seed, position)
     chunk = tl.sum((tl.cumsum(weights, 0) <= at).to(tl.int32))
     before = tl.sum(tl.where(chunks < chunk, weights, 0))
     cols = chunk * CHUNK + tl.arange(0, CHUNK)
-    z = _penalised(
+    z = drawn(
         logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
-        stride_logits, stride_seen, stride_counts, stride_bias, row, cols, n_vocab,
+        stride_logits, stride_seen, stride_counts, stride_bias, temperature_ptr, row, cols, n_vocab,
     )  # fmt: skip
-    z = _heated(z, temperature_ptr, row)
     ties_before = tl.sum(tl.where(chunks == chunk, ties_before, 0))
     up_to = before + tl.cumsum(_kept_weights(z, z_max, last, skip, min_p, ties_before), 0)
-    token = tl.min(tl.where(up_to > at, cols, _NO_COL), 0)
+    token = tl.min(tl.where(up_to > at, cols, NO_COL), 0)
     tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
@@ -474,7 +446,7 @@ def launch_sample_tokens(
     positions: torch.Tensor | None = None,
     logprobs: int | None = None,
 ) -> Sampled:
-    penalised = (
+    scored = (
         logits,
         repetition_penalty,
         presence_penalty,
@@ -488,16 +460,16 @@ def launch_sample_tokens(
         options = (None,) * 6
     if logits.is_cuda and logits.get_device() != torch.cuda.current_device():
         with torch.cuda.device(logits.device):  # Triton launches on the current device
-            return _launch(penalised, options, logprobs)
-    return _launch(penalised, options, logprobs)
+            return _launch(scored, options, logprobs)
+    return _launch(scored, options, logprobs)
 
 
 def _launch(
-    penalised: tuple[torch.Tensor | None, ...],
+    scored: tuple[torch.Tensor | None, ...],
     options: tuple[torch.Tensor | None, ...],
     logprobs: int | None,
 ) -> Sampled:
-    logits, _, _, _, seen, counts, bias = penalised
+    logits, _, _, _, seen, counts, bias = scored
     temperature, top_k, top_p, min_p, *_ = options
     assert logits is not None
     n_rows, n_vocab = logits.shape
@@ -508,8 +480,8 @@ def _launch(
     # what Triton specialises numbers on; the stride of a bias for all rows is 0
     alike = tuple((n % 16 == 0, n == 1, n >= 2**31) for n in (n_vocab, *strides))
     key: Hashable | None = None
-    if aligned(*(t for t in (*penalised, *options) if t is not None)):
-        dtypes = tuple(None if t is None else t.dtype for t in (*penalised, *options))
+    if aligned(*(t for t in (*scored, *options) if t is not None)):
+        dtypes = tuple(None if t is None else t.dtype for t in (*scored, *options))
         key = (logits.get_device(), dtypes, alike, launch)
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -519,47 +491,51 @@ def _launch(
     status = empty(n_rows, dtype=torch.int32)
     maxima = empty(n_rows, n_chunks, groups, dtype=torch.float32)
     first = empty(n_rows, n_chunks, dtype=torch.int32)
-    sums = z_max = bound = lists = sizes = None
+    stride_lists = n_chunks * launch.chunk + launch.max_chunks * launch.width
+    sums = z_max = bound = lists = sizes = n_listed = few = None
     if temperature is not None:
         z_max = empty(n_rows, dtype=torch.float32)
         bound = empty(n_rows, dtype=torch.float32)
+    if top_k is not None or top_p is not None:
+        n_listed = empty(n_rows, dtype=torch.int32)
+        few = empty(n_rows, 2, launch.few, dtype=torch.int64)
+        lists = empty(n_rows, stride_lists, dtype=torch.float32)
+        sizes = empty(n_rows, n_chunks, dtype=torch.int32)
     if top_p is not None:
         sums = empty(n_rows, n_chunks, 2, dtype=torch.float32)
     surveyed = (maxima, first, sums)
-    bounded = (tokens, status, z_max, bound)
+    bounded = (tokens, status, z_max, bound, lists, n_listed, few, stride_lists)
     # no product is fused with a sum: scores are bit for bit the reference's
     by_chunk = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
     by_row = {"num_warps": launch.row_warps, "enable_fp_fusion": False}
     _survey(
         (n_rows * n_chunks,),
         key,
-        (*penalised, *strides, *options[:3], *surveyed, n_vocab, launch.chunk, groups),
+        (*scored, *strides, *options[:3], *surveyed, n_vocab, launch.chunk, groups),
         **by_chunk,
     )
+    constexprs = (launch.chunk, launch.max_chunks, groups, launch.few)
     _bound(
         (n_rows,),
         key,
-        (*surveyed, *options[:3], *bounded, n_vocab, launch.chunk, launch.max_chunks, groups),
+        (*scored, *strides, *surveyed, *options[:3], *bounded, n_vocab, *constexprs),
         **by_row,
     )
     if temperature is not None:
         weights = empty(n_rows, n_chunks, dtype=torch.int64)
-        stride_lists = n_chunks * launch.chunk + launch.max_chunks * launch.width
-        if top_k is not None or top_p is not None:
-            lists = empty(n_rows, stride_lists, dtype=torch.float32)
-            sizes = empty(n_rows, n_chunks, dtype=torch.int32)
-        weighed = (z_max, bound, weights, lists, sizes, stride_lists)
-        tile, constexprs = (launch.chunk, groups), (launch.chunk, launch.max_chunks, launch.width)
+        weighed = (z_max, bound, weights, lists, sizes, n_listed, few, stride_lists)
+        tile = (launch.chunk, groups, launch.few)
+        constexprs = (launch.chunk, launch.max_chunks, launch.width, launch.few)
         _weigh(
             (n_rows * n_chunks,),
             key,
-            (*penalised, *strides, temperature, top_k, min_p, maxima, *weighed, n_vocab, *tile),
+            (*scored, *strides, temperature, top_k, min_p, maxima, *weighed, n_vocab, *tile),
             **by_chunk,
         )
         _draw(
             (n_rows,),
             key,
-            (*penalised, *strides, *options, *weighed, tokens, n_vocab, *constexprs),
+            (*scored, *strides, *options, *weighed, tokens, n_vocab, *constexprs),
             **by_row,
         )
     if logprobs is None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from .reference import FIXED_POINT
 
 _FIXED_POINT = tl.constexpr(FIXED_POINT)
+NO_COL = tl.constexpr(2**31 - 1)
 NO_RANK = tl.constexpr(-2139095041 * 2**32)  # of -inf and a column past all others
 
 
@@ -44,4 +45,25 @@ def ranked_col(rank):
 def ratio_and_weight(z, z_max):
     """How likely a score is beside the largest, and the same in whole steps."""
     ratio = tl.exp(z - z_max)
-    return ratio, (ratio * _FIXED_POINT).to(tl.int64)
+    return ratio, weight_of(ratio)
+
+
+@triton.jit
+def weight_of(ratio):
+    return (ratio * _FIXED_POINT).to(tl.int64)
+
+
+@triton.jit
+def place_of(x, cols):
+    """An int64 in the order of (x, then the higher column first), as top-p ranks."""
+    return (key_of(x).to(tl.int64) << 32) | cols.to(tl.int64)
+
+
+@triton.jit
+def placed_key(place):
+    return (place >> 32).to(tl.int32)
+
+
+@triton.jit
+def placed_col(place):
+    return (place & 0x7FFFFFFF).to(tl.int32)
