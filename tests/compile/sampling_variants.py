@@ -69,6 +69,8 @@ def _variant(kernel: str, target: str, dtype: str, n_rows: int, asked: str) -> V
         constexprs["GROUPS"] = launch.groups if asked == "all" else 1
     if kernel in ("bound", "draw"):
         constexprs["MAX_CHUNKS"] = launch.max_chunks
+    if kernel == "bound":
+        constexprs["LIST"] = True
     if kernel == "draw":
         constexprs["WIDTH"] = launch.width
     if kernel != "survey":

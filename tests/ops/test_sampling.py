@@ -48,8 +48,12 @@ FILTERS = {  # as transformers has them: None is off
     "more than there is": (5000, 0.999, 1e-9),
 }
 LAUNCHES = {
-    "wide": Launch(32, max_chunks=32, groups=2, width=32, few=32, num_warps=1, row_warps=4),
-    "narrow": Launch(8, max_chunks=16, groups=2, width=2, few=4, num_warps=1, row_warps=2),
+    "wide": Launch(
+        32, max_chunks=32, groups=2, width=32, few=32, listed_by_row=True, num_warps=1, row_warps=4
+    ),
+    "narrow": Launch(
+        8, max_chunks=16, groups=2, width=2, few=4, listed_by_row=False, num_warps=1, row_warps=2
+    ),
 }
 INF, NAN = float("inf"), float("nan")
 
@@ -373,8 +377,8 @@ def test_kernel_keeps_what_the_reference_keeps(filters, ties, launch, device, mo
 
 @pytest.mark.parametrize("beyond", [0, 1])
 @pytest.mark.parametrize("values", [1, 3, 1000], ids=["all ties", "some ties", "distinct"])
-@pytest.mark.parametrize("few", [8, 32])
-def test_both_ways_of_the_cut_keep_the_same(few, values, beyond, device, monkeypatch):
+@pytest.mark.parametrize(("few", "by_row"), [(8, True), (8, False), (32, True)])
+def test_both_ways_of_the_cut_keep_the_same(few, by_row, values, beyond, device, monkeypatch):
     """As many scores as are compared each with each, and one more; the rest far below."""
     n = few + beyond
     options = {
@@ -389,7 +393,9 @@ def test_both_ways_of_the_cut_keep_the_same(few, values, beyond, device, monkeyp
     levels = torch.randint(0, values, (rows, n), generator=gen).float() / values
     logits.scatter_(1, likely, 6 * levels)
     logits[-1, likely[-1]] -= torch.linspace(0, 27.9, n)  # what has hardly any weight
-    launch = Launch(32, max_chunks=4, groups=1, width=8, few=few, num_warps=1, row_warps=4)
+    launch = Launch(
+        32, 4, groups=1, width=8, few=few, listed_by_row=by_row, num_warps=1, row_warps=4
+    )
     n_listed = check_kept(logits, launch, device, monkeypatch, **options)
     assert (n_listed > few).any() == (beyond > 0)
     assert (n_listed <= few).any()
@@ -399,12 +405,14 @@ def test_both_ways_of_the_cut_keep_the_same(few, values, beyond, device, monkeyp
         check_kernel(logits, device, **options, **draw_options(rows))
 
 
-@pytest.mark.parametrize("few", [16, 2], ids=["listed by row", "listed by chunk"])
-def test_groups_below_the_bound_are_not_read_again(few, device, monkeypatch):
+@pytest.mark.parametrize(("few", "by_row"), [(16, True), (16, False), (2, True)])
+def test_groups_below_the_bound_are_not_read_again(few, by_row, device, monkeypatch):
     """After survey they are made no numbers, which nothing may notice."""
     rows, n_vocab, k = 3, 300, 4
     logits = random_logits(rows, n_vocab)
-    launch = Launch(64, max_chunks=8, groups=8, width=8, few=few, num_warps=1, row_warps=4)
+    launch = Launch(
+        64, 8, groups=8, width=8, few=few, listed_by_row=by_row, num_warps=1, row_warps=4
+    )
     options = filter_tensors((k, 0.9, 0.01), rows) | draw_options(rows)
     monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
     wanted = sample_tokens_reference(logits, **options).tokens

@@ -145,6 +145,7 @@ def _bound_kernel(
     MAX_CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
     FEW: tl.constexpr,
+    LIST: tl.constexpr,  # after top-k, what few may hold
 ):
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
@@ -172,14 +173,15 @@ def _bound_kernel(
             k = load_top_k(top_k_ptr, row, n_vocab)
             if to_draw & (k > 0):
                 bound = _top_k_bound(maxima, z_max, k)
-                groups_ptr = (lists_ptr + row * stride_lists).to(tl.pointer_type(tl.int32))
-                n_listed = _list_few(
-                    maxima >= bound, bound, z_max, groups_ptr, few_ptr + row * 2 * FEW, logits_ptr,
-                    repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, counts_ptr, bias_ptr,
-                    stride_logits, stride_seen, stride_counts, stride_bias, temperature_ptr, row,
-                    n_vocab, CHUNK // GROUPS, FEW,
-                )  # fmt: skip
-                bound = tl.where(n_listed > 0, float("inf"), bound)
+                if LIST:
+                    groups_ptr = (lists_ptr + row * stride_lists).to(tl.pointer_type(tl.int32))
+                    n_listed = _list_few(
+                        maxima >= bound, bound, z_max, groups_ptr, few_ptr + row * 2 * FEW,
+                        logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr,
+                        counts_ptr, bias_ptr, stride_logits, stride_seen, stride_counts,
+                        stride_bias, temperature_ptr, row, n_vocab, CHUNK // GROUPS, FEW,
+                    )  # fmt: skip
+                    bound = tl.where(n_listed > 0, float("inf"), bound)
         if top_p_ptr is not None:
             top_p = load_top_p(top_p_ptr, row)
             # after top-k a nucleus is of what that keeps, so the lists must have all of it

@@ -7,8 +7,8 @@ A row is cut in chunks, each the work of a program. Four kernels follow each oth
     weigh    by chunk   the sum of the weights; and the scores from the bound on, in a list
     draw     by row     the filters' cut in the lists, the chunk that is drawn, its token
 
-Where few scores are listed, they stand together too, and draw needs nothing else. After top-k bound
-lists them, and weigh has nothing to do.
+Where few scores are listed, they stand together too, and draw needs nothing else. After top-k, in a
+batch of many rows, bound lists them and weigh has nothing to do.
 
 Scores are computed anew from the logits where they are needed: reading them back would cost more.
 """
@@ -35,6 +35,7 @@ from .scores import drawn, heated, penalised
 
 _PIECE = tl.constexpr(512)  # of a chunk, taken at a time where many scores are listed
 
+_FEW_ROWS = 8  # whose programs do not fill a GPU
 _MAX_CHUNKS = 128  # a row's program holds a number for each
 _GROUP = 64  # scores of a chunk whose largest is kept apart
 _MAX_GROUPS = 2048  # of a row
@@ -51,6 +52,7 @@ class Launch:
     groups: int  # of a chunk: the largest score of each bounds top-k
     width: int  # columns of the tile in which a row's program takes the lists of all chunks
     few: int  # listed scores of a row up to which draw compares each with each
+    listed_by_row: bool  # those after top-k, by a row's program; else by the chunks'
     num_warps: int  # of a chunk's program
     row_warps: int  # of a row's
 
@@ -59,7 +61,7 @@ class Launch:
 def choose_launch(n_rows: int, n_vocab: int) -> Launch:
     """Pick the launch for ``n_rows`` rows of ``n_vocab`` logits. Pure: it asks no device."""
     # a few rows must fill the GPU; of many, larger chunks start fewer programs
-    wanted = 1024 if n_rows <= 8 else 2048
+    wanted = 1024 if n_rows <= _FEW_ROWS else 2048
     chunk = max(wanted, triton.next_power_of_2(-(-n_vocab // _MAX_CHUNKS)))
     chunk = min(chunk, triton.next_power_of_2(n_vocab))
     max_chunks = triton.next_power_of_2(-(-n_vocab // chunk))
@@ -69,6 +71,7 @@ def choose_launch(n_rows: int, n_vocab: int) -> Launch:
         groups=max(min(chunk // _GROUP, _MAX_GROUPS // max_chunks), 1),
         width=_TILE // max_chunks,
         few=_FEW,
+        listed_by_row=n_rows > _FEW_ROWS,
         num_warps=min(max(chunk // 256, 1), 4 if chunk <= 2048 else 8),
         row_warps=4 if chunk <= 2048 else 8,
     )
@@ -514,18 +517,19 @@ def _launch(
         (*scored, *strides, *options[:3], *surveyed, n_vocab, launch.chunk, groups),
         **by_chunk,
     )
-    constexprs = (launch.chunk, launch.max_chunks, groups, launch.few)
+    of_row = (launch.chunk, launch.max_chunks)
+    of_bound = (*of_row, groups, launch.few, launch.listed_by_row)
     _bound(
         (n_rows,),
         key,
-        (*scored, *strides, *surveyed, *options[:3], *bounded, n_vocab, *constexprs),
+        (*scored, *strides, *surveyed, *options[:3], *bounded, n_vocab, *of_bound),
         **by_row,
     )
     if temperature is not None:
         weights = empty(n_rows, n_chunks, dtype=torch.int64)
         weighed = (z_max, bound, weights, lists, sizes, n_listed, few, stride_lists)
         tile = (launch.chunk, groups, launch.few)
-        constexprs = (launch.chunk, launch.max_chunks, launch.width, launch.few)
+        of_draw = (*of_row, launch.width, launch.few)
         _weigh(
             (n_rows * n_chunks,),
             key,
@@ -535,7 +539,7 @@ def _launch(
         _draw(
             (n_rows,),
             key,
-            (*scored, *strides, *options, *weighed, tokens, n_vocab, *constexprs),
+            (*scored, *strides, *options, *weighed, tokens, n_vocab, *of_draw),
             **by_row,
         )
     if logprobs is None:
