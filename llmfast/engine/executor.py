@@ -49,7 +49,7 @@ class Flight:
 
 
 class Executor:
-    """Runs steps on the model's device; on a GPU all but large prefills as CUDA graphs."""
+    """Runs steps on the model's device; on a GPU most of them as CUDA graphs."""
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class Executor:
                     max_model_len=longest,
                     max_num_seqs=max_num_seqs,
                     max_num_batched_tokens=max_num_batched_tokens,
+                    eager=eager,
                 )
             if max_model_len is None:
                 longest = min(longest, num_blocks * block_size)
@@ -332,11 +333,13 @@ def count_blocks(
     max_model_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    eager: bool = False,
 ) -> int:
     """Blocks that fit beside the weights and the largest step.
 
     On a GPU the largest step is run once and its peak taken from ``utilization`` of all memory,
-    as is what others hold. On the CPU it is what ``max_num_seqs`` sequences of ``max_model_len``
+    twice unless all steps are eager, since a CUDA graph of it has memory of its own, as is what
+    others hold. On the CPU it is what ``max_num_seqs`` sequences of ``max_model_len``
     may need, 1 GiB at most.
 
     Raises:
@@ -352,6 +355,7 @@ def count_blocks(
     torch.cuda.reset_peak_memory_stats(device)
     _largest_step(model, block_size, max_model_len, max_num_seqs, max_num_batched_tokens)
     activations = torch.cuda.max_memory_allocated(device) - before
+    activations *= 1 if eager else 2
     sampling = _SAMPLING_COPIES * max_num_seqs * model.vocabulary * 4
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""CUDA graphs of steps: those in which all decode, and small ones with prompts in them."""
+"""CUDA graphs of steps: those in which all decode, and small and full ones with prompts in them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .inputs import Size
 
 logger = logging.getLogger("llmfast")
 
-MIXED_TOKENS = 512  # of a step with prompts: a larger one takes the GPU longer than the host
+MIXED_TOKENS = 512  # of a step with prompts, of any number of them
 MAX_PROMPTS = 16  # of such a step: each may leave an attention program of every head idle
+LARGEST_TOKENS = 16384  # of a full step, which is a graph too: prompts that wait make steps full
+FULL = 15 / 16  # of its tokens, from which on padding costs less than launching
 FEW_ROWS = 32  # a second bucket of mixed steps, which spares small ones the logits of all rows
 
 
@@ -95,6 +97,8 @@ class StepGraphs:
         """
         for graph in self._graphs:
             size = graph.size
+            if size.prompts and size.tokens > MIXED_TOKENS and tokens < FULL * size.tokens:
+                continue
             if size.tokens >= tokens and size.rows >= rows and size.prompts >= prompts:
                 return graph
         return None
@@ -112,4 +116,7 @@ def graph_sizes(max_rows: int, max_tokens: int, width: int) -> list[Size]:
         Size(tokens, rows, width, min(MAX_PROMPTS, rows, tokens // 2))
         for tokens, rows in mixed_buckets(max_rows, max_tokens)
     ]
-    return sorted(decodes + mixed, key=lambda size: (size.tokens, size.rows, size.prompts))
+    full = []
+    if MIXED_TOKENS < max_tokens <= LARGEST_TOKENS:
+        full = [Size(max_tokens, max_rows, width, min(MAX_PROMPTS, max_rows))]
+    return sorted(decodes + mixed + full, key=lambda size: (size.tokens, size.rows, size.prompts))

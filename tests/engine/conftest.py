@@ -22,6 +22,7 @@ def how(request, monkeypatch):
         monkeypatch.setattr(Executor, "asynchronous", True)
         monkeypatch.setitem(executor.GRAPHS, "cpu", StepGraphs)
         monkeypatch.setattr(graphs, "MIXED_TOKENS", 64)  # fewer captures, and large steps too
+        monkeypatch.setattr(graphs, "LARGEST_TOKENS", 128)
         monkeypatch.setattr(graphs, "MAX_PROMPTS", 3)
         monkeypatch.setattr(graphs, "capture", capture)
         monkeypatch.setattr(graphs, "new_pool", object)

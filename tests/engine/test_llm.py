@@ -18,6 +18,7 @@ from llmfast import LLM, SamplingParams
 from llmfast.engine import executor, graphs
 from llmfast.engine.executor import Executor
 from llmfast.engine.graphs import buckets, mixed_buckets
+from llmfast.engine.inputs import Size
 from llmfast.errors import UserError
 from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make, tokens
@@ -775,6 +776,29 @@ def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request
     assert (waiting[:20].count(True) == 19) == ahead and not any(waiting[21:])
 
 
+def test_full_steps_are_graphs_too(how, monkeypatch):
+    sizes = []
+    step = Executor._fixed_step
+
+    def count(self, size):
+        sizes.append((size.tokens, size.rows))
+        return step(self, size)
+
+    monkeypatch.setattr(Executor, "_fixed_step", count)
+    prompts = ids(60, 60, 33)
+    with engine(max_num_seqs=4, max_num_batched_tokens=100) as llm:
+        captured = len(sizes)
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        if llm._executor.asynchronous:
+            assert sizes[0] == (100, 4)  # the largest is captured first
+            assert sizes[captured:][:2] == [(100, 4), (64, 4)]  # 60 + 40, 20 + 33 and one decodes
+        check_empty(llm)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with engine() as llm:
+            (wanted,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+        assert answers(output) == answers(wanted)
+
+
 def test_buckets_of_rows():
     assert buckets(1) == [1] and buckets(6) == [1, 2, 4, 6]
     assert buckets(256) == [1, 2, 4, 8, 16, *range(32, 257, 32)]
@@ -783,6 +807,7 @@ def test_buckets_of_rows():
 
 def test_buckets_of_mixed_steps(monkeypatch):
     monkeypatch.setattr(graphs, "MIXED_TOKENS", 512)
+    monkeypatch.setattr(graphs, "LARGEST_TOKENS", 16384)
     monkeypatch.setattr(graphs, "MAX_PROMPTS", 16)
     assert mixed_buckets(1, 1) == [] and mixed_buckets(4, 2) == [(2, 2)]
     assert mixed_buckets(16, 100) == [(32, 16), (64, 16), (100, 16)]
@@ -790,7 +815,10 @@ def test_buckets_of_mixed_steps(monkeypatch):
     tokens = [32, 64, *range(128, 513, 64)]
     assert sorted({n for n, _ in mixed_buckets(256, 8192)}) == tokens
     sizes = graphs.graph_sizes(256, 8192, 9)
-    assert len(sizes) == 13 + 2 * len(tokens) - 1
+    assert len(sizes) == 13 + 2 * len(tokens)
+    assert sizes[-1] == Size(8192, 256, 9, 16)  # a full step
+    assert len(graphs.graph_sizes(256, 512, 9)) == len(graphs.graph_sizes(256, 30000, 9))
+    assert len(graphs.graph_sizes(256, 513, 9)) == len(sizes)
     assert all(s.width == 9 and s.rows <= s.tokens for s in sizes)
     assert max(s.prompts for s in sizes) == 16
     assert sum(s.prompts == 0 for s in sizes) == len(buckets(256))
@@ -800,6 +828,7 @@ def test_the_smallest_graph_is_taken(monkeypatch):
     monkeypatch.setattr(graphs, "capture", lambda *_: SimpleNamespace(replay=None))
     monkeypatch.setattr(graphs, "new_pool", object)
     monkeypatch.setattr(graphs, "MIXED_TOKENS", 512)
+    monkeypatch.setattr(graphs, "LARGEST_TOKENS", 16384)
     monkeypatch.setattr(graphs, "MAX_PROMPTS", 16)
     sizes = graphs.graph_sizes(64, 300, 1)
     made = graphs.StepGraphs(lambda _: None, lambda _: None, torch.device("cpu"), sizes)
@@ -814,6 +843,12 @@ def test_the_smallest_graph_is_taken(monkeypatch):
     assert found(257, 1, 1) == (300, 32, 16) and found(300, 64, 16) == (300, 64, 16)
     assert found(301, 5, 1) is None and found(300, 65, 1) is None
     assert found(300, 17, 17) is None and found(65, 65, 0) is None
+    sizes = graphs.graph_sizes(64, 1600, 1)
+    made = graphs.StepGraphs(lambda _: None, lambda _: None, torch.device("cpu"), sizes)
+    assert found(512, 64, 16) == (512, 64, 16) and found(513, 3, 2) is None
+    assert found(1499, 3, 2) is None  # padding would cost more than it spares
+    assert found(1500, 3, 2) == found(1600, 64, 16) == (1600, 64, 16)
+    assert found(1600, 64, 17) is None and found(1601, 3, 2) is None
 
 
 def test_no_memory_for_the_graphs(monkeypatch):
