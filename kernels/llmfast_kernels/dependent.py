@@ -29,14 +29,16 @@ def is_dependent():
 
 
 @triton.jit
-def wait_for_inputs():
+def wait_for_inputs(LET_COME: tl.constexpr = True):
     """Wait until all that was launched before has ended; then let the next kernel come.
 
-    The other way round a whole chain of kernels becomes resident at once, which is slower.
+    The other way round a whole chain of kernels becomes resident at once, which is slower. Without
+    LET_COME the next one comes when this one has ended.
     """
     if is_dependent():
         gdc_wait()
-        gdc_launch_dependents()
+        if LET_COME:
+            gdc_launch_dependents()
 
 
 @triton.jit

@@ -154,7 +154,6 @@ VARIANTS = [
     _prefill("sm_90", "bf16", 128),
     _prefill("sm_90", "bf16", 128, "paged=64 lse"),
     _prefill("sm_90", "fp16", 256, "window softcap"),
-    _prefill("sm_90", "bf16", 80, "full lse"),
     _prefill("sm_90", "fp32", 64, "paged=32 tree"),
     _prefill("sm_80", "bf16", 128, "window sinks"),
     _prefill("sm_80", "fp16", 64, "full softcap varlen"),

@@ -74,12 +74,11 @@ def _int4(
     if launch.tier == "gemv":
         constexprs |= {"BLOCK_W": GEMV_COLUMNS // 8}
     else:
-        signature |= {"n_tokens": "i32", "per_split": "i32"}
-        constexprs |= {
-            "EVEN_K": k % CHUNK == 0,
-            "SPLITS": launch.splits,
-            "BLOCK_M": launch.block_m,
-        }
+        signature |= {"n_tokens": "i32"}
+        constexprs |= {"EVEN_K": k % CHUNK == 0, "BLOCK_M": launch.block_m}
+    if launch.tier == "tiles":
+        signature |= {"per_split": "i32"}
+        constexprs |= {"SPLITS": launch.splits}
         for name, pointer in (("partial_ptr", "*fp32:16"), ("tickets_ptr", "*i32:16")):
             if launch.splits > 1:
                 signature[name] = pointer
@@ -179,6 +178,7 @@ VARIANTS = [
     _int4("bf16", 1, 6144, 4096, 128, "sm_90", kind="symmetric"),
     _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros"),
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima"),
+    _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima"),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),

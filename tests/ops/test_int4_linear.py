@@ -27,6 +27,7 @@ from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
 from llmfast_kernels.linear.reference import int4_linear_reference
 
 SMALL = Int4Launch("tiles", 32, 16, 1, 2, 2)
+MANY = Int4Launch("many", 32, 16, 1, 2, 2)
 GEMV = Int4Launch("gemv", 1, 8, 1, 2, 1)
 # tokens, k, n, group size: odd rows, k on either side of a chunk, groups cut short, all columns
 SHAPES = [
@@ -43,6 +44,7 @@ SHAPES = [
 on_cuda = torch.cuda.is_available()
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+each_tile = pytest.mark.parametrize("launch", [SMALL, MANY], ids=lambda launch: launch.tier)
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
 
 
@@ -152,11 +154,12 @@ def test_reference_is_the_formula(shape, kind):
 @each_shape
 @each_dtype
 @each_kind
+@each_tile
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
-def test_kernel_matches_float64(shape, dtype, kind, more, device):
+def test_kernel_matches_float64(shape, dtype, kind, launch, more, device):
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = make(shape, dtype, device, kind, more)
-    got = launch_int4_linear(**args, _launch=SMALL)
+    got = launch_int4_linear(**args, _launch=launch)
     assert got.is_contiguous()
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
@@ -173,10 +176,11 @@ def test_kernel_matches_float64(shape, dtype, kind, more, device):
     n=st.integers(1, 40),
     group_size=st.sampled_from([32, 64, 128, 0]),
     kind=st.sampled_from(["symmetric", "zeros", "minima"]),
+    launch=st.sampled_from([SMALL, MANY]),
 )
-def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, kind):
+def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, kind, launch):
     args = make((tokens, k, n, group_size or k), torch.float16, device, kind)
-    got = launch_int4_linear(**args, _launch=SMALL)
+    got = launch_int4_linear(**args, _launch=launch)
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
 
@@ -212,7 +216,8 @@ def test_lanes_match_float64(group_size, dtype, kind, more, device):
 
 
 @each_dtype
-def test_every_code_and_zero_point_is_exact(dtype, device):
+@each_tile
+def test_every_code_and_zero_point_is_exact(launch, dtype, device):
     """One column at a time, a scale of 1: the weight itself comes out."""
     skip_bfloat16_in_the_interpreter(device, dtype)
     codes = torch.arange(16, dtype=torch.uint8).repeat(16, 1)
@@ -223,13 +228,29 @@ def test_every_code_and_zero_point_is_exact(dtype, device):
         "x": torch.eye(16, device=device, dtype=dtype),
         "group_size": 16,
     }
-    got = launch_int4_linear(**args, _launch=SMALL)
+    got = launch_int4_linear(**args, _launch=launch)
     wanted = codes.T.double() - torch.arange(16)[None, :]
     assert torch.equal(got.cpu().double(), wanted)
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "zeros"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 200])
+@each_dtype
+def test_scaled_weights_are_the_dequantized_ones(group_size, kind, dtype, device):
+    """To the bit: one column at a time the weight itself comes out."""
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    k, n = 200, 19
+    args = make((k, k, n, group_size), dtype, device, kind, more=False)
+    args["x"] = torch.eye(k, dtype=dtype, device=device)
+    weight = torch.empty(n, k, dtype=dtype, device=device)
+    given = (args["packed"], args["scales"], args.get("zeros"), None, weight)
+    launch_dequantize_int4(*given, group_size=group_size)
+    assert torch.equal(launch_int4_linear(**args, _launch=MANY).T, weight)
+
+
 @pytest.mark.parametrize("kind", ["zeros", "minima"])
-def test_nothing_outside_the_tensors_is_read_or_written(kind, device, monkeypatch):
+@each_tile
+def test_nothing_outside_the_tensors_is_read_or_written(launch, kind, device, monkeypatch):
     empty = GuardedEmpty()
     args = make((3, 200, 33, 64), torch.float16, device, kind)
     reference, exact = int4_linear_reference(**args), in_float64(**args)
@@ -239,7 +260,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(kind, device, monkeypatc
             band = float("nan") if value.is_floating_point() else 119
             args[name] = guarded(value, band)[0]
     monkeypatch.setattr(torch, "empty", empty)
-    assert_as_good(launch_int4_linear(**args, _launch=SMALL), reference, exact)
+    assert_as_good(launch_int4_linear(**args, _launch=launch), reference, exact)
     empty.assert_bands_are_whole(reference.numel())
 
 
@@ -305,15 +326,20 @@ def test_launches_fit_every_gpu(n, k, tokens):
 
 
 def test_what_an_h100_launches():
-    def choose(n, k, tokens):
-        launch = choose_int4_launch(n, k, tokens, shared_memory=227 * 1024)
+    def choose(n, k, tokens, **options):
+        launch = choose_int4_launch(n, k, tokens, shared_memory=227 * 1024, **options)
         return launch.tier, launch.block_m, launch.block_n, launch.splits
 
     assert choose(28672, 4096, 1) == ("gemv", 1, 8, 1)
     assert choose(4096, 14336, 1) == ("tiles", 8, 64, 8)
     assert choose(6144, 4096, 16) == ("tiles", 16, 64, 4)
     assert choose(28672, 4096, 64) == ("tiles", 64, 128, 1)
-    assert choose(4096, 4096, 256) == ("tiles", 128, 128, 2)
+    assert choose(28672, 4096, 65) == ("many", 128, 128, 1)
+    assert choose(6144, 4096, 256) == ("many", 128, 64, 1)
+    assert choose(4096, 4096, 256) == ("many", 128, 64, 1)
+    assert choose(4096, 4096, 128) == ("tiles", 128, 128, 4)  # too few programs
+    assert choose(4096, 14336, 256) == ("tiles", 128, 128, 2)  # too many columns
+    assert choose(4096, 4096, 256, same_dtype=False) == ("tiles", 128, 128, 2)
 
 
 def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):

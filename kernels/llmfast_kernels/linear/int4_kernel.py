@@ -17,42 +17,21 @@ from torch.nn import functional
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
 from .int4_launch import GEMV_COLUMNS, MAX_TOKENS, Int4Launch, choose_int4_launch
-from .int4_layout import CHUNK, MIDDLE
+from .int4_layout import CHUNK
+from .int4_many import _int4_many_kernel
+from .int4_parts import (
+    CHUNK_COLUMNS,
+    CHUNK_WORDS,
+    MIDDLE_CODE,
+    PAIR_COLUMNS,
+    add_and_store,
+    pair_of,
+    store,
+)
 from .kernel import shared_memory_of
 from .workspace import MAX_TICKETS, tickets, workspace
 
 DEQUANTIZED_ROWS = 32  # of a chunk of columns, by a program
-
-_CHUNK = tl.constexpr(CHUNK)
-_MIDDLE = tl.constexpr(MIDDLE)
-_PAIR = tl.constexpr(CHUNK // 4)  # columns that one shift gives
-_WORDS = tl.constexpr(CHUNK // 8)  # of a chunk
-
-
-@triton.jit
-def _pair_of(words, p: tl.constexpr, dtype: tl.constexpr):
-    """Codes of CHUNK / 4 columns as numbers: 128 + code in bfloat16, 1024 + code in float16."""
-    # constants, not arguments: with those Triton moves the weights through shared memory
-    if dtype == tl.bfloat16:
-        exponent = 0x43004300
-    else:
-        exponent = 0x64006400
-    both = ((words >> (4 * p)) & 0x000F000F) | exponent
-    low = both.to(tl.int16).to(dtype, bitcast=True)
-    high = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(low, high), [words.shape[0], _PAIR])
-
-
-@triton.jit
-def _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask):
-    """Round the sums, with the bias, to y's dtype; then add the residual."""
-    dtype = y_ptr.dtype.element_ty
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + rows).to(tl.float32)
-    y = sums.to(dtype).to(tl.float32)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n", "per_split"])
@@ -78,7 +57,8 @@ def _int4_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    wait_for_inputs()
+    # the next kernel's programs would crowd onto the multiprocessors that are done first
+    wait_for_inputs(LET_COME=False)
     dtype = y_ptr.dtype.element_ty
     offset = 128 if dtype == tl.bfloat16 else 1024
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -86,12 +66,12 @@ def _int4_tiles_kernel(
     rows = valid.to(tl.int64)  # rows times columns pass 2**31
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
-    lanes = tl.arange(0, _PAIR)[:, None]
-    chunks = tl.cdiv(k, _CHUNK)
-    words_ptr = packed_ptr + rows * (chunks * _WORDS) + tl.arange(0, _WORDS)[None, :]
+    lanes = tl.arange(0, PAIR_COLUMNS)[:, None]
+    chunks = tl.cdiv(k, CHUNK_COLUMNS)
+    words_ptr = packed_ptr + rows * (chunks * CHUNK_WORDS) + tl.arange(0, CHUNK_WORDS)[None, :]
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     of_group = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    zero = tl.full([BLOCK_N, 1], offset + _MIDDLE, tl.float32).to(dtype)
+    zero = tl.full([BLOCK_N, 1], offset + MIDDLE_CODE, tl.float32).to(dtype)
     if minima_ptr is not None:
         zero = tl.full([BLOCK_N, 1], offset, tl.float32).to(dtype)
         inputs = tl.zeros([1, BLOCK_M], tl.float32)
@@ -100,11 +80,11 @@ def _int4_tiles_kernel(
             zero = (tl.load(zeros_ptr + rows).to(tl.float32) + offset).to(dtype)
     first = tl.program_id(1) * per_split
     for chunk in range(first, tl.minimum(first + per_split, chunks)):
-        words = tl.load(words_ptr + chunk * _WORDS, eviction_policy="evict_first")
+        words = tl.load(words_ptr + chunk * CHUNK_WORDS, eviction_policy="evict_first")
         for p in tl.static_range(4):
             if GROUP > 0:
-                group = (chunk * _CHUNK + p * _PAIR) // GROUP
-                if p * _PAIR % GROUP == 0:
+                group = (chunk * CHUNK_COLUMNS + p * PAIR_COLUMNS) // GROUP
+                if p * PAIR_COLUMNS % GROUP == 0:
                     of_group = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     if minima_ptr is not None:
                         inputs = tl.zeros([1, BLOCK_M], tl.float32)
@@ -112,14 +92,14 @@ def _int4_tiles_kernel(
                         # past the last group of a row there are no columns, and x is 0
                         at = rows * groups + tl.minimum(group, groups - 1)
                         zero = (tl.load(zeros_ptr + at).to(tl.float32) + offset).to(dtype)
-            cols = chunk * _CHUNK + p * _PAIR + lanes
+            cols = chunk * CHUNK_COLUMNS + p * PAIR_COLUMNS + lanes
             mask = is_token if EVEN_K else is_token & (cols < k)
             x = tl.load(x_ptr + tokens * k + cols, mask=mask, other=0.0)
-            of_group = tl.dot(_pair_of(words, p, dtype) - zero, x, of_group)
+            of_group = tl.dot(pair_of(words, p, dtype) - zero, x, of_group)
             if minima_ptr is not None:
                 inputs += tl.sum(x.to(tl.float32), axis=0, keep_dims=True)
             if GROUP > 0:
-                if (p + 1) * _PAIR % GROUP == 0:
+                if (p + 1) * PAIR_COLUMNS % GROUP == 0:
                     at = rows * groups + tl.minimum(group, groups - 1)
                     sums += tl.load(scales_ptr + at).to(tl.float32) * of_group
                     if minima_ptr is not None:
@@ -130,19 +110,13 @@ def _int4_tiles_kernel(
             sums += tl.load(minima_ptr + rows).to(tl.float32) * inputs
     at = tokens * n + valid
     mask = is_token & (out < n)[:, None]
-    if SPLITS == 1:
-        _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask)
-    else:  # the last program of a tile to come adds up, in the order of columns
-        tl.store(partial_ptr + tl.program_id(1) * (n_tokens * n) + at, sums, mask=mask)
-        tl.debug_barrier()  # all of it is stored before the ticket is drawn
-        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == SPLITS - 1:
-            sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for split in range(SPLITS):
-                part_ptrs = partial_ptr + split * (n_tokens * n) + at
-                sums += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            _store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask)
-            tl.store(ticket_ptr, 0)
+    ticket_ptr = tickets_ptr
+    if SPLITS > 1:
+        ticket_ptr += tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+    add_and_store(
+        sums, partial_ptr, ticket_ptr, n_tokens * n, bias_ptr, residual_ptr, y_ptr, rows, at, mask,
+        SPLITS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -168,7 +142,7 @@ def _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, at):
         zero = tl.load(zeros_ptr + at).to(tl.float32)
         return scale * (part - (128.0 + zero) * inputs)
     else:
-        return scale * (part - (128.0 + _MIDDLE) * inputs)
+        return scale * (part - (128.0 + MIDDLE_CODE) * inputs)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -202,18 +176,18 @@ def _int4_gemv_kernel(
     for start in range(0, n_words, BLOCK_W):
         places = start + lanes
         words = tl.load(words_ptr + places, eviction_policy="evict_first")
-        chunk = places // _WORDS
-        pairs = chunk * (_CHUNK // 2) + places % _WORDS
+        chunk = places // CHUNK_WORDS
+        pairs = chunk * (CHUNK_COLUMNS // 2) + places % CHUNK_WORDS
         for p in tl.static_range(4):
-            x_low, x_high = _halves(tl.load(pairs_ptr + pairs + p * _WORDS), dtype)
+            x_low, x_high = _halves(tl.load(pairs_ptr + pairs + p * CHUNK_WORDS), dtype)
             codes = ((words >> (4 * p)) & 0x000F000F) | 0x43004300  # of bfloat16, whatever x is
             low, high = _halves(codes, tl.bfloat16)
             part += low * x_low
             part += high * x_high
             inputs += x_low + x_high
             if GROUP > 0:
-                if (p + 1) * _PAIR % GROUP == 0:
-                    at = rows * groups + (chunk * _CHUNK + p * _PAIR) // GROUP
+                if (p + 1) * PAIR_COLUMNS % GROUP == 0:
+                    at = rows * groups + (chunk * CHUNK_COLUMNS + p * PAIR_COLUMNS) // GROUP
                     sums += _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, at)
                     part = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
                     inputs = tl.zeros([1, BLOCK_W], tl.float32)
@@ -221,7 +195,7 @@ def _int4_gemv_kernel(
         sums = _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, rows)
     y = tl.sum(sums, 1)[:, None]
     at = tl.minimum(out, n - 1)[:, None]
-    _store(y, bias_ptr, residual_ptr, y_ptr, rows, at, (out < n)[:, None])
+    store(y, bias_ptr, residual_ptr, y_ptr, rows, at, (out < n)[:, None])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -241,30 +215,30 @@ def _dequantize_kernel(
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1)
     rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: rows times columns pass 2**31
-    words = tl.arange(0, _WORDS)[None, :] + chunk * _WORDS
-    words = tl.load(packed_ptr + rows * (tl.cdiv(k, _CHUNK) * _WORDS) + words)
+    words = tl.arange(0, CHUNK_WORDS)[None, :] + chunk * CHUNK_WORDS
+    words = tl.load(packed_ptr + rows * (tl.cdiv(k, CHUNK_COLUMNS) * CHUNK_WORDS) + words)
     for p in tl.static_range(4):
         low = (words >> (4 * p)) & 15
         high = (words >> (4 * p + 16)) & 15
-        weight = tl.reshape(tl.join(low, high), [BLOCK_N, _PAIR]).to(tl.float32)
+        weight = tl.reshape(tl.join(low, high), [BLOCK_N, PAIR_COLUMNS]).to(tl.float32)
         at = rows * groups
         if GROUP > 0:
-            at += tl.minimum((chunk * _CHUNK + p * _PAIR) // GROUP, groups - 1)
+            at += tl.minimum((chunk * CHUNK_COLUMNS + p * PAIR_COLUMNS) // GROUP, groups - 1)
         scale = tl.load(scales_ptr + at).to(tl.float32)
         if minima_ptr is not None:
             weight = weight * scale + tl.load(minima_ptr + at).to(tl.float32)
         elif zeros_ptr is not None:
             weight = (weight - tl.load(zeros_ptr + at).to(tl.float32)) * scale
         else:
-            weight = (weight - _MIDDLE) * scale
-        cols = chunk * _CHUNK + p * _PAIR + tl.arange(0, _PAIR)[None, :]
+            weight = (weight - MIDDLE_CODE) * scale
+        cols = chunk * CHUNK_COLUMNS + p * PAIR_COLUMNS + tl.arange(0, PAIR_COLUMNS)[None, :]
         mask = (out < n)[:, None] & (cols < k)
         tl.store(weight_ptr + rows * k + cols, weight.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
-_tiles, _gemv, _dequantize = (
+_tiles, _many, _gemv, _dequantize = (
     Relaunch(kernel, dependent=True)
-    for kernel in (_int4_tiles_kernel, _int4_gemv_kernel, _dequantize_kernel)
+    for kernel in (_int4_tiles_kernel, _int4_many_kernel, _int4_gemv_kernel, _dequantize_kernel)
 )
 
 
@@ -293,7 +267,8 @@ def launch_int4_linear(
         launch_dequantize_int4(packed, scales, zeros, minima, weight, group_size=group_size)
         y = functional.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
-    launch = _launch or _choose(x, n, k, n_tokens)
+    same_dtype = scales.dtype == x.dtype and (minima is None or minima.dtype == x.dtype)
+    launch = _launch or _choose(x, n, k, n_tokens, same_dtype)
     y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
     groups = scales.shape[1]
     group = group_size if groups > 1 else 0
@@ -318,7 +293,13 @@ def launch_int4_linear(
         tile = (group, launch.block_n, GEMV_COLUMNS // 8)
         _gemv((programs,), key, (*tensors, n, k, groups, *tile), **options)
         return y
-    splits, token_tiles = launch.splits, -(-n_tokens // launch.block_m)
+    token_tiles = -(-n_tokens // launch.block_m)
+    if launch.tier == "many":
+        constexprs = (group, k % CHUNK == 0, launch.block_m, launch.block_n)
+        grid = (programs * token_tiles,)
+        _many(grid, key, (*tensors, n_tokens, n, k, groups, *constexprs), **options)
+        return y
+    splits = launch.splits
     partial = of_tile = None
     if splits > 1:
         partial = torch.empty(splits * n_tokens * n, dtype=torch.float32, device=x.device)
@@ -326,21 +307,23 @@ def launch_int4_linear(
         of_tile = tickets(x.device)
     per_split = triton.cdiv(triton.cdiv(k, CHUNK), splits)
     layer = (n_tokens, n, k, groups, per_split)
-    constexprs = (group, k % CHUNK == 0, splits, launch.block_m, launch.block_n)
     _tiles(
         (programs, splits, token_tiles),
         key,
-        (*tensors, partial, of_tile, *layer, *constexprs),
+        (
+            *(*tensors, partial, of_tile, *layer),
+            *(group, k % CHUNK == 0, splits, launch.block_m, launch.block_n),
+        ),
         **options,
     )
     return y
 
 
-def _choose(x: torch.Tensor, n: int, k: int, n_tokens: int) -> Int4Launch:
+def _choose(x: torch.Tensor, n: int, k: int, n_tokens: int, same_dtype: bool) -> Int4Launch:
     if n_tokens == 1 and x.data_ptr() % 4:  # where no pair of x can be read at once
         n_tokens = 2
     shared_memory = shared_memory_of(x.get_device()) if x.is_cuda else 227 * 1024
-    return choose_int4_launch(n, k, n_tokens, shared_memory=shared_memory)
+    return choose_int4_launch(n, k, n_tokens, shared_memory=shared_memory, same_dtype=same_dtype)
 
 
 def launch_dequantize_int4(
