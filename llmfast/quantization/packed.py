@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -114,10 +115,11 @@ class PackedWeight:
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
         operations: Mapping[int, Callable[..., torch.Tensor]] = OPERATIONS,
+        **more: Any,
     ) -> torch.Tensor:
         """``x @ weight.T + bias`` for ``x [..., k]`` in ``dtype``; ``[..., n]``.
 
-        ``operations``: by the bits of codes.
+        ``operations``: by the bits of codes; ``more``: their other arguments.
         """
         if self.permutation is not None:
             x = x[..., self.permutation]
@@ -129,6 +131,7 @@ class PackedWeight:
             bias,
             group_size=self.group_size,
             minima=self.minima,
+            **more,
         )
 
 

@@ -198,7 +198,9 @@ class Run:
 
     def mlp(self, x: torch.Tensor, part: GatedMLP) -> torch.Tensor:
         weight, bias = part.gate_up.weight, part.gate_up.bias
-        if isinstance(weight, PackedWeight):
+        if isinstance(weight, PackedWeight) and weight.bits == 4:
+            h = weight.linear(x, bias, self.operations.packed, activation=part.activation)
+        elif isinstance(weight, PackedWeight):
             h = self.operations.activate(self.linear(x, part.gate_up), part.activation)
         else:
             h = self.operations.gated_linear(x, weight, bias, activation=part.activation)

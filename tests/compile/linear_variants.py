@@ -50,7 +50,7 @@ def _linear(
 
 
 def _int4(
-    dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, kind: str
+    dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, kind: str, act: str | None
 ) -> Variant:
     everywhere = target == "sm_80"
     shared_memory = SHARED_LIMIT_EVERYWHERE if everywhere else SHARED_LIMIT[target]
@@ -69,6 +69,7 @@ def _int4(
         "bias_ptr": None,
         "residual_ptr": None,
         "GROUP": group,
+        "ACT": act,
         "BLOCK_N": launch.block_n,
     }
     if launch.tier == "gemv":
@@ -86,7 +87,7 @@ def _int4(
                 constexprs[name] = None
     _kind(kind, dtype, signature, constexprs)
     return Variant(
-        name=f"linear/int4-g{group} {kind} {dtype} {tokens}x{k}x{n}",
+        name=f"linear/int4-g{group} {kind} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
         kernel=f"llmfast_kernels.linear.int4_kernel:_int4_{launch.tier}_kernel",
         signature=signature,
         constexprs=constexprs,
@@ -175,10 +176,10 @@ def _kind(kind: str, dtype: str, signature: dict[str, str], constexprs: dict[str
 
 
 VARIANTS = [
-    _int4("bf16", 1, 6144, 4096, 128, "sm_90", kind="symmetric"),
-    _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros"),
-    _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima"),
-    _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima"),
+    _int4("bf16", 1, 6144, 4096, 128, "sm_90", kind="symmetric", act=None),
+    _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros", act="silu"),
+    _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima", act="gelu_tanh"),
+    _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima", act="silu"),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),

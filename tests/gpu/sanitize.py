@@ -57,6 +57,17 @@ def int4_linears(dtype: torch.dtype) -> None:
             group_size=group_size,
             minima=randn(*groups, dtype=dtype),
         )
+        ops.int4_linear(
+            randn(tokens, k, dtype=dtype),
+            ops.pack_int4(codes[:66]),
+            randn(66, groups[1], dtype=dtype),
+            group_size=group_size,
+            activation="silu",
+        )
+    # enough rows that tokens by the hundred have tiles of their own, the last of them not full
+    codes = torch.randint(0, 16, (6145, 200), dtype=torch.uint8, device="cuda")
+    x, scales = randn(129, 200, dtype=dtype), randn(6145, 4, dtype=dtype)
+    ops.int4_linear(x, ops.pack_int4(codes), scales, group_size=64)
 
 
 def int8_linears(dtype: torch.dtype) -> None:

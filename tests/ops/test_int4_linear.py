@@ -24,7 +24,7 @@ from llmfast_kernels.linear.int4_launch import (
     stage_bytes,
 )
 from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
-from llmfast_kernels.linear.reference import int4_linear_reference
+from llmfast_kernels.linear.reference import ACTIVATIONS, int4_linear_reference
 
 SMALL = Int4Launch("tiles", 32, 16, 1, 2, 2)
 MANY = Int4Launch("many", 32, 16, 1, 2, 2)
@@ -203,6 +203,38 @@ def test_split_columns_are_added_up_in_order(shape, kind, device):
     )
 
 
+GATED = {
+    "tiles": (SMALL, (3, 200, 2 * 33, 64)),
+    "split": (Int4Launch("tiles", 32, 16, 3, 2, 2), (17, 512, 2 * 20, 128)),
+    "many": (MANY, (40, 200, 2 * 9, 32)),
+    "gemv": (GEMV, (1, GEMV_COLUMNS * 2, 2 * 19, 128)),
+}
+
+
+@pytest.mark.parametrize("case", GATED.values(), ids=GATED)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@each_dtype
+def test_gate_and_up_in_one_launch(case, activation, bias, dtype, device):
+    skip_bfloat16_in_the_interpreter(device, dtype)
+    launch, shape = case
+    args = make(shape, dtype, device)
+    del args["residual"]
+    if not bias:
+        del args["bias"]
+    got = launch_int4_linear(**args, activation=activation, _launch=launch)
+    assert got.shape == (shape[0], shape[2] // 2) and got.is_contiguous()
+    reference = int4_linear_reference(**args, activation=activation)
+    assert_as_good(got, reference, ACTIVATIONS[activation](in_float64(**args)))
+
+
+def test_gate_and_up_of_many_tokens(device, no_workspaces):
+    args = make((MAX_TOKENS + 1, 128, 40, 64), torch.float16, device, more=False)
+    got = launch_int4_linear(**args, activation="silu")
+    reference = int4_linear_reference(**args, activation="silu")
+    assert_as_good(got, reference, ACTIVATIONS["silu"](in_float64(**args)))
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, GEMV_COLUMNS * 2])
 @each_dtype
 @each_kind
@@ -280,6 +312,10 @@ def test_the_operation_at_a_model_s_shapes(tokens, kind, dtype):
     for k, n, group_size in shapes:
         args = make((tokens, k, n, group_size), dtype, "cuda", kind)
         assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))
+        args = make((tokens, k, n, group_size), dtype, "cuda", kind, more=False)
+        got, exact = int4_linear(**args, activation="silu"), in_float64(**args)
+        reference = int4_linear_reference(**args, activation="silu")
+        assert_as_good(got, reference, ACTIVATIONS["silu"](exact))
 
 
 @pytest.mark.parametrize(
@@ -378,6 +414,8 @@ def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):
         ({"zeros": None, "minima": torch.ones(40, 2)}, TypeError, "minima must have x's dtype"),
         ({"bias": torch.ones(39).half()}, ValueError, r"bias must be \(40,\)"),
         ({"residual": torch.ones(40).half()}, ValueError, r"residual must be \(3, 40\)"),
+        ({"activation": "relu"}, ValueError, "activation must be silu, .*; got 'relu'"),
+        ({"activation": "silu"}, ValueError, "residual and activation exclude each other"),
         (
             {"scales": torch.ones(40, 2, dtype=torch.half, requires_grad=True)},
             RuntimeError,
@@ -389,6 +427,12 @@ def test_bad_arguments_are_named(change, error, says):
     args = make((3, 128, 40, 64), torch.float16) | change
     with pytest.raises(error, match=f"^int4_linear: .*{says}"):
         int4_linear(**args)
+
+
+def test_an_activation_wants_gate_and_up():
+    args = make((3, 128, 39, 64), torch.float16, more=False)
+    with pytest.raises(ValueError, match=r"the gate's rows and up's must be as many, got 39"):
+        int4_linear(**args, activation="silu")
 
 
 # ------------------------------------------------------------------------------------ many tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .op import check_like, check_no_grad
+from .reference import ACTIVATIONS
 
 GROUP_SIZES = (32, 64, 128)  # or all columns
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -52,3 +53,13 @@ def check_parts(
     if residual is not None:
         check_like(op, "residual", residual, (*x.shape[:-1], n), x)
     check_no_grad(op, x, scales, minima, bias, residual)
+
+
+def check_gated(op: str, n: int, residual: torch.Tensor | None, activation: str) -> None:
+    """Check an activation, and that there are as many rows of the gate as of up."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if n % 2:
+        raise ValueError(f"{op}: the gate's rows and up's must be as many, got {n} together")
+    if residual is not None:
+        raise ValueError(f"{op}: residual and activation exclude each other; got both")

@@ -26,9 +26,10 @@ from .int4_parts import (
     PAIR_COLUMNS,
     add_and_store,
     pair_of,
+    rows_of,
     store,
 )
-from .kernel import shared_memory_of
+from .kernel import GATED, shared_memory_of
 from .workspace import MAX_TICKETS, tickets, workspace
 
 DEQUANTIZED_ROWS = 32  # of a chunk of columns, by a program
@@ -43,7 +44,7 @@ def _int4_tiles_kernel(
     minima_ptr,  # [n, groups], or None; then there are no zeros
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
-    y_ptr,  # [n_tokens, n], written
+    y_ptr,  # [n_tokens, n], written; with ACT half as wide
     partial_ptr,  # float32 [SPLITS, n_tokens, n], written; or None: SPLITS is 1
     tickets_ptr,  # int32, 0 for each tile before and after; or None
     n_tokens,
@@ -54,6 +55,7 @@ def _int4_tiles_kernel(
     GROUP: tl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
     EVEN_K: tl.constexpr,  # k is a multiple of a chunk
     SPLITS: tl.constexpr,
+    ACT: tl.constexpr,  # None, or what the gate goes through: its rows are the first half
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -61,9 +63,8 @@ def _int4_tiles_kernel(
     wait_for_inputs(LET_COME=False)
     dtype = y_ptr.dtype.element_ty
     offset = 128 if dtype == tl.bfloat16 else 1024
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = tl.minimum(out, n - 1)[:, None]
-    rows = valid.to(tl.int64)  # rows times columns pass 2**31
+    own, there = rows_of(tl.program_id(0), n, BLOCK_N, ACT is not None)
+    rows = own.to(tl.int64)  # rows times columns pass 2**31; what is written does not
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, PAIR_COLUMNS)[:, None]
@@ -108,14 +109,12 @@ def _int4_tiles_kernel(
         sums = tl.load(scales_ptr + rows).to(tl.float32) * of_group
         if minima_ptr is not None:
             sums += tl.load(minima_ptr + rows).to(tl.float32) * inputs
-    at = tokens * n + valid
-    mask = is_token & (out < n)[:, None]
     ticket_ptr = tickets_ptr
     if SPLITS > 1:
         ticket_ptr += tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     add_and_store(
-        sums, partial_ptr, ticket_ptr, n_tokens * n, bias_ptr, residual_ptr, y_ptr, rows, at, mask,
-        SPLITS,
+        sums, bias_ptr, residual_ptr, y_ptr, tl.program_id(0), own, there, tokens, n_tokens, n,
+        partial_ptr, ticket_ptr, ACT, SPLITS,
     )  # fmt: skip
 
 
@@ -154,18 +153,19 @@ def _int4_gemv_kernel(
     minima_ptr,
     bias_ptr,
     residual_ptr,  # [n] or None
-    y_ptr,  # [n], written
+    y_ptr,  # [n], written; with ACT half as wide
     n,
     k,  # a multiple of 8 * BLOCK_W
     groups,
     GROUP: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,  # words of a row at a time
 ):
     wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(out, n - 1).to(tl.int64)[:, None]  # int64: as above
+    own, there = rows_of(tl.program_id(0), n, BLOCK_N, ACT is not None)
+    rows = own.to(tl.int64)  # as above
     lanes = tl.arange(0, BLOCK_W)[None, :]
     n_words = k // 8
     words_ptr = packed_ptr + rows * n_words
@@ -194,8 +194,8 @@ def _int4_gemv_kernel(
     if GROUP == 0:
         sums = _scaled(part, inputs, scales_ptr, zeros_ptr, minima_ptr, rows)
     y = tl.sum(sums, 1)[:, None]
-    at = tl.minimum(out, n - 1)[:, None]
-    store(y, bias_ptr, residual_ptr, y_ptr, rows, at, (out < n)[:, None])
+    token = tl.zeros([1, 1], tl.int32)
+    store(y, bias_ptr, residual_ptr, y_ptr, tl.program_id(0), own, there, token, 1, n, ACT)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -252,13 +252,15 @@ def launch_int4_linear(
     group_size: int,
     minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
     _launch: Int4Launch | None = None,
 ) -> torch.Tensor:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device
             return launch_int4_linear(
                 x, packed, scales, zeros, bias,
-                group_size=group_size, minima=minima, residual=residual, _launch=_launch,
+                group_size=group_size, minima=minima, residual=residual, activation=activation,
+                _launch=_launch,
             )  # fmt: skip
     *leading, k = x.shape
     n, n_tokens = len(packed), x.numel() // k
@@ -266,10 +268,13 @@ def launch_int4_linear(
         weight = workspace(x.device, x.dtype, n * k).view(n, k)
         launch_dequantize_int4(packed, scales, zeros, minima, weight, group_size=group_size)
         y = functional.linear(x, weight, bias)
+        if activation is not None:
+            return GATED[activation](y)
         return y if residual is None else y.add_(residual)
     same_dtype = scales.dtype == x.dtype and (minima is None or minima.dtype == x.dtype)
     launch = _launch or _choose(x, n, k, n_tokens, same_dtype)
-    y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
+    width = n if activation is None else n // 2
+    y = torch.empty((*leading, width), dtype=x.dtype, device=x.device)
     groups = scales.shape[1]
     group = group_size if groups > 1 else 0
     tensors = (x, packed, scales, zeros, minima, bias, residual, y)
@@ -285,17 +290,18 @@ def launch_int4_linear(
             *alike,
             group,
             k % CHUNK == 0,
+            activation,
             launch,
         )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     programs = -(-n // launch.block_n)
     if launch.tier == "gemv":
-        tile = (group, launch.block_n, GEMV_COLUMNS // 8)
+        tile = (group, activation, launch.block_n, GEMV_COLUMNS // 8)
         _gemv((programs,), key, (*tensors, n, k, groups, *tile), **options)
         return y
     token_tiles = -(-n_tokens // launch.block_m)
     if launch.tier == "many":
-        constexprs = (group, k % CHUNK == 0, launch.block_m, launch.block_n)
+        constexprs = (group, k % CHUNK == 0, activation, launch.block_m, launch.block_n)
         grid = (programs * token_tiles,)
         _many(grid, key, (*tensors, n_tokens, n, k, groups, *constexprs), **options)
         return y
@@ -312,7 +318,7 @@ def launch_int4_linear(
         key,
         (
             *(*tensors, partial, of_tile, *layer),
-            *(group, k % CHUNK == 0, splits, launch.block_m, launch.block_n),
+            *(group, k % CHUNK == 0, splits, activation, launch.block_m, launch.block_n),
         ),
         **options,
     )

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from ..dependent import wait_for_inputs
-from .int4_parts import CHUNK_COLUMNS, CHUNK_WORDS, MIDDLE_CODE, PAIR_COLUMNS, pair_of, store
+from .int4_parts import (
+    CHUNK_COLUMNS,
+    CHUNK_WORDS,
+    MIDDLE_CODE,
+    PAIR_COLUMNS,
+    pair_of,
+    rows_of,
+    store,
+)
 
 _HALF = tl.constexpr(2 * PAIR_COLUMNS.value)  # columns of a product
 
@@ -69,22 +77,23 @@ def _int4_many_kernel(
     minima_ptr,  # [n, groups], or None; then there are no zeros
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
-    y_ptr,  # [n_tokens, n], written
+    y_ptr,  # [n_tokens, n], written; with ACT half as wide
     n_tokens,
     n,
     k,
     groups,
     GROUP: tl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
     EVEN_K: tl.constexpr,  # k is a multiple of a chunk
+    ACT: tl.constexpr,  # None, or what the gate goes through: its rows are the first half
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
     tiles = tl.cdiv(n_tokens, BLOCK_M)  # that share rows of the weight are neighbours
-    out = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = tl.minimum(out, n - 1)[:, None]
-    rows = valid.to(tl.int64)  # int64: rows times columns may pass 2**31
+    pid = tl.program_id(0) // tiles
+    own, there = rows_of(pid, n, BLOCK_N, ACT is not None)
+    rows = own.to(tl.int64)  # rows times columns may pass 2**31; what is written does not
     tokens = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     lanes = tl.arange(0, _HALF)[:, None]
     chunks = tl.cdiv(k, CHUNK_COLUMNS)
@@ -112,6 +121,4 @@ def _int4_many_kernel(
         # the next chunk needs their sum, ptxas would make each of their instructions wait, since
         # the registers of the weights are written between.
         sums = tl.where(chunk < chunks, sums, 0.0)
-    at = tokens * n + valid
-    mask = (tokens < n_tokens) & (out < n)[:, None]
-    store(sums, bias_ptr, residual_ptr, y_ptr, rows, at, mask)
+    store(sums, bias_ptr, residual_ptr, y_ptr, pid, own, there, tokens, n_tokens, n, ACT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .contract import check_input, check_parts
+from .contract import check_gated, check_input, check_parts
 from .int4_layout import CHUNK
 from .op import check_like
 from .reference import int4_linear_reference
@@ -20,18 +20,23 @@ def int4_linear(
     group_size: int,
     minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Multiply tokens with four-bit weights, dequantized on their way to the tensor cores.
 
         weight[n, k] = scales[n, g] * (code[n, k] - zeros[n, g]),  g = k // group_size
                     or scales[n, g] * code[n, k] + minima[n, g]
         y = round(x @ weight.T + bias) + residual
+                    or, with an activation, of a gate's rows and then up's:
+        gate, up = round(x @ weight.T + bias)
+        y = round(act(gate)) * up
 
     Codes less zero points are whole numbers that 16 bits hold exactly; products are summed in
-    float32 and each group's sum is multiplied with its scale there. No weight is rounded.
+    float32 and each group's sum is multiplied with its scale there, up to 64 tokens. For more the
+    weights are rounded to x's dtype before.
 
-    On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go another way: the weights are rounded to
-    x's dtype in a workspace, and multiplied by cuBLAS. The workspace is one for each device and
+    On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go another way: the weights go
+    through a workspace, and are multiplied by cuBLAS. The workspace is one for each device and
     dtype, so calls on two streams must not overlap; :func:`workspace_bytes` is its size.
 
     Args:
@@ -45,14 +50,17 @@ def int4_linear(
         group_size: columns that share a scale: 32, 64, 128, or k.
         minima: of scales' shape and dtype, contiguous: what the codes 0 stand for. Not together
             with zeros.
-        residual: ``(..., n)``, of x's dtype, contiguous.
+        residual: ``(..., n)``, of x's dtype, contiguous. Not together with an activation.
+        activation: None, or that of the gate in a gated MLP: ``silu``, ``gelu_tanh`` or ``gelu``.
 
     Returns:
-        A new contiguous tensor ``(..., n)`` of x's dtype. No argument is changed.
+        A new contiguous tensor ``(..., n)`` of x's dtype, ``(..., n / 2)`` with an activation. No
+        argument is changed.
 
     Raises:
         TypeError: a dtype that is not listed above.
-        ValueError: a shape, device, memory layout or group size that breaks the contract.
+        ValueError: a shape, device, memory layout, group size or activation that breaks the
+            contract.
         RuntimeError: an argument requires grad in grad mode; there is no backward.
 
     Paper: Frantar et al., MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on Large
@@ -65,11 +73,14 @@ def int4_linear(
     n = len(packed)
     check_like(op, "packed", packed, (n, -(-k // CHUNK) * CHUNK // 8), x, torch.int32)
     check_parts(op, x, n, group_size, scales, zeros, minima, bias, residual)
+    if activation is not None:
+        check_gated(op, n, residual, activation)
     run = int4_linear_reference
     if x.is_cuda:
         from .int4_kernel import launch_int4_linear  # imports Triton
 
         run = launch_int4_linear
     return run(
-        x, packed, scales, zeros, bias, group_size=group_size, minima=minima, residual=residual
-    )
+        x, packed, scales, zeros, bias,
+        group_size=group_size, minima=minima, residual=residual, activation=activation,
+    )  # fmt: skip

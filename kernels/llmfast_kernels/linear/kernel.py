@@ -27,7 +27,7 @@ from .launch import (
     table_of,
 )
 
-_GATED = {
+GATED = {
     "silu": launch_silu_mul,
     "gelu_tanh": launch_gelu_tanh_mul,
     "gelu": launch_gelu_mul,
@@ -195,7 +195,7 @@ def _run(
         launch = _choose(act, x, n, k, n_tokens)
     if launch.tier == "apart":
         assert act is not None
-        return _GATED[act](launch_dense_linear(x, weight, bias))
+        return GATED[act](launch_dense_linear(x, weight, bias))
     if launch.tier == "cublas":
         y = functional.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)

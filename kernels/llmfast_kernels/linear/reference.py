@@ -63,10 +63,12 @@ def int4_linear_reference(
     group_size: int,
     minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, exact, minima)
-    return _multiply(x, weight, bias, residual)
+    y = _multiply(x, weight, bias, residual)
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def dequantize_int8(
