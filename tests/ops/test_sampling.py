@@ -14,14 +14,8 @@ from transformers import (
 )
 
 from llmfast_kernels.sampling import kernel, sample_tokens
-from llmfast_kernels.sampling.kernel import (
-    Launch,
-    _filter,
-    _filter_few,
-    _kept_weights,
-    choose_launch,
-    launch_sample_tokens,
-)
+from llmfast_kernels.sampling.draw import _filter, _filter_few, _kept_weights
+from llmfast_kernels.sampling.kernel import Launch, choose_launch, launch_sample_tokens
 from llmfast_kernels.sampling.op import MAX_VOCAB
 from llmfast_kernels.sampling.reference import (
     ALL_MASKED,
