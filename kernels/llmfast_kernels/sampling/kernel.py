@@ -1,7 +1,7 @@
 """Sampling in Triton. Arguments are checked by op.py; here they are taken as good.
 
-A row is cut in chunks, each the work of a program. Four kernels follow each other, the last three in
-files of their names:
+A row is cut in chunks, each the work of a program. Four kernels follow each other, the last three
+in files of their names:
 
     survey   by chunk   the largest scores
     bound    by row     the largest of all, and a bound that no score which filters keep is below
