@@ -23,6 +23,7 @@ UNITS = {
     "total_tok_per_s": "tok/s",
     "req_per_s": "req/s",
     "peak_over_weights_cache_gib": "GiB",
+    "peak_over_weights_gib": "GiB",
     "roofline_share": "1",
     "gpu_busy_share": "1",
     "perplexity": "1",
@@ -77,6 +78,11 @@ SUITES: dict[str, Suite] = {
     "step": Suite("what stands around a decoding step", ("us",), "pytest bench/bench_step.py"),
     "sampling": Suite("the choice of the next token", ("us",), "pytest bench/bench_sampling.py"),
     "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_patch.py"),
+    "quantize": Suite(
+        "the time quantizing takes",
+        ("s", "peak_over_weights_gib"),
+        "pytest bench/bench_quantize.py",
+    ),
     "decode": Suite("token by token generation", _DECODE, "llmfast bench decode"),
     "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
     "throughput": Suite(
