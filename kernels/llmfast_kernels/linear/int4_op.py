@@ -32,12 +32,12 @@ def int4_linear(
         y = round(act(gate)) * up
 
     Codes less zero points are whole numbers that 16 bits hold exactly; products are summed in
-    float32 and each group's sum is multiplied with its scale there, up to 64 tokens. For more the
-    weights are rounded to x's dtype before.
+    float32 and each group's sum is multiplied with its scale there. For more than 64 tokens the
+    weights may be rounded to x's dtype instead, before they are multiplied.
 
-    On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go another way: the weights go
-    through a workspace, and are multiplied by cuBLAS. The workspace is one for each device and
-    dtype, so calls on two streams must not overlap; :func:`workspace_bytes` is its size.
+    On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go through a workspace, into which the
+    weights are dequantized for cuBLAS. The workspace is one for each device and dtype, so calls on
+    two streams must not overlap; :func:`workspace_bytes` is its size.
 
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.
