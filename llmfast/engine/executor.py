@@ -22,6 +22,7 @@ from ..runner.step import Chunk, make_step
 from .fill import Filler
 from .graphs import MIXED_TOKENS, StepGraphs, graph_sizes
 from .inputs import Inputs, Size, buffer_bytes, step_of, views
+from .penalties import Counts
 from .request import Answer
 from .request import Sequence as Tokens
 from .sampler import Choice, choose, drawing, is_plain
@@ -113,6 +114,7 @@ class Executor:
         # of the latest step: the tokens that were chosen, and their status
         self._chosen = torch.zeros(2, rows, dtype=torch.int64, device=device)
         self._sampled = self._chosen[0]
+        self._counts = Counts(rows)
         self._filler = Filler(
             rows,
             width,
@@ -215,7 +217,7 @@ class Executor:
             logits = self._model(step, self.cache, wanted)
             logits, flight.logits = logits[: len(answers)], logits[len(answers) :]
             if not plain:
-                flight.choices = choose(logits, answers)
+                flight.choices = choose(logits, answers, self._counts)
                 tokens = torch.tensor([choice.token for choice in flight.choices])
                 self._sampled[: len(answers)] = tokens.to(self._sampled)
             elif answers:
@@ -299,6 +301,7 @@ class Executor:
         """Let go of the cache, and of what was changed of the user's model."""
         device = self._model.device
         self._graphs = None
+        self._counts = Counts(0)
         self._model.restore()
         del self._model
         self.cache.keys.clear()  # whoever still has the cache, has no memory of it

@@ -11,6 +11,7 @@ import torch
 from llmfast_kernels import sample_tokens
 
 from .logits import process, score
+from .penalties import Counts
 from .request import Answer
 from .sampling_params import SamplingParams
 
@@ -45,13 +46,14 @@ def drawing(answers: Sequence[Answer]) -> tuple[bool, bool]:
 
 
 @torch.no_grad()
-def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Choice]:
+def choose(logits: torch.Tensor, answers: Sequence[Answer], counts: Counts) -> list[Choice]:
     """Choose a token for each answer from its row of ``logits``.
 
     A row depends on its own logits, parameters, tokens, seed and number alone.
 
     Args:
         logits: ``[len(answers), vocabulary]``, raw.
+        counts: the same one in each step.
 
     Raises:
         whatever :func:`llmfast_kernels.sample_tokens` raises.
@@ -63,7 +65,7 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Choice]:
     sampled = sample_tokens(
         logits.contiguous(),
         **_drawing(answers, params, logits.device),
-        **_penalties(answers, params, logits),
+        **_penalties(answers, params, logits, counts),
         bias=_bias(answers, params, logits),
         logprobs=max(wanted) if wanted else None,
     )
@@ -109,29 +111,24 @@ def _drawing(
 
 
 def _penalties(
-    answers: Sequence[Answer], params: Sequence[SamplingParams], logits: torch.Tensor
+    answers: Sequence[Answer],
+    params: Sequence[SamplingParams],
+    logits: torch.Tensor,
+    counts: Counts,
 ) -> dict[str, torch.Tensor]:
-    rows = [
-        row
-        for row, p in enumerate(params)
-        if (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0, 0, 1)
+    penalised = [
+        (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0, 0, 1) for p in params
     ]
-    if not rows:
+    if not any(penalised):
         return {}
-    device = logits.device
-    seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
-    counts = torch.zeros(logits.shape, dtype=torch.int32, device=device)
-    for row in rows:
-        sequence = answers[row].sequence
-        seen[row, torch.tensor(sequence.tokens[: sequence.prompt_len], device=device)] = True
-        output = torch.tensor(sequence.output, dtype=torch.int64, device=device)
-        counts[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+    sequences = [a.sequence if wants else None for a, wants in zip(answers, penalised, strict=True)]
+    seen, counted = counts.of(sequences, logits.shape[1], logits.device)
     return {
-        "repetition_penalty": _column(params, lambda p: p.repetition_penalty, device),
-        "presence_penalty": _column(params, lambda p: p.presence_penalty, device),
-        "frequency_penalty": _column(params, lambda p: p.frequency_penalty, device),
+        "repetition_penalty": _column(params, lambda p: p.repetition_penalty, logits.device),
+        "presence_penalty": _column(params, lambda p: p.presence_penalty, logits.device),
+        "frequency_penalty": _column(params, lambda p: p.frequency_penalty, logits.device),
         "prompt_seen": seen,
-        "output_counts": counts,
+        "output_counts": counted,
     }
 
 
