@@ -32,7 +32,7 @@ from .scheduler import Plan
 logger = logging.getLogger("llmfast")
 
 GRAPHS: dict[str, type[StepGraphs]] = {"cuda": StepGraphs}  # where steps can be captured
-WARM_ROWS = 16  # sampling and attention lay out many rows in another way than few
+WARM_PROMPTS = 15  # of a step: sampling lays out many rows in another way than few
 CPU_CACHE_BYTES = 2**30  # no GPU's memory is there to be filled
 _SAMPLING_COPIES = 8  # of the logits in float32: what a choice with every parameter may hold
 
@@ -130,31 +130,33 @@ class Executor:
             self._graphs = graphs(self._fixed_step, self._make_idle, device, sizes)
 
     def warm_up(self, max_rows: int, max_tokens: int) -> None:
-        """Run steps of prompts that no graph holds, so that none compiles in front of a request.
+        """Run steps without graphs, so that none compiles in front of a request.
 
         What they leave in the cache is not read by anybody.
         """
-        greedy, drawn, filtered = (
-            SamplingParams(temperature=0),
-            SamplingParams(),
-            SamplingParams(top_k=8),
-        )
-        small = min(MIXED_TOKENS + 1, max_tokens)
-        for tokens, rows, params in (
-            (max_tokens, 2, greedy),
-            *((small, 2, params) for params in (drawn, filtered)),
-            *((small, WARM_ROWS, params) for params in (greedy, drawn, filtered)),
-        ):
-            plan = self._plan_of_prompts(tokens, min(rows, max_rows))
-            answers = [Answer(0, sequence, params, 0, frozenset()) for sequence in plan.counts]
-            if answers:
-                self.collect(self.launch(plan, answers, None))
+        ways = (SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=8))
+        small = min(MIXED_TOKENS, max_tokens)
+        graphs, self._graphs = self._graphs, None
+        try:
+            for tokens, prompts, params in (
+                (max_tokens, 1, ways[0]),
+                *((small, 1, params) for params in ways),
+                *((small, WARM_PROMPTS, params) for params in ways),
+            ):
+                plan = self._plan_of_prompts(tokens, prompts, max_rows)
+                answers = [Answer(0, sequence, params, 0, frozenset()) for sequence in plan.counts]
+                if answers:
+                    self.collect(self.launch(plan, answers, None))
+        finally:
+            self._graphs = graphs
 
-    def _plan_of_prompts(self, tokens: int, rows: int) -> Plan:
-        """One sequence that decodes, and prompts of ``tokens`` tokens, as far as blocks reach."""
+    def _plan_of_prompts(self, tokens: int, prompts: int, max_rows: int) -> Plan:
+        """A step of ``tokens`` tokens, as far as rows and blocks reach: one sequence that decodes,
+        and so many prompts, or more if they would be too long.
+        """
         plan, used = Plan(), 0
-        longest = max(1, min(self.max_model_len, -(-tokens // rows)))
-        while tokens and len(plan.counts) < rows:
+        longest = max(1, min(self.max_model_len, -(-tokens // prompts)))
+        while tokens and len(plan.counts) < max_rows:
             decodes = not plan.counts  # the first one
             count = 1 if decodes else min(tokens, longest)
             sequence = Tokens([0] * (count + decodes), count, count + 2, computed=int(decodes))

@@ -231,20 +231,26 @@ def test_warming_up_changes_nothing(rows, tokens, blocks):
 
 
 def test_warming_up_runs_every_sampling_of_few_rows_and_of_many(monkeypatch):
-    seen = set()
+    """And no graph: that would sample with every filter, and compile nothing of the others."""
+    seen, tokens, replayed = set(), [], []
     with engine(max_num_seqs=32, max_num_batched_tokens=700, num_blocks=60) as llm:
         launch = llm._executor.launch
 
         def note(plan, given, *args):
             seen.update((len(given), a.params.temperature > 0, a.params.top_k > 0) for a in given)
-            assert sum(plan.counts.values()) > 1
+            tokens.append(sum(plan.counts.values()))
             return launch(plan, given, *args)
 
+        had = llm._executor._graphs
         monkeypatch.setattr(llm._executor, "launch", note)
+        monkeypatch.setattr(Executor, "_fixed_step", lambda *_: replayed.append(1))
         llm._executor.warm_up(32, 700)
+        assert llm._executor._graphs is had
         check_empty(llm)
     ways = [(False, False), (True, False), (True, True)]  # greedy, drawn, drawn with filters
-    assert seen == {(rows, *way) for rows in (2, 16) for way in ways}
+    # up to 8 rows sampling lays out otherwise than more
+    assert {(n > 8, *way) for n, *way in seen} == {(large, *w) for large in (0, 1) for w in ways}
+    assert tokens[0] == 700 and not replayed
 
 
 def test_a_cache_that_runs_out_changes_nothing():
