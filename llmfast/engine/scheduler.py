@@ -16,6 +16,8 @@ from ..errors import UserError
 from .block_manager import BlockManager
 from .request import FINISHED, RUNNING, WAITING, Sequence
 
+_TILE = 512  # tokens: a step of whole tiles leaves no multiprocessor waiting for the others
+
 
 @dataclass
 class Plan:
@@ -48,7 +50,8 @@ class Scheduler:
         """
         Args:
             max_num_seqs: sequences that run at the same time at most.
-            max_num_batched_tokens: tokens of a step at most.
+            max_num_batched_tokens: tokens of a step at most. Unless a prompt ends in it, a step
+                holds whole tiles of 512 where that leaves out an eighth at most.
             chunked: prompts may be split, and run beside decodes. Otherwise one that is longer
                 than max_num_batched_tokens has a step of its own.
         """
@@ -56,6 +59,9 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked = chunked
+        rest = max_num_batched_tokens % _TILE
+        # tokens of a step that only the end of a prompt may take
+        self._spare = rest if chunked and 8 * rest <= max_num_batched_tokens else 0
         self.running: list[Sequence] = []  # in order
         # a heap; those that finished are skipped
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -131,7 +137,10 @@ class Scheduler:
         return budget > 0 if self.chunked else count <= budget or not plan.counts
 
     def _plan(self, sequence: Sequence, plan: Plan, budget: int) -> int:
-        count = min(sequence.remaining, budget) if self.chunked else sequence.remaining
+        count = sequence.remaining
+        if self.chunked and count > budget:  # the step is full
+            count = budget - self._spare if budget > self._spare else budget
+            budget = count
         plan.counts[sequence] = count
         return max(budget - count, 0)
 

@@ -287,6 +287,23 @@ def test_decodes_run_first_then_begun_prompts_then_new_ones():
     assert cache.counts(long, short) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("budget", "chunks"),
+    [
+        (580, [511, 569]),  # the end of a prompt takes what the tiles leave
+        (560, [511, 511, 58]),
+        (1000, [999, 81]),  # tiles would leave out too much
+    ],
+)
+def test_a_step_holds_whole_tiles_unless_a_prompt_ends(budget, chunks):
+    cache = Cache(num_blocks=600, budget=budget)
+    old = cache.add([1] * 3, max_tokens=9)
+    assert cache.counts(old) == [3]
+    long = cache.add([2] * 1080)
+    for chunk in chunks:
+        assert cache.counts(old, long) == [1, chunk]
+
+
 def test_without_chunks_prompts_run_whole_and_first():
     cache = Cache(num_blocks=40, budget=8, seqs=8, chunked=False)
     old = cache.add([1] * 3)
