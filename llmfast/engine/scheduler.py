@@ -19,6 +19,12 @@ from .request import FINISHED, RUNNING, WAITING, Sequence
 _TILE = 512  # tokens: a step of whole tiles leaves no multiprocessor waiting for the others
 
 
+def whole_tiles(max_num_batched_tokens: int) -> int:
+    """Tokens of a step that a prompt goes on after: less than the most by an eighth at most."""
+    rest = max_num_batched_tokens % _TILE
+    return max_num_batched_tokens - (rest if 8 * rest <= max_num_batched_tokens else 0)
+
+
 @dataclass
 class Plan:
     """One step."""
@@ -50,8 +56,8 @@ class Scheduler:
         """
         Args:
             max_num_seqs: sequences that run at the same time at most.
-            max_num_batched_tokens: tokens of a step at most. Unless a prompt ends in it, a step
-                holds whole tiles of 512 where that leaves out an eighth at most.
+            max_num_batched_tokens: tokens of a step at most. A step in which no prompt begins or
+                ends holds whole tiles of 512 where that leaves out an eighth at most.
             chunked: prompts may be split, and run beside decodes. Otherwise one that is longer
                 than max_num_batched_tokens has a step of its own.
         """
@@ -59,9 +65,9 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked = chunked
-        rest = max_num_batched_tokens % _TILE
-        # tokens of a step that only the end of a prompt may take
-        self._spare = rest if chunked and 8 * rest <= max_num_batched_tokens else 0
+        # tokens of a step that only a prompt's first chunk may take, which attends to fewest, or
+        # its last
+        self._spare = max_num_batched_tokens - whole_tiles(max_num_batched_tokens)
         self.running: list[Sequence] = []  # in order
         # a heap; those that finished are skipped
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -129,6 +135,8 @@ class Scheduler:
         """Plan prompts that have begun; what is left of the budget."""
         for sequence in self.running:
             if sequence.remaining > 1 and self._fits(sequence.remaining, plan, budget):
+                if self.chunked and sequence.remaining > budget > self._spare:
+                    budget -= self._spare
                 budget = self._plan(sequence, plan, budget)
         return budget
 
@@ -137,10 +145,7 @@ class Scheduler:
         return budget > 0 if self.chunked else count <= budget or not plan.counts
 
     def _plan(self, sequence: Sequence, plan: Plan, budget: int) -> int:
-        count = sequence.remaining
-        if self.chunked and count > budget:  # the step is full
-            count = budget - self._spare if budget > self._spare else budget
-            budget = count
+        count = min(sequence.remaining, budget) if self.chunked else sequence.remaining
         plan.counts[sequence] = count
         return max(budget - count, 0)
 

@@ -290,16 +290,16 @@ def test_decodes_run_first_then_begun_prompts_then_new_ones():
 @pytest.mark.parametrize(
     ("budget", "chunks"),
     [
-        (580, [511, 569]),  # the end of a prompt takes what the tiles leave
-        (560, [511, 511, 58]),
-        (1000, [999, 81]),  # tiles would leave out too much
+        (580, [579, 511, 560]),  # the first and the last take what the tiles leave
+        (560, [559, 511, 511, 69]),
+        (1000, [999, 651]),  # tiles would leave out too much
     ],
 )
-def test_a_step_holds_whole_tiles_unless_a_prompt_ends(budget, chunks):
+def test_a_step_holds_whole_tiles_unless_a_prompt_begins_or_ends(budget, chunks):
     cache = Cache(num_blocks=600, budget=budget)
     old = cache.add([1] * 3, max_tokens=9)
     assert cache.counts(old) == [3]
-    long = cache.add([2] * 1080)
+    long = cache.add([2] * 1650)
     for chunk in chunks:
         assert cache.counts(old, long) == [1, chunk]
 
