@@ -30,7 +30,7 @@ BANDWIDTHS = {
     "RTX 3090": 936,
 }
 REACHED = 0.9  # of it by a copy, as on an H100: 3,019 of 3,350 GB/s
-MANY_TOKENS = 256  # from here on 16-bit weights were faster: docs/ops/linear.md
+MANY_TOKENS = 256  # from here on 16-bit weights were faster, or as fast: docs/ops/linear.md
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Forecast:
     device: torch.device
     gpu: str | None  # its name; None on the CPU
     dtype: torch.dtype
+    bits: int
 
     def lines(self) -> list[str]:
         """What to print, in full sentences; the last one warns."""
@@ -80,10 +81,10 @@ class Forecast:
             )
         if self.dtype == torch.float32:
             return "Nothing will be multiplied in these bits: on a GPU that wants 16-bit inputs."
-        return (
-            f"Steps of {MANY_TOKENS} tokens or more (prompts, large batches) are slower than in 16"
-            " bits; in four bits 1.2 to 1.4 times on an H100."
-        )
+        steps = f"Steps of {MANY_TOKENS} tokens or more (prompts, large batches) are"
+        if self.bits == 4 and self.gpu is not None and "H100" in self.gpu:
+            return f"{steps} not faster than in 16 bits, and up to 1.2 times slower below 1,000."
+        return f"{steps} slower than in 16 bits."
 
 
 def forecast(
@@ -105,7 +106,7 @@ def forecast(
     step = sum(parameter.nbytes for parameter in model.parameters()) - _only_looked_up(model)
     gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
     return Forecast(
-        len(parts), dense, packed, step, step - dense + packed, model.device, gpu, model.dtype
+        len(parts), dense, packed, step, step - dense + packed, model.device, gpu, model.dtype, bits
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
+from llmfast_kernels.linear.int4_hopper import ROWS, WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
 from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
@@ -98,6 +99,45 @@ def _int4(
     )
 
 
+def _hopper(
+    dtype: str, tokens: int, n: int, k: int, group: int, *, kind: str, act: str | None, more: bool
+) -> Variant:
+    """``more``: a bias, and without an activation a residual."""
+    launch = choose_int4_launch(n, k, tokens, shared_memory=SHARED_LIMIT["sm_90"], hopper=True)
+    assert launch.tier == "hopper"
+    pointer, groups = f"*{dtype}:16", -(-k // group)
+    wide = f"tensordesc<{dtype}[{launch.block_m}, {CHUNK // 2}],{X_LAYOUT!r}>"
+    signature = dict.fromkeys(("x_desc", "residual_desc", "y_desc"), wide) | {
+        "words_desc": f"tensordesc<i32[{ROWS}, {CHUNK // 8}],{WORDS_LAYOUT!r}>",
+        "scales_ptr": pointer,
+        "n_tokens": "i32",
+        "n": "i32",
+        "k": "i32" if k % 16 else "i32:16",
+        "groups": "i32" if groups % 16 else "i32:16",
+    }
+    constexprs: dict[str, object] = {
+        "GROUP": group,
+        "ACT": act,
+        "RESIDUAL": more and act is None,
+        "TOKENS": launch.block_m,
+        "STAGES": launch.num_stages,
+    }
+    if more:
+        signature["bias_ptr"] = pointer
+    else:
+        constexprs["bias_ptr"] = None
+    _kind(kind, dtype, signature, constexprs)
+    return Variant(
+        name=f"linear/int4-g{group} {kind} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
+        kernel="llmfast_kernels.linear.int4_hopper:_int4_hopper_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=launch.num_warps,
+        targets=("sm_90",),
+        everywhere=False,
+    )
+
+
 def _dequantize(dtype: str, n: int, k: int, group: int, target: str, *, kind: str) -> Variant:
     pointer, groups = f"*{dtype}:16", -(-k // group)
     signature = {
@@ -180,6 +220,8 @@ VARIANTS = [
     _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros", act="silu"),
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima", act="gelu_tanh"),
     _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima", act="silu"),
+    _hopper("bf16", 1024, 28672, 4096, 128, kind="symmetric", act="silu", more=False),
+    _hopper("fp16", 512, 4096, 14336, 32, kind="minima", act=None, more=True),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),

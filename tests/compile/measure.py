@@ -22,6 +22,7 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 from variants import MAX_COMPILATIONS, all_variants
@@ -88,8 +89,9 @@ def measure(variant: Variant, target: str) -> dict[str, int]:
     module, name = variant.kernel.split(":")
     function = getattr(importlib.import_module(module), name)
     driver.set_active(_Driver(_gpu_target(target)))
+    source = GluonASTSource if function.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(
+        source(
             function,
             dict(_types(variant, function.arg_names)),
             constexprs=variant.constexprs,

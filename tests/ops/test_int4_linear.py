@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear
 
 from guards import BAND, GuardedEmpty, guarded
+from int4_cases import assert_as_good, each_dtype, each_kind, in_float64, make
 from llmfast_kernels.linear import (
     free_workspaces,
     int4_launch,
@@ -43,50 +43,12 @@ SHAPES = [
 
 on_cuda = torch.cuda.is_available()
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 each_tile = pytest.mark.parametrize("launch", [SMALL, MANY], ids=lambda launch: launch.tier)
-each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
 
 
 def skip_bfloat16_in_the_interpreter(device, dtype):
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
-
-
-def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0):
-    """The operation's arguments by name; results are about 1."""
-    tokens, k, n, group_size = shape
-    gen = torch.Generator().manual_seed(seed)
-    groups = -(-k // group_size)
-    args = {
-        "x": torch.randn(tokens, k, generator=gen).to(dtype),
-        "packed": pack_int4(torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)),
-        "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 5 / k**0.5).to(dtype),
-    }
-    if kind == "minima":
-        args["minima"] = (-7.5 * args["scales"] * (torch.rand(n, groups, generator=gen) + 0.5)).to(
-            dtype
-        )
-    if kind == "zeros":
-        args["zeros"] = torch.randint(0, 16, (n, groups), generator=gen, dtype=torch.uint8)
-    if more:
-        args["bias"] = torch.randn(n, generator=gen).to(dtype)
-        args["residual"] = torch.randn(tokens, n, generator=gen).to(dtype)
-    return {name: t.to(device) for name, t in args.items()} | {"group_size": group_size}
-
-
-def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
-    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
-    y = linear(x.double(), weight, None if bias is None else bias.double())
-    return y if residual is None else y + residual.double()
-
-
-def assert_as_good(ours, reference, exact):
-    """The relative rule: at most twice the reference's own error, or four epsilons."""
-    assert ours.dtype == reference.dtype and ours.shape == reference.shape
-    error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
-    floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
-    assert error <= max(2 * own, floor)  # false for NaN too
 
 
 # --------------------------------------------------------------------------------------- layout
@@ -376,6 +338,26 @@ def test_what_an_h100_launches():
     assert choose(4096, 4096, 128) == ("tiles", 128, 128, 4)  # too few programs
     assert choose(4096, 14336, 256) == ("tiles", 128, 128, 2)  # too many columns
     assert choose(4096, 4096, 256, same_dtype=False) == ("tiles", 128, 128, 2)
+    assert choose(4096, 4096, 257)[0] == "workspace"
+
+
+def test_what_hopper_s_own_kernel_takes():
+    def choose(n, k, tokens, **options):
+        options = {"shared_memory": 227 * 1024, "hopper": True} | options
+        launch = choose_int4_launch(n, k, tokens, **options)
+        return launch.tier, launch.block_m
+
+    assert choose(28672, 4096, 128) == ("many", 128)
+    assert choose(28672, 4096, 129) == choose(28672, 4096, 256) == ("hopper", 256)
+    assert choose(6144, 4096, 256) == ("hopper", 128)
+    assert choose(4096, 4096, 256) == ("many", 128)  # too few tiles
+    assert choose(4096, 14336, 256) == ("tiles", 128)
+    assert choose(4096, 14336, 512) == ("hopper", 128)
+    assert choose(6144, 4096, 1024) == ("hopper", 128)  # fewer waves of programs
+    assert choose(4096, 4096, 1024) == choose(6144, 4096, 4096) == ("hopper", 256)
+    assert choose(1024, 4096, 512)[0] == "workspace"  # few programs, little to dequantize
+    assert choose(4096, 4096, 1024, same_dtype=False)[0] == "workspace"
+    assert choose(4096, 512, 1024)[0] == "workspace"  # fewer columns than stages
 
 
 def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):

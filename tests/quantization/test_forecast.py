@@ -38,7 +38,9 @@ def test_the_lines_name_bytes_time_and_where_it_is_slower():
     big = replace(told, step_dense=15_000_000_000, step_packed=4_500_000_000, dense=2**34)
     first, warning = replace(big, gpu="NVIDIA H100 80GB HBM3").lines()
     assert "16.00 GiB of weights" in first and "1.49 ms" in first and "not 4.98 ms" in first
-    assert "256 tokens or more" in warning
+    assert "256 tokens or more" in warning and "1.2 times slower below 1,000" in warning
+    for other in (replace(big, gpu="NVIDIA L4"), replace(big, gpu="NVIDIA H100", bits=8)):
+        assert "256 tokens or more" in other.warning() and "are slower than" in other.warning()
     first, _ = replace(big, gpu="Some GPU").lines()
     assert "ms" not in first and "reads 4.19 GiB, not 13.97 GiB" in first
     _, warning = replace(big, gpu="NVIDIA L4", dtype=torch.float32).lines()

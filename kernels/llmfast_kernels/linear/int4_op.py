@@ -35,9 +35,9 @@ def int4_linear(
     float32 and each group's sum is multiplied with its scale there. For more than 64 tokens the
     weights may be rounded to x's dtype instead, before they are multiplied.
 
-    On CUDA, more than ``int4_kernel.MAX_TOKENS`` tokens go through a workspace, into which the
-    weights are dequantized for cuBLAS. The workspace is one for each device and dtype, so calls on
-    two streams must not overlap; :func:`workspace_bytes` is its size.
+    On CUDA, more than ``int4_launch.MAX_TOKENS`` tokens may go through a workspace, into which the
+    weights are dequantized for cuBLAS; on Hopper few layers do. The workspace is one for each
+    device and dtype, so calls on two streams must not overlap; :func:`workspace_bytes` is its size.
 
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.

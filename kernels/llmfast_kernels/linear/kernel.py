@@ -248,3 +248,17 @@ def shared_memory_of(index: int) -> int:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     size: int = properties["max_shared_mem"]
     return size
+
+
+@cache
+def multiprocessors_of(index: int) -> int:
+    """The multiprocessors of a GPU."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    count: int = properties["multiprocessor_count"]
+    return count
+
+
+@cache
+def is_hopper(index: int) -> bool:
+    """Whether a GPU has Hopper's tensor cores, which take weights from registers."""
+    return torch.cuda.get_device_capability(index) == (9, 0)

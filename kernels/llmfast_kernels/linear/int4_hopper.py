@@ -1,0 +1,377 @@
+"""Layers with four-bit weights for hundreds of tokens and more, on Hopper's tensor cores.
+
+A program has three parts that run beside each other. One warp fetches tokens and words of columns
+into a ring of stages, by TMA. Two warpgroups, 64 rows of the weight each, wait for a stage,
+dequantize its weights in registers and multiply, each at its own pace: while one dequantizes, the
+tensor cores work for the other. The weights are rounded to just what dequantizing rounds them to.
+
+Tiles follow each other in a program, and the ring goes on from one to the next. After a tile's
+columns comes one stage more, in which the residual is fetched and from which the tile is stored.
+
+This is Gluon, Triton's language below the tiles: what runs beside what cannot be said in Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..activation.kernel import activate
+from ..relaunch import Relaunch, aligned
+from .int4_launch import HOPPER_STAGES
+from .int4_layout import CHUNK, MIDDLE
+from .kernel import multiprocessors_of
+
+ROWS = 64  # of the weight, that a warpgroup multiplies
+
+_ROWS = gl.constexpr(ROWS)
+_CHUNK = gl.constexpr(CHUNK)
+_WORDS = gl.constexpr(CHUNK // 8)
+_HALF = gl.constexpr(CHUNK // 2)  # columns that lie 128 bytes wide in shared memory
+_MIDDLE = gl.constexpr(MIDDLE)
+_BAND = gl.constexpr(8)  # tiles of tokens whose programs are neighbours
+
+# names before Triton 3.7
+_fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+_activate = gluon.jit(activate.fn)
+
+X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+WORDS_LAYOUT = gl.NVMMASharedLayout(64, 32, 2)
+
+
+@gluon.jit
+def _place(index, token_tiles, row_tiles, TOKENS: gl.constexpr):
+    """A tile's first token, and which of the tiles of rows it is of."""
+    band = index // (_BAND * row_tiles)
+    within = index % (_BAND * row_tiles)
+    width = gl.minimum(token_tiles - band * _BAND, _BAND)
+    return (band * _BAND + within % width) * TOKENS, within // width
+
+
+@gluon.jit
+def _first_row(row_tile, n, which: gl.constexpr, GATED: gl.constexpr):
+    """Of a warpgroup. GATED: one has the gate's rows, the other those of up that belong to them."""
+    if GATED:
+        return row_tile * _ROWS + which * (n // 2)
+    else:
+        return (2 * row_tile + which) * _ROWS
+
+
+@gluon.jit
+def _stage(step, STAGES: gl.constexpr):
+    """The stage of a step, and the phase of its barriers."""
+    return step % STAGES, step // STAGES & 1
+
+
+@gluon.jit
+def _fetch_all(
+    x_desc, words_desc, residual_desc, ring, layer,
+    ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    xs, words, full, empty = ring
+    token_tiles, row_tiles, chunks, n, _ = layer
+    TOKENS: gl.constexpr = xs.shape[1]
+    GATED: gl.constexpr = ACT is not None
+    step = 0
+    for index in range(gl.program_id(0), token_tiles * row_tiles, gl.num_programs(0)):
+        token, row_tile = _place(index, token_tiles, row_tiles, TOKENS)
+        for chunk in range(chunks):
+            stage, phase = _stage(step, STAGES)
+            step += 1
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            come = full.index(stage)
+            mbarrier.expect(come, 2 * (TOKENS * _HALF * 2 + _ROWS * _WORDS * 4))
+            for which in gl.static_range(2):
+                column = chunk * _CHUNK + which * _HALF
+                _fetch(x_desc, [token, column], come, xs.index(2 * stage + which))
+                row = _first_row(row_tile, n, which, GATED)
+                _fetch(words_desc, [row, chunk * _WORDS], come, words.index(2 * stage + which))
+        stage, phase = _stage(step, STAGES)
+        step += 1
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        come = full.index(stage)
+        if RESIDUAL:
+            mbarrier.expect(come, 2 * (TOKENS * _ROWS * 2))
+            for which in gl.static_range(2):
+                row = _first_row(row_tile, n, which, GATED)
+                _fetch(residual_desc, [token, row], come, xs.index(2 * stage + which))
+        else:
+            mbarrier.arrive(come, count=1)
+
+
+@gluon.jit
+def _twice(bits):
+    """16 bits in both halves of a word."""
+    return (bits.to(gl.int32) & 0xFFFF) * 0x10001
+
+
+@gluon.jit
+def _group(scales_ptr, zeros_ptr, minima_ptr, at, dtype: gl.constexpr):
+    """What is subtracted from a group's codes, its scale and its minimum, twice each in a word."""
+    OFFSET: gl.constexpr = 0x4300 if dtype == gl.bfloat16 else 0x6400  # 128, or 1024
+    scale = _twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
+    if minima_ptr is not None:
+        minimum = _twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
+        zero = gl.full(at.shape, OFFSET * 0x10001, gl.int32, at.type.layout)
+    elif zeros_ptr is not None:
+        minimum = scale  # not used
+        zero = _twice(gl.load(zeros_ptr + at).to(gl.int32) + OFFSET)  # the last bit stands for 1
+    else:
+        minimum = scale
+        zero = gl.full(at.shape, (OFFSET + _MIDDLE) * 0x10001, gl.int32, at.type.layout)
+    return zero, scale, minimum
+
+
+@gluon.jit
+def _pair(words, p: gl.constexpr, group, MINIMA: gl.constexpr, dtype: gl.constexpr):
+    """The weights of CHUNK / 4 columns: less the zero point they are exact, and rounded once."""
+    zero, scale, minimum = group
+    KIND: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    OFFSET: gl.constexpr = 0x43004300 if dtype == gl.bfloat16 else 0x64006400
+    codes = ((words >> (4 * p)) & 0x000F000F) | OFFSET
+    zero, _ = gl.broadcast(zero, codes)
+    scale, _ = gl.broadcast(scale, codes)
+    if MINIMA:
+        minimum, _ = gl.broadcast(minimum, codes)
+        both = gl.inline_asm_elementwise(
+            "{ .reg .b32 t; sub.rn." + KIND + " t, $1, $2; fma.rn." + KIND + " $0, t, $3, $4; }",
+            "=r,r,r,r,r", [codes, zero, scale, minimum], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        both = gl.inline_asm_elementwise(
+            "{ .reg .b32 t; sub.rn." + KIND + " t, $1, $2; mul.rn." + KIND + " $0, t, $3; }",
+            "=r,r,r,r", [codes, zero, scale], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    low = both.to(gl.int16).to(dtype, bitcast=True)
+    high = (both >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.reshape(gl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+
+
+@gluon.jit
+def _side_by_side(left, right, layout: gl.constexpr):
+    both = gl.permute(gl.join(left, right), (0, 2, 1))
+    both = gl.reshape(both, [left.shape[0], 2 * left.shape[1]])
+    return gl.convert_layout(both, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _multiply_all(
+    y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer, WHICH: gl.constexpr,
+    GROUP: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    xs, words, full, empty = ring
+    token_tiles, row_tiles, chunks, n, groups = layer
+    TOKENS: gl.constexpr = xs.shape[1]
+    dtype: gl.constexpr = xs.dtype
+    MINIMA: gl.constexpr = minima_ptr is not None
+    PER_CHUNK: gl.constexpr = _CHUNK // GROUP if GROUP > 0 else 0
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    # each lane loads the words of which it multiplies the weights
+    words_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0], [0, 4], [0, 8]],
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [_ROWS, _WORDS],
+    )
+    own = gl.expand_dims(gl.arange(0, _ROWS, gl.SliceLayout(1, words_layout)), 1)
+    of_sums = gl.expand_dims(gl.arange(0, _ROWS, gl.SliceLayout(1, sums_layout)), 1)
+    step = 0
+    turn = 0  # tiles done
+    for index in range(gl.program_id(0), token_tiles * row_tiles, gl.num_programs(0)):
+        token, row_tile = _place(index, token_tiles, row_tiles, TOKENS)
+        row = _first_row(row_tile, n, WHICH, ACT is not None)
+        first = gl.minimum(row + own, n - 1) * groups
+        last = first + groups - 1
+        sums = warpgroup_mma_init(gl.zeros([_ROWS, TOKENS], gl.float32, sums_layout))
+        for chunk in range(chunks):
+            stage, phase = _stage(step, STAGES)
+            step += 1
+            at = first + chunk * PER_CHUNK
+            group0 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at, last), dtype)
+            group1 = group0
+            group2 = group0
+            if GROUP == 32:
+                group1 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 1, last), dtype)
+                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 2, last), dtype)
+            elif GROUP == 64:
+                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 1, last), dtype)
+            group3 = group2
+            if GROUP == 32:
+                group3 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 3, last), dtype)
+            mbarrier.wait(full.index(stage), phase)
+            codes = words.index(2 * stage + WHICH).load(words_layout)
+            left = _side_by_side(
+                _pair(codes, 0, group0, MINIMA, dtype),
+                _pair(codes, 1, group1, MINIMA, dtype),
+                weights_layout,
+            )
+            x = xs.index(2 * stage).permute((1, 0))
+            sums = warpgroup_mma(left, x, sums, is_async=True)
+            right = _side_by_side(
+                _pair(codes, 2, group2, MINIMA, dtype),
+                _pair(codes, 3, group3, MINIMA, dtype),
+                weights_layout,
+            )
+            x = xs.index(2 * stage + 1).permute((1, 0))
+            sums = warpgroup_mma(right, x, sums, is_async=True)
+            # within the chunk: across the loop's end ptxas would make each instruction wait
+            sums = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(sums,)))
+            mbarrier.arrive(empty.index(stage), count=1)
+        y = warpgroup_mma_wait(0, deps=(sums,))
+        if bias_ptr is not None:
+            y += gl.load(bias_ptr + gl.minimum(row + of_sums, n - 1)).to(gl.float32)
+        y = y.to(dtype)
+        stage, phase = _stage(step, STAGES)
+        step += 1
+        mbarrier.wait(full.index(stage), phase)
+        tile = xs.index(2 * stage + WHICH)
+        if RESIDUAL:
+            residual = tile.permute((1, 0)).load(sums_layout)
+            y = (y.to(gl.float32) + residual.to(gl.float32)).to(dtype)
+        if ACT is not None:
+            if WHICH == 0:
+                y = _activate(y.to(gl.float32), ACT).to(dtype)
+            else:
+                mbarrier.wait(gated, turn & 1)
+                gate = xs.index(2 * stage).permute((1, 0)).load(sums_layout)
+                y = (gate.to(gl.float32) * y.to(gl.float32)).to(dtype)
+        turn += 1
+        tile.permute((1, 0)).store(y)
+        if ACT is not None and WHICH == 0:
+            mbarrier.arrive(gated, count=1)
+        else:
+            fence_async_shared()
+            _put(
+                y_desc,
+                [token, _first_row(row_tile, n, 0 if ACT is not None else WHICH, ACT is not None)],
+                tile,
+            )
+            tma.store_wait(0)
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit(do_not_specialize=["n_tokens", "n"])
+def _int4_hopper_kernel(
+    x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
+    words_desc,  # [n, chunks * 16] words in boxes of [64, 16]
+    residual_desc,  # [n_tokens, n] in boxes as x's, read only if RESIDUAL
+    y_desc,  # [n_tokens, n] in boxes as x's, written; with ACT half as wide
+    scales_ptr,  # [n, groups], of x's dtype, as the minima
+    zeros_ptr,  # [n, groups], or None: 8
+    minima_ptr,  # [n, groups], or None; then there are no zeros
+    bias_ptr,  # [n] or None
+    n_tokens,
+    n,
+    k,
+    groups,
+    GROUP: gl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
+    ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
+    RESIDUAL: gl.constexpr,
+    TOKENS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    token_tiles = (n_tokens + TOKENS - 1) // TOKENS
+    row_tiles = (n + 2 * _ROWS - 1) // (2 * _ROWS)
+    chunks = (k + _CHUNK - 1) // _CHUNK
+    xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, _HALF], x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [2 * STAGES, _ROWS, _WORDS], words_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    gated = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    mbarrier.init(gated, count=1)
+    ring = (xs, words, full, empty)
+    layer = (token_tiles, row_tiles, chunks, n, groups)
+    gl.warp_specialize(
+        [
+            (
+                _multiply_all,
+                (
+                    y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer,
+                    gl.constexpr(0), GROUP, ACT, RESIDUAL, STAGES,
+                ),
+            ),
+            (
+                _multiply_all,
+                (
+                    y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer,
+                    gl.constexpr(1), GROUP, ACT, RESIDUAL, STAGES,
+                ),
+            ),
+            (_fetch_all, (x_desc, words_desc, residual_desc, ring, layer, ACT, RESIDUAL, STAGES)),
+        ],
+        [4, 1],  # warps of the second and the third, and registers of each of their lanes
+        [232, 40],
+    )  # fmt: skip
+
+
+_hopper = Relaunch(_int4_hopper_kernel)
+
+
+def launch_int4_hopper(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    minima: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    group: int,
+    activation: str | None,
+    tokens: int,
+) -> None:
+    """Write ``y``.
+
+    x, packed, residual and y at multiples of 16 bytes; the columns of x and y multiples of 8.
+
+    Args:
+        group: columns that share a scale, 0 for all.
+        tokens: of a tile, a key of HOPPER_STAGES, of which the columns fill as many at least.
+    """
+    n, k, width = len(packed), x.shape[-1], y.shape[-1]
+    n_tokens = x.numel() // k
+    wide = [tokens, CHUNK // 2]
+    x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], wide, X_LAYOUT)
+    words = packed.shape[1]
+    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [ROWS, CHUNK // 8], WORDS_LAYOUT)
+    y_desc, residual_desc = (
+        TensorDescriptor(out, [n_tokens, width], [width, 1], wide, X_LAYOUT)
+        for out in (y, y if residual is None else residual)
+    )
+    tiles = -(-n_tokens // tokens) * -(-n // (2 * ROWS))
+    device = x.get_device()
+    given = (scales, zeros, minima, bias)
+    groups = scales.shape[1]
+    key = None
+    if aligned(*(t for t in given if t is not None)):
+        absent = tuple(t is None for t in (zeros, minima, bias, residual))
+        alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
+        key = (device, x.dtype, *absent, *alike, group, activation, tokens)
+    _hopper(
+        (min(tiles, multiprocessors_of(device)),),
+        key,
+        (
+            *(x_desc, words_desc, residual_desc, y_desc, *given, n_tokens, n, k, groups),
+            *(group, activation, residual is not None, tokens, HOPPER_STAGES[tokens]),
+        ),
+        num_warps=4,
+    )

@@ -1,0 +1,125 @@
+"""Four-bit weights on Hopper's tensor cores, where the parts of a program run beside each other."""
+
+import pytest
+import torch
+
+from guards import GuardedEmpty, guarded
+from int4_cases import assert_as_good, each_dtype, each_kind, in_float64, make
+from llmfast_kernels.linear import int4_linear
+from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
+from llmfast_kernels.linear.int4_launch import HOPPER_STAGES, Int4Launch
+from llmfast_kernels.linear.reference import ACTIVATIONS, int4_linear_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="wants a Hopper GPU",
+    ),
+]
+LAUNCHES = [Int4Launch("hopper", m, 128, 1, 4, stages) for m, stages in HOPPER_STAGES.items()]
+each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.block_m)
+# tokens, k, n, group size: tiles that are not full, columns that end within a chunk or a group
+SHAPES = [
+    (1, 640, 16, 128),
+    (129, 1000, 48, 64),
+    (300, 1032, 1008, 32),
+    (257, 4096, 6144, 128),
+    (513, 1000, 336, 1000),
+    (1024, 14336, 144, 64),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@each_launch
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
+def test_it_matches_float64(shape, launch, dtype, kind, more):
+    args = make(shape, dtype, "cuda", kind, more)
+    got = launch_int4_linear(**args, _launch=launch)
+    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+
+
+@pytest.mark.parametrize("shape", [(300, 640, 2 * 40, 32), (257, 4096, 2 * 2000, 128)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@each_launch
+@each_dtype
+def test_gate_and_up_meet_in_shared_memory(shape, activation, bias, launch, dtype):
+    args = make(shape, dtype, "cuda")
+    del args["residual"]
+    if not bias:
+        del args["bias"]
+    got = launch_int4_linear(**args, activation=activation, _launch=launch)
+    assert got.shape == (shape[0], shape[2] // 2)
+    reference = int4_linear_reference(**args, activation=activation)
+    assert_as_good(got, reference, ACTIVATIONS[activation](in_float64(**args)))
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "zeros"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 640])
+@each_launch
+@each_dtype
+def test_its_weights_are_the_dequantized_ones(kind, group_size, launch, dtype):
+    """To the bit: one column at a time the weight itself comes out."""
+    k, n = 640, 208
+    args = make((k, k, n, group_size), dtype, "cuda", kind, more=False)
+    args["x"] = torch.eye(k, dtype=dtype, device="cuda")
+    weight = torch.empty(n, k, dtype=dtype, device="cuda")
+    given = (args["packed"], args["scales"], args.get("zeros"), None, weight)
+    launch_dequantize_int4(*given, group_size=group_size)
+    assert torch.equal(launch_int4_linear(**args, _launch=launch).T, weight)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@each_launch
+def test_programs_with_several_tiles_give_the_same_each_time(launch, activation):
+    """The ring of stages goes on from tile to tile; the fewest columns make them follow soonest."""
+    args = make((1500, 640, 8192, 128), torch.bfloat16, "cuda", more=False)
+    wanted = launch_int4_linear(**args, activation=activation, _launch=launch)
+    reference = int4_linear_reference(**args, activation=activation)
+    exact = in_float64(**args)
+    assert_as_good(wanted, reference, exact if activation is None else ACTIVATIONS["silu"](exact))
+    for _ in range(50):
+        got = launch_int4_linear(**args, activation=activation, _launch=launch)
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "minima"])
+@each_launch
+def test_nothing_outside_the_tensors_is_read_or_written(kind, launch, monkeypatch):
+    empty = GuardedEmpty()
+    args = make((130, 1000, 336, 64), torch.float16, "cuda", kind)
+    reference, exact = int4_linear_reference(**args), in_float64(**args)
+    for name, value in args.items():
+        if isinstance(value, torch.Tensor):
+            band = float("nan") if value.is_floating_point() else 119
+            args[name] = guarded(value, band)[0]
+    monkeypatch.setattr(torch, "empty", empty)
+    assert_as_good(launch_int4_linear(**args, _launch=launch), reference, exact)
+    empty.assert_bands_are_whole(reference.numel())
+
+
+def test_it_is_captured_in_a_graph():
+    args = make((512, 4096, 6144, 128), torch.bfloat16, "cuda")
+    int4_linear(**args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = int4_linear(**args)
+    args["x"].copy_(make((512, 4096, 6144, 128), torch.bfloat16, "cuda", seed=1)["x"])
+    graph.replay()
+    assert torch.equal(got, int4_linear(**args))
+
+
+@pytest.mark.parametrize("odd", ["x", "residual", "n"])
+def test_what_tma_does_not_take_goes_another_way(odd):
+    tokens, k, n = 300, 1024, 4096 + (8 if odd == "n" else 0)
+    args = make((tokens, k, n, 128), torch.float16, "cuda")
+    if odd != "n":
+        value = args[odd]
+        args[odd] = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")[1:].view_as(
+            value
+        )
+        args[odd].copy_(value)
+    assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))
