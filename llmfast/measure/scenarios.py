@@ -130,7 +130,7 @@ def measure_long_prompts(
     source: Source,
     scenario: LongPrompts,
     *,
-    budget: int = 2176,
+    budget: int,
     repeats: int = 1,
     options: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,

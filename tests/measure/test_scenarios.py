@@ -118,12 +118,12 @@ def test_long_prompts_in_chunks_and_first(tiny, engines):
 def test_answers_that_end_too_early_are_the_users_mistake(tiny):
     early = dataclasses.replace(LONG, output=5)
     with pytest.raises(UserError, match="an answer of 5 tokens ended before the last"):
-        scenarios.measure_long_prompts(tiny, early, options={"num_blocks": 99})
+        scenarios.measure_long_prompts(tiny, early, budget=16, options={"num_blocks": 99})
 
 
 def test_a_request_that_fails_ends_the_measurement(tiny):
     with pytest.raises(UserError, match="a request failed: the request may reach"):
-        scenarios.measure_long_prompts(tiny, LONG, options={"num_blocks": 2})
+        scenarios.measure_long_prompts(tiny, LONG, budget=16, options={"num_blocks": 2})
 
 
 def test_only_gaps_beside_a_long_prompt_count():
