@@ -15,6 +15,18 @@ def guarded(values, band):
     return inner, buffer
 
 
+def guard_all(arguments, band):
+    """The arguments of an operation with every tensor between bands: a stray read makes NaN, or
+    numbers that are far off; ``band`` is that of whole numbers."""
+
+    def guard(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return guarded(value, float("nan") if value.is_floating_point() else band)[0]
+
+    return {name: guard(value) for name, value in arguments.items()}
+
+
 class GuardedEmpty:
     """Stands for torch.empty: NaN between bands."""
 

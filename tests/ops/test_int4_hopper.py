@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from guards import GuardedEmpty, guarded
+from guards import GuardedEmpty, guard_all
 from int4_cases import assert_as_good, each_dtype, each_kind, in_float64, make
 from llmfast_kernels.linear import int4_linear
 from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
@@ -92,10 +92,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(kind, launch, monkeypatc
     empty = GuardedEmpty()
     args = make((130, 1000, 336, 64), torch.float16, "cuda", kind)
     reference, exact = int4_linear_reference(**args), in_float64(**args)
-    for name, value in args.items():
-        if isinstance(value, torch.Tensor):
-            band = float("nan") if value.is_floating_point() else 119
-            args[name] = guarded(value, band)[0]
+    args = guard_all(args, 119)
     monkeypatch.setattr(torch, "empty", empty)
     assert_as_good(launch_int4_linear(**args, _launch=launch), reference, exact)
     empty.assert_bands_are_whole(reference.numel())

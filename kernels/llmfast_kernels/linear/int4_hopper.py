@@ -41,11 +41,9 @@ _HALF = gl.constexpr(CHUNK // 2)  # columns that lie 128 bytes wide in shared me
 _MIDDLE = gl.constexpr(MIDDLE)
 _BAND = gl.constexpr(8)  # tiles of tokens whose programs are neighbours
 
-# names before Triton 3.7
+# as later versions than Triton 3.6 call them, or as it does
 _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
 _activate = gluon.jit(activate.fn)
 
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
@@ -256,11 +254,9 @@ def _multiply_all(
             mbarrier.arrive(gated, count=1)
         else:
             fence_async_shared()
-            _put(
-                y_desc,
-                [token, _first_row(row_tile, n, 0 if ACT is not None else WHICH, ACT is not None)],
-                tile,
-            )
+            if ACT is not None:
+                row -= n // 2  # of up's row its unit
+            _put(y_desc, [token, row], tile)
             tma.store_wait(0)
         mbarrier.arrive(empty.index(stage), count=1)
 
@@ -296,6 +292,7 @@ def _int4_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
+    # a warpgroup cannot be two tiles ahead, since a tile's columns fill the ring
     mbarrier.init(gated, count=1)
     ring = (xs, words, full, empty)
     layer = (token_tiles, row_tiles, chunks, n, groups)
