@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
-from llmfast_kernels.linear.int4_hopper import ROWS, WORDS_LAYOUT, X_LAYOUT
+from llmfast_kernels.linear.int4_hopper_parts import ROWS, WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
 from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
+from llmfast_kernels.linear.int4_stream import REGISTERS
 from llmfast_kernels.linear.int8_kernel import WHOLE, choose_int8_launch
 from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
 
@@ -138,6 +139,54 @@ def _hopper(
     )
 
 
+def _stream(
+    dtype: str, tokens: int, n: int, k: int, group: int, *, kind: str, act: str | None, more: bool
+) -> Variant:
+    """``more``: a bias, and without an activation a residual."""
+    launch = choose_int4_launch(n, k, tokens, shared_memory=SHARED_LIMIT["sm_90"], stream=True)
+    assert launch.tier == "stream"
+    pointer, groups = f"*{dtype}:16", -(-k // group)
+    box = ROWS if act is None else ROWS // 2
+    signature = {
+        "x_desc": f"tensordesc<{dtype}[{launch.block_m}, {CHUNK // 2}],{X_LAYOUT!r}>",
+        "words_desc": f"tensordesc<i32[{box}, {CHUNK // 8}],{WORDS_LAYOUT!r}>",
+        "scales_ptr": pointer,
+        "y_ptr": pointer,
+        "partial_ptr": "*fp32:16",
+        "tickets_ptr": "*i32:16",
+        "n_tokens": "i32",
+        "n": "i32",
+        "k": "i32" if k % 16 else "i32:16",
+        "groups": "i32" if groups % 16 else "i32:16",
+    }
+    constexprs: dict[str, object] = {
+        "GROUP": group,
+        "ACT": act,
+        "TOKENS": launch.block_m,
+        "STAGES": launch.num_stages,
+        "EARLY": False,
+        "OF_MULTIPLY": 104,
+        "OF_FETCH": 24,
+    }
+    for name, there in (("bias_ptr", more), ("residual_ptr", more and act is None)):
+        if there:
+            signature[name] = pointer
+        else:
+            constexprs[name] = None
+    _kind(kind, dtype, signature, constexprs)
+    constexprs.pop("minima_ptr", None)
+    return Variant(
+        name=f"linear/int4-g{group} {kind} {act or 'dense'} {dtype} {tokens}x{k}x{n} stream",
+        kernel="llmfast_kernels.linear.int4_stream:_int4_stream_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=launch.num_warps,
+        targets=("sm_90",),
+        everywhere=False,
+        options={"maxnreg": REGISTERS},
+    )
+
+
 def _dequantize(dtype: str, n: int, k: int, group: int, target: str, *, kind: str) -> Variant:
     pointer, groups = f"*{dtype}:16", -(-k // group)
     signature = {
@@ -222,6 +271,8 @@ VARIANTS = [
     _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima", act="silu"),
     _hopper("bf16", 1024, 28672, 4096, 128, kind="symmetric", act="silu", more=False),
     _hopper("fp16", 512, 4096, 14336, 32, kind="minima", act=None, more=True),
+    _stream("bf16", 1, 28672, 4096, 128, kind="symmetric", act="silu", more=False),
+    _stream("fp16", 16, 4096, 14336, 64, kind="zeros", act=None, more=True),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),

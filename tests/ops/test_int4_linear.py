@@ -358,6 +358,11 @@ def test_what_hopper_s_own_kernel_takes():
     assert choose(1024, 4096, 512)[0] == "workspace"  # few programs, little to dequantize
     assert choose(4096, 4096, 1024, same_dtype=False)[0] == "workspace"
     assert choose(4096, 512, 1024)[0] == "workspace"  # fewer columns than stages
+    assert choose(28672, 4096, 1, stream=True) == choose(64, 64, 8, stream=True) == ("stream", 8)
+    assert choose(4096, 14336, 9, stream=True) == ("stream", 16)
+    assert choose(4096, 4096, 32, stream=True) == ("stream", 32)
+    assert choose(4096, 4096, 33, stream=True)[0] == "tiles"
+    assert choose(128256, 4096, 1, stream=True)[0] == "gemv"  # more tiles than tickets
 
 
 def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):

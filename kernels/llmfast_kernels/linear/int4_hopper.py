@@ -7,8 +7,6 @@ tensor cores work for the other. The weights are rounded to just what dequantizi
 
 Tiles follow each other in a program, and the ring goes on from one to the next. After a tile's
 columns comes one stage more, in which the residual is fetched and from which the tile is stored.
-
-This is Gluon, Triton's language below the tiles: what runs beside what cannot be said in Triton.
 """
 
 from __future__ import annotations
@@ -26,30 +24,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..activation.kernel import activate
 from ..relaunch import Relaunch, aligned
+from .int4_hopper_parts import (
+    CHUNK_COLUMNS,
+    CHUNK_WORDS,
+    HALF_CHUNK,
+    LANES,
+    ROWS,
+    TILE_ROWS,
+    WORDS_LAYOUT,
+    X_LAYOUT,
+    activate,
+    fetch,
+    less_zeros,
+    operand,
+    put,
+    scaled,
+    twice,
+    zeros_of,
+)
 from .int4_launch import HOPPER_STAGES
 from .int4_layout import CHUNK, MIDDLE
 from .kernel import multiprocessors_of
 
-ROWS = 64  # of the weight, that a warpgroup multiplies
-
-_ROWS = gl.constexpr(ROWS)
-_CHUNK = gl.constexpr(CHUNK)
-_WORDS = gl.constexpr(CHUNK // 8)
-_HALF = gl.constexpr(CHUNK // 2)  # columns that lie 128 bytes wide in shared memory
 _MIDDLE = gl.constexpr(MIDDLE)
 _BAND = gl.constexpr(8)  # tiles of tokens whose programs are neighbours
-
-# names before Triton 3.7
-_fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-_activate = gluon.jit(activate.fn)
-
-X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
-WORDS_LAYOUT = gl.NVMMASharedLayout(64, 32, 2)
 
 
 @gluon.jit
@@ -65,9 +64,9 @@ def _place(index, token_tiles, row_tiles, TOKENS: gl.constexpr):
 def _first_row(row_tile, n, which: gl.constexpr, GATED: gl.constexpr):
     """Of a warpgroup. GATED: one has the gate's rows, the other those of up that belong to them."""
     if GATED:
-        return row_tile * _ROWS + which * (n // 2)
+        return row_tile * TILE_ROWS + which * (n // 2)
     else:
-        return (2 * row_tile + which) * _ROWS
+        return (2 * row_tile + which) * TILE_ROWS
 
 
 @gluon.jit
@@ -93,78 +92,41 @@ def _fetch_all(
             step += 1
             mbarrier.wait(empty.index(stage), phase ^ 1)
             come = full.index(stage)
-            mbarrier.expect(come, 2 * (TOKENS * _HALF * 2 + _ROWS * _WORDS * 4))
+            mbarrier.expect(come, 2 * (TOKENS * HALF_CHUNK * 2 + TILE_ROWS * CHUNK_WORDS * 4))
             for which in gl.static_range(2):
-                column = chunk * _CHUNK + which * _HALF
-                _fetch(x_desc, [token, column], come, xs.index(2 * stage + which))
+                column = chunk * CHUNK_COLUMNS + which * HALF_CHUNK
+                fetch(x_desc, [token, column], come, xs.index(2 * stage + which))
                 row = _first_row(row_tile, n, which, GATED)
-                _fetch(words_desc, [row, chunk * _WORDS], come, words.index(2 * stage + which))
+                fetch(words_desc, [row, chunk * CHUNK_WORDS], come, words.index(2 * stage + which))
         stage, phase = _stage(step, STAGES)
         step += 1
         mbarrier.wait(empty.index(stage), phase ^ 1)
         come = full.index(stage)
         if RESIDUAL:
-            mbarrier.expect(come, 2 * (TOKENS * _ROWS * 2))
+            mbarrier.expect(come, 2 * (TOKENS * TILE_ROWS * 2))
             for which in gl.static_range(2):
                 row = _first_row(row_tile, n, which, GATED)
-                _fetch(residual_desc, [token, row], come, xs.index(2 * stage + which))
+                fetch(residual_desc, [token, row], come, xs.index(2 * stage + which))
         else:
             mbarrier.arrive(come, count=1)
 
 
 @gluon.jit
-def _twice(bits):
-    """16 bits in both halves of a word."""
-    return (bits.to(gl.int32) & 0xFFFF) * 0x10001
-
-
-@gluon.jit
 def _group(scales_ptr, zeros_ptr, minima_ptr, at, dtype: gl.constexpr):
     """What is subtracted from a group's codes, its scale and its minimum, twice each in a word."""
-    OFFSET: gl.constexpr = 0x4300 if dtype == gl.bfloat16 else 0x6400  # 128, or 1024
-    scale = _twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
+    scale = twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
     if minima_ptr is not None:
-        minimum = _twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
-        zero = gl.full(at.shape, OFFSET * 0x10001, gl.int32, at.type.layout)
-    elif zeros_ptr is not None:
-        minimum = scale  # not used
-        zero = _twice(gl.load(zeros_ptr + at).to(gl.int32) + OFFSET)  # the last bit stands for 1
+        minimum = twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
+        return zeros_of(None, at, 0, dtype), scale, minimum
     else:
-        minimum = scale
-        zero = gl.full(at.shape, (OFFSET + _MIDDLE) * 0x10001, gl.int32, at.type.layout)
-    return zero, scale, minimum
+        return zeros_of(zeros_ptr, at, _MIDDLE, dtype), scale, scale
 
 
 @gluon.jit
 def _pair(words, p: gl.constexpr, group, MINIMA: gl.constexpr, dtype: gl.constexpr):
-    """The weights of CHUNK / 4 columns: less the zero point they are exact, and rounded once."""
+    """The weights of CHUNK / 4 columns, two in a word."""
     zero, scale, minimum = group
-    KIND: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    OFFSET: gl.constexpr = 0x43004300 if dtype == gl.bfloat16 else 0x64006400
-    codes = ((words >> (4 * p)) & 0x000F000F) | OFFSET
-    zero, _ = gl.broadcast(zero, codes)
-    scale, _ = gl.broadcast(scale, codes)
-    if MINIMA:
-        minimum, _ = gl.broadcast(minimum, codes)
-        both = gl.inline_asm_elementwise(
-            "{ .reg .b32 t; sub.rn." + KIND + " t, $1, $2; fma.rn." + KIND + " $0, t, $3, $4; }",
-            "=r,r,r,r,r", [codes, zero, scale, minimum], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        both = gl.inline_asm_elementwise(
-            "{ .reg .b32 t; sub.rn." + KIND + " t, $1, $2; mul.rn." + KIND + " $0, t, $3; }",
-            "=r,r,r,r", [codes, zero, scale], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    low = both.to(gl.int16).to(dtype, bitcast=True)
-    high = (both >> 16).to(gl.int16).to(dtype, bitcast=True)
-    return gl.reshape(gl.join(low, high), [words.shape[0], 2 * words.shape[1]])
-
-
-@gluon.jit
-def _side_by_side(left, right, layout: gl.constexpr):
-    both = gl.permute(gl.join(left, right), (0, 2, 1))
-    both = gl.reshape(both, [left.shape[0], 2 * left.shape[1]])
-    return gl.convert_layout(both, layout, assert_trivial=True)
+    return scaled(less_zeros(words, p, zero, dtype), scale, minimum, MINIMA, dtype)
 
 
 @gluon.jit
@@ -177,19 +139,11 @@ def _multiply_all(
     TOKENS: gl.constexpr = xs.shape[1]
     dtype: gl.constexpr = xs.dtype
     MINIMA: gl.constexpr = minima_ptr is not None
-    PER_CHUNK: gl.constexpr = _CHUNK // GROUP if GROUP > 0 else 0
+    PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    # each lane loads the words of which it multiplies the weights
-    words_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0], [0, 4], [0, 8]],
-        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [_ROWS, _WORDS],
-    )
-    own = gl.expand_dims(gl.arange(0, _ROWS, gl.SliceLayout(1, words_layout)), 1)
-    of_sums = gl.expand_dims(gl.arange(0, _ROWS, gl.SliceLayout(1, sums_layout)), 1)
+    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
+    of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     step = 0
     turn = 0  # tiles done
     for index in range(gl.program_id(0), token_tiles * row_tiles, gl.num_programs(0)):
@@ -197,7 +151,7 @@ def _multiply_all(
         row = _first_row(row_tile, n, WHICH, ACT is not None)
         first = gl.minimum(row + own, n - 1) * groups
         last = first + groups - 1
-        sums = warpgroup_mma_init(gl.zeros([_ROWS, TOKENS], gl.float32, sums_layout))
+        sums = warpgroup_mma_init(gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout))
         for chunk in range(chunks):
             stage, phase = _stage(step, STAGES)
             step += 1
@@ -214,17 +168,19 @@ def _multiply_all(
             if GROUP == 32:
                 group3 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 3, last), dtype)
             mbarrier.wait(full.index(stage), phase)
-            codes = words.index(2 * stage + WHICH).load(words_layout)
-            left = _side_by_side(
+            codes = words.index(2 * stage + WHICH).load(LANES)
+            left = operand(
                 _pair(codes, 0, group0, MINIMA, dtype),
                 _pair(codes, 1, group1, MINIMA, dtype),
+                dtype,
                 weights_layout,
             )
             x = xs.index(2 * stage).permute((1, 0))
             sums = warpgroup_mma(left, x, sums, is_async=True)
-            right = _side_by_side(
+            right = operand(
                 _pair(codes, 2, group2, MINIMA, dtype),
                 _pair(codes, 3, group3, MINIMA, dtype),
+                dtype,
                 weights_layout,
             )
             x = xs.index(2 * stage + 1).permute((1, 0))
@@ -245,7 +201,7 @@ def _multiply_all(
             y = (y.to(gl.float32) + residual.to(gl.float32)).to(dtype)
         if ACT is not None:
             if WHICH == 0:
-                y = _activate(y.to(gl.float32), ACT).to(dtype)
+                y = activate(y.to(gl.float32), ACT).to(dtype)
             else:
                 mbarrier.wait(gated, turn & 1)
                 gate = xs.index(2 * stage).permute((1, 0)).load(sums_layout)
@@ -256,7 +212,7 @@ def _multiply_all(
             mbarrier.arrive(gated, count=1)
         else:
             fence_async_shared()
-            _put(
+            put(
                 y_desc,
                 [token, _first_row(row_tile, n, 0 if ACT is not None else WHICH, ACT is not None)],
                 tile,
@@ -286,10 +242,12 @@ def _int4_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     token_tiles = (n_tokens + TOKENS - 1) // TOKENS
-    row_tiles = (n + 2 * _ROWS - 1) // (2 * _ROWS)
-    chunks = (k + _CHUNK - 1) // _CHUNK
-    xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, _HALF], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [2 * STAGES, _ROWS, _WORDS], words_desc.layout)
+    row_tiles = (n + 2 * TILE_ROWS - 1) // (2 * TILE_ROWS)
+    chunks = (k + CHUNK_COLUMNS - 1) // CHUNK_COLUMNS
+    xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
+    words = gl.allocate_shared_memory(
+        gl.int32, [2 * STAGES, TILE_ROWS, CHUNK_WORDS], words_desc.layout
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gated = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -265,7 +265,10 @@ def launch_int4_linear(
     *leading, k = x.shape
     n, n_tokens = len(packed), x.numel() // k
     same_dtype = scales.dtype == x.dtype and (minima is None or minima.dtype == x.dtype)
-    launch = _launch or _choose(x, packed, residual, n_tokens, same_dtype)
+    groups = scales.shape[1]
+    group = group_size if groups > 1 else 0
+    streams = minima is None and group != 32
+    launch = _launch or _choose(x, packed, residual, n_tokens, same_dtype, streams)
     if launch.tier == "workspace":
         weight = workspace(x.device, x.dtype, n * k).view(n, k)
         launch_dequantize_int4(packed, scales, zeros, minima, weight, group_size=group_size)
@@ -275,13 +278,17 @@ def launch_int4_linear(
         return y if residual is None else y.add_(residual)
     width = n if activation is None else n // 2
     y = torch.empty((*leading, width), dtype=x.dtype, device=x.device)
-    groups = scales.shape[1]
-    group = group_size if groups > 1 else 0
     tensors = (x, packed, scales, zeros, minima, bias, residual, y)
     if launch.tier == "hopper":
         from .int4_hopper import launch_int4_hopper  # Gluon for one GPU
 
         launch_int4_hopper(*tensors, group=group, activation=activation, tokens=launch.block_m)
+        return y
+    if launch.tier == "stream":
+        from .int4_stream import launch_int4_stream
+
+        of_stream = (x, packed, scales, zeros, bias, residual, y)
+        launch_int4_stream(*of_stream, group=group, activation=activation, tokens=launch.block_m)
         return y
     key = None
     if aligned(*(t for t in tensors if t is not None)):
@@ -336,19 +343,28 @@ def _choose(
     residual: torch.Tensor | None,
     n_tokens: int,
     same_dtype: bool,
+    streams: bool,
 ) -> Int4Launch:
+    """``streams``: the kernel for few tokens on Hopper takes such groups."""
     n, k = len(packed), x.shape[-1]
     if n_tokens == 1 and x.data_ptr() % 4:  # where no pair of x can be read at once
         n_tokens = 2
     if not x.is_cuda:
-        shared_memory, hopper = 227 * 1024, False
+        shared_memory, hopper, streams = 227 * 1024, False, False
     else:
         shared_memory = shared_memory_of(x.get_device())
-        # rows of x, y and a half of y, and what they begin at, at multiples of 16 bytes
-        hopper = is_hopper(x.get_device()) and k % 8 == 0 and n % 16 == 0
-        hopper = hopper and aligned(x, packed, x if residual is None else residual)
+        # what TMA reads and writes, and its rows, at multiples of 16 bytes
+        hopper = is_hopper(x.get_device()) and k % 8 == 0 and aligned(x, packed)
+        streams = streams and hopper
+        hopper = hopper and n % 16 == 0 and (residual is None or aligned(residual))
     return choose_int4_launch(
-        n, k, n_tokens, shared_memory=shared_memory, same_dtype=same_dtype, hopper=hopper
+        n,
+        k,
+        n_tokens,
+        shared_memory=shared_memory,
+        same_dtype=same_dtype,
+        hopper=hopper,
+        stream=streams,
     )
 
 

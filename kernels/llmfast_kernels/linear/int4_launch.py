@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .int4_layout import CHUNK
+from .workspace import MAX_TICKETS
 
 MAX_TOKENS = 256  # of tiles; more are Hopper's, or cuBLAS's with weights in a workspace
 _LANES_ROWS = 16384  # of a weight, from which lanes read one token's faster than tensor cores
@@ -19,13 +20,16 @@ _HOPPER_TOKENS = 129  # from which on it is faster, where there are
 _HOPPER_TILES = 96  # of 128 rows, at least
 HOPPER_STAGES = {128: 5, 256: 3}  # that shared memory holds, by tokens of a tile
 _HOPPER_US = {128: 28.5, 256: 46.0}  # of a tile of 4,096 columns, by its tokens
+STREAM_STAGES = {8: 8, 16: 6, 32: 4}  # that half of shared memory holds, by tokens
+_STREAM_TOKENS = 32  # at most
 _MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
 class Int4Launch:
     """``gemv``: one token, summed by lanes. ``tiles``: tensor cores, each group's products scaled.
-    ``many`` and ``hopper``: tensor cores, the weights scaled. ``workspace``: cuBLAS.
+    ``stream``: the same, by as many programs as are resident. ``many`` and ``hopper``: tensor
+    cores, the weights scaled. ``workspace``: cuBLAS.
     """
 
     tier: str
@@ -45,6 +49,7 @@ def choose_int4_launch(
     shared_memory: int,
     same_dtype: bool = True,
     hopper: bool = False,
+    stream: bool = False,
 ) -> Int4Launch:
     """Pick the launch for ``tokens`` tokens of ``k`` features to ``n``. Pure: it asks no device.
 
@@ -52,7 +57,11 @@ def choose_int4_launch(
         shared_memory: what one program may use, in bytes.
         same_dtype: scales and minima are of the tokens' dtype.
         hopper: the GPU is one, and TMA takes the tensors.
+        stream: so it is, and the kernel for few tokens takes such groups.
     """
+    if stream and tokens <= _STREAM_TOKENS and -(-n // 64) <= MAX_TICKETS:
+        block_m = next(block_m for block_m in STREAM_STAGES if tokens <= block_m)
+        return Int4Launch("stream", block_m, 64, 1, 4, STREAM_STAGES[block_m])
     if (
         hopper
         and same_dtype
