@@ -6,7 +6,7 @@ from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
 from llmfast_kernels.linear.int4_hopper_parts import ROWS, WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
-from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
+from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, STREAM, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
 from llmfast_kernels.linear.int4_stream import REGISTERS
 from llmfast_kernels.linear.int8_kernel import WHOLE, choose_int8_launch
@@ -146,7 +146,9 @@ def _stream(
     launch = choose_int4_launch(n, k, tokens, shared_memory=SHARED_LIMIT["sm_90"], stream=True)
     assert launch.tier == "stream"
     pointer, groups = f"*{dtype}:16", -(-k // group)
-    box = ROWS if act is None else ROWS // 2
+    rows, stages, programs = STREAM[launch.block_m]
+    at_first, multiplying, fetching = REGISTERS[programs]
+    box = rows if act is None else rows // 2
     signature = {
         "x_desc": f"tensordesc<{dtype}[{launch.block_m}, {CHUNK // 2}],{X_LAYOUT!r}>",
         "words_desc": f"tensordesc<i32[{box}, {CHUNK // 8}],{WORDS_LAYOUT!r}>",
@@ -162,11 +164,12 @@ def _stream(
     constexprs: dict[str, object] = {
         "GROUP": group,
         "ACT": act,
+        "ROWS": rows,
         "TOKENS": launch.block_m,
-        "STAGES": launch.num_stages,
+        "STAGES": stages,
         "EARLY": False,
-        "OF_MULTIPLY": 104,
-        "OF_FETCH": 24,
+        "OF_MULTIPLY": multiplying,
+        "OF_FETCH": fetching,
     }
     for name, there in (("bias_ptr", more), ("residual_ptr", more and act is None)):
         if there:
@@ -183,7 +186,7 @@ def _stream(
         num_warps=launch.num_warps,
         targets=("sm_90",),
         everywhere=False,
-        options={"maxnreg": REGISTERS},
+        options={"maxnreg": at_first},
     )
 
 
@@ -272,7 +275,7 @@ VARIANTS = [
     _hopper("bf16", 1024, 28672, 4096, 128, kind="symmetric", act="silu", more=False),
     _hopper("fp16", 512, 4096, 14336, 32, kind="minima", act=None, more=True),
     _stream("bf16", 1, 28672, 4096, 128, kind="symmetric", act="silu", more=False),
-    _stream("fp16", 16, 4096, 14336, 64, kind="zeros", act=None, more=True),
+    _stream("fp16", 32, 4096, 14336, 64, kind="zeros", act=None, more=True),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),

@@ -361,7 +361,8 @@ def test_what_hopper_s_own_kernel_takes():
     assert choose(28672, 4096, 1, stream=True) == choose(64, 64, 8, stream=True) == ("stream", 8)
     assert choose(4096, 14336, 9, stream=True) == ("stream", 16)
     assert choose(4096, 4096, 32, stream=True) == ("stream", 32)
-    assert choose(4096, 4096, 33, stream=True)[0] == "tiles"
+    assert choose(4096, 4096, 33, stream=True) == ("stream", 64)
+    assert choose(4096, 4096, 65, stream=True)[0] == "tiles"
     assert choose(128256, 4096, 1, stream=True)[0] == "gemv"  # more tiles than tickets
 
 

@@ -7,7 +7,7 @@ from guards import GuardedEmpty, guarded
 from int4_cases import assert_as_good, each_dtype, in_float64, make
 from llmfast_kernels.linear import int4_linear, pack_int4
 from llmfast_kernels.linear.int4_kernel import launch_int4_linear
-from llmfast_kernels.linear.int4_launch import STREAM_STAGES, Int4Launch
+from llmfast_kernels.linear.int4_launch import STREAM, Int4Launch
 from llmfast_kernels.linear.reference import ACTIVATIONS, int4_linear_reference
 from llmfast_kernels.linear.workspace import tickets
 
@@ -18,7 +18,9 @@ pytestmark = [
         reason="wants a Hopper GPU",
     ),
 ]
-LAUNCHES = [Int4Launch("stream", m, 64, 1, 4, stages) for m, stages in STREAM_STAGES.items()]
+LAUNCHES = [
+    Int4Launch("stream", tokens, rows, 1, 4, stages) for tokens, (rows, stages, _) in STREAM.items()
+]
 each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.block_m)
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros"])
 # tokens, k, n, group size: rows and columns that end within a unit; one unit for some programs or
@@ -92,10 +94,10 @@ def test_nothing_outside_the_tensors_is_read_or_written(launch, monkeypatch):
         if isinstance(value, torch.Tensor):
             band = float("nan") if value.is_floating_point() else 119
             args[name] = guarded(value, band)[0]
-    programs = 6 * 4
+    units = -(-333 // launch.block_n) * 4  # each has a program of its own
     monkeypatch.setattr(torch, "empty", empty)
     assert_as_good(launch_int4_linear(**args, _launch=launch), reference, exact)
-    empty.assert_bands_are_whole(reference.numel(), programs * 2 * 64 * launch.block_m)
+    empty.assert_bands_are_whole(reference.numel(), units * 2 * launch.block_n * launch.block_m)
 
 
 def test_a_chain_of_layers_is_captured_in_a_graph():

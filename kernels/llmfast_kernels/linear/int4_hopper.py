@@ -29,13 +29,13 @@ from .int4_hopper_parts import (
     CHUNK_COLUMNS,
     CHUNK_WORDS,
     HALF_CHUNK,
-    LANES,
     ROWS,
     TILE_ROWS,
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
     fetch,
+    lanes_of,
     less_zeros,
     operand,
     put,
@@ -142,6 +142,7 @@ def _multiply_all(
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    LANES: gl.constexpr = lanes_of(TILE_ROWS)
     own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
     of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     step = 0

@@ -24,16 +24,19 @@ HALF_CHUNK = gl.constexpr(CHUNK // 2)  # columns that lie 128 bytes wide in shar
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 WORDS_LAYOUT = gl.NVMMASharedLayout(64, 32, 2)
 
-# each lane holds the words of which it multiplies the weights
-LANES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[8, 0], [0, 4], [0, 8]],
+
+@gluon.constexpr_function
+def lanes_of(rows):
+    """How the words of a chunk lie in lanes, so that each has those whose weights it multiplies."""
+    tiles = [[64 << i, 0] for i in range((rows // 64).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[8, 0], [0, 4], [0, 8], *tiles],
         [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
         [[16, 0], [32, 0]],
         [],
-        [ROWS, CHUNK // 8],
+        [rows, CHUNK // 8],
     )
-)
+
 
 # names before Triton 3.7
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

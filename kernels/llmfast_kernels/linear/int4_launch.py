@@ -20,8 +20,8 @@ _HOPPER_TOKENS = 129  # from which on it is faster, where there are
 _HOPPER_TILES = 96  # of 128 rows, at least
 HOPPER_STAGES = {128: 5, 256: 3}  # that shared memory holds, by tokens of a tile
 _HOPPER_US = {128: 28.5, 256: 46.0}  # of a tile of 4,096 columns, by its tokens
-STREAM_STAGES = {8: 8, 16: 6, 32: 4}  # that half of shared memory holds, by tokens
-_STREAM_TOKENS = 32  # at most
+# by tokens: rows of a unit, stages, programs on a multiprocessor
+STREAM = {8: (64, 8, 2), 16: (64, 6, 2), 32: (128, 6, 1), 64: (128, 4, 1)}
 _MULTIPROCESSORS = 132
 
 
@@ -59,9 +59,11 @@ def choose_int4_launch(
         hopper: the GPU is one, and TMA takes the tensors.
         stream: so it is, and the kernel for few tokens takes such groups.
     """
-    if stream and tokens <= _STREAM_TOKENS and -(-n // 64) <= MAX_TICKETS:
-        block_m = next(block_m for block_m in STREAM_STAGES if tokens <= block_m)
-        return Int4Launch("stream", block_m, 64, 1, 4, STREAM_STAGES[block_m])
+    if stream and tokens <= max(STREAM):
+        block_m = next(block_m for block_m in STREAM if tokens <= block_m)
+        block_n, num_stages, _ = STREAM[block_m]
+        if -(-n // block_n) <= MAX_TICKETS:
+            return Int4Launch("stream", block_m, block_n, 1, 4, num_stages)
     if (
         hopper
         and same_dtype

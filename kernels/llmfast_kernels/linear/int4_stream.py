@@ -1,9 +1,9 @@
 """Layers with four-bit weights for few tokens on Hopper: the weights are a stream.
 
-All programs are resident, two on a multiprocessor, and share the weight evenly: its units, 64 rows
-and 256 columns each, lie in a line that is cut into as many equal lengths. One warp of a program
-fetches units into a ring of stages, by TMA, the first of them before the kernel before has ended:
-weights are nobody's result. Two warpgroups multiply, each a half of every unit's columns.
+All programs are resident, one or two on a multiprocessor, and share the weight evenly: its units,
+64 or 128 rows and 256 columns each, lie in a line that is cut into as many equal lengths. One warp
+of a program fetches units into a ring of stages, by TMA, the first of them before the kernel before
+has ended: weights are nobody's result. Two warpgroups multiply, each a half of a unit's columns.
 
 A program that has all columns of its rows stores them. Otherwise it leaves its sums in memory, and
 the last of those who share these rows to come adds them up in the order of columns, so the result
@@ -29,25 +29,23 @@ from .int4_hopper_parts import (
     CHUNK_COLUMNS,
     CHUNK_WORDS,
     HALF_CHUNK,
-    LANES,
-    ROWS,
-    TILE_ROWS,
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
     barrier,
     fetch,
+    lanes_of,
     less_zeros,
     operand,
     zeros_of,
 )
-from .int4_launch import STREAM_STAGES
+from .int4_launch import STREAM
 from .int4_layout import CHUNK, MIDDLE
 from .kernel import multiprocessors_of
 from .workspace import tickets
 
-REGISTERS = 80  # of a lane, so that a multiprocessor holds two programs
-_PROGRAMS = 2  # on a multiprocessor
+# of a lane, by programs on a multiprocessor: at first, while multiplying and while fetching
+REGISTERS = {1: (168, 232, 40), 2: (80, 104, 24)}
 _MIDDLE = gl.constexpr(MIDDLE)
 
 
@@ -64,13 +62,13 @@ def _owner(unit, units):
 
 
 @gluon.jit
-def _row_of(tile, place, n, GATED: gl.constexpr):
+def _row_of(tile, place, n, ROWS: gl.constexpr, GATED: gl.constexpr):
     """GATED: half of a tile's rows are of the gate, and the other half those of up."""
     if GATED:
-        HALF: gl.constexpr = TILE_ROWS // 2
+        HALF: gl.constexpr = ROWS // 2
         return tile * HALF + place % HALF + gl.where(place < HALF, 0, n // 2)
     else:
-        return tile * TILE_ROWS + place
+        return tile * ROWS + place
 
 
 @gluon.jit
@@ -98,7 +96,7 @@ def _fetch_x(x_desc, xs, come, stage, pair):
 def _fetch_all(x_desc, words_desc, ring, layer, ACT: gl.constexpr, STAGES: gl.constexpr):
     xs, words, full, empty = ring
     units, pairs, n, _ = layer
-    BYTES: gl.constexpr = 2 * TILE_ROWS * CHUNK_WORDS * 4 + 4 * xs.shape[1] * HALF_CHUNK * 2
+    BYTES: gl.constexpr = 2 * words.shape[1] * CHUNK_WORDS * 4 + 4 * xs.shape[1] * HALF_CHUNK * 2
     GATED: gl.constexpr = ACT is not None
     first = _start(gl.program_id(0), units)
     count = _start(gl.program_id(0) + 1, units) - first
@@ -129,22 +127,24 @@ def _half(words, half: gl.constexpr, zeros, dtype: gl.constexpr, layout: gl.cons
 
 @gluon.jit
 def _multiply_all(
-    scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand, gated, layer,
+    scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand, layer,
     WHICH: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, words, full, empty = ring
     sent, given, taken = hand
     units, pairs, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
+    ROWS: gl.constexpr = words.shape[1]
     dtype: gl.constexpr = xs.dtype
     GATED: gl.constexpr = ACT is not None
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     codes_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
-    of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
+    LANES: gl.constexpr = lanes_of(ROWS)
+    own = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, LANES)), 1)
+    of_sums = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, sums_layout)), 1)
     token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, sums_layout)), 0)
-    nothing = gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout)
+    nothing = gl.zeros([ROWS, TOKENS], gl.float32, sums_layout)
     program = gl.program_id(0)
     unit = _start(program, units)
     end = _start(program + 1, units)
@@ -154,8 +154,8 @@ def _multiply_all(
         tile = unit // pairs
         first = unit % pairs
         last = gl.minimum(end - tile * pairs, pairs)
-        zeros_at = gl.minimum(_row_of(tile, own, n, GATED), n - 1) * groups
-        scales_at = gl.minimum(_row_of(tile, of_sums, n, GATED), n - 1) * groups
+        zeros_at = gl.minimum(_row_of(tile, own, n, ROWS, GATED), n - 1) * groups
+        scales_at = gl.minimum(_row_of(tile, of_sums, n, ROWS, GATED), n - 1) * groups
         sums = nothing
         for pair in range(first, last):
             stage = step % STAGES
@@ -196,11 +196,10 @@ def _multiply_all(
         else:
             mbarrier.wait(given, turn & 1)
             sums += sent.load(sums_layout)
-            mbarrier.arrive(taken, count=1)
             if last - first == pairs:
-                _store(sums, out, n_tokens, gated, tile, n, dtype, ACT)
+                _store(sums, out, n_tokens, sent, tile, n, dtype, ACT)
             else:
-                SIZE: gl.constexpr = TILE_ROWS * TOKENS
+                SIZE: gl.constexpr = ROWS * TOKENS
                 at = of_sums * TOKENS + token
                 owner = _owner(tile * pairs, units)
                 others = _owner(tile * pairs + pairs - 1, units) - owner
@@ -209,34 +208,41 @@ def _multiply_all(
                 gl.store(partial_ptr + slot * SIZE + at, sums)
                 barrier()  # all of it is stored before the ticket is drawn
                 if gl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == others:
-                    sums = _load(partial_ptr + (2 * owner + 1) * SIZE + at, at, at >= 0)
-                    for other in range(1, others + 1, 4):  # four at a time are on their way
+                    sums = _load(partial_ptr + (2 * owner + 1) * SIZE + at, at >= 0)
+                    AHEAD: gl.constexpr = 4 if SIZE <= 1024 else 1  # on their way at a time
+                    for other in range(1, others + 1, AHEAD):
                         ptr = partial_ptr + 2 * (owner + other) * SIZE + at
-                        second = _load(ptr + 2 * SIZE, at, at < (others - other) * SIZE)
-                        third = _load(ptr + 4 * SIZE, at, at < (others - other - 1) * SIZE)
-                        fourth = _load(ptr + 6 * SIZE, at, at < (others - other - 2) * SIZE)
-                        sums += _load(ptr, at, at >= 0)
-                        sums += second
-                        sums += third
-                        sums += fourth
-                    _store(sums, out, n_tokens, gated, tile, n, dtype, ACT)
+                        left = (others - other) * SIZE
+                        if AHEAD == 1:
+                            sums += _load(ptr, at >= 0)
+                        else:
+                            second = _load(ptr + 2 * SIZE, at < left)
+                            third = _load(ptr + 4 * SIZE, at < left - SIZE)
+                            fourth = _load(ptr + 6 * SIZE, at < left - 2 * SIZE)
+                            sums += _load(ptr, at >= 0)
+                            sums += second
+                            sums += third
+                            sums += fourth
+                    _store(sums, out, n_tokens, sent, tile, n, dtype, ACT)
                     gl.store(tickets_ptr + tile, 0)
+            mbarrier.arrive(taken, count=1)
         turn += 1
 
 
 @gluon.jit
-def _load(ptr, at, mask):
+def _load(ptr, mask):
     return gl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
-def _store(sums, out, n_tokens, gated, tile, n, dtype: gl.constexpr, ACT: gl.constexpr):
-    """Round the sums, with the bias; then add the residual, or gate."""
+def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.constexpr):
+    """Round the sums, with the bias; then add the residual, or gate. ``free`` is as large."""
     bias_ptr, residual_ptr, y_ptr = out
+    ROWS: gl.constexpr = sums.shape[0]
     TOKENS: gl.constexpr = sums.shape[1]
     layout: gl.constexpr = sums.type.layout
-    place = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, layout)), 1)
-    row = _row_of(tile, place, n, ACT is not None)
+    place = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
+    row = _row_of(tile, place, n, ROWS, ACT is not None)
     if bias_ptr is not None:
         sums += gl.load(bias_ptr + gl.minimum(row, n - 1)).to(gl.float32)
     y = sums.to(dtype).to(gl.float32)
@@ -248,11 +254,11 @@ def _store(sums, out, n_tokens, gated, tile, n, dtype: gl.constexpr, ACT: gl.con
             y += gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
         gl.store(y_ptr + at, y.to(dtype), mask=mask)
     else:
-        HALF: gl.constexpr = TILE_ROWS // 2
+        HALF: gl.constexpr = ROWS // 2
         by_token: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
-        gated.store(y)
-        gate = gated.slice(0, HALF).load(by_token)
-        up = gated.slice(HALF, HALF).load(by_token)
+        free.store(y)
+        gate = free.slice(0, HALF).load(by_token)
+        up = free.slice(HALF, HALF).load(by_token)
         y = activate(gate, ACT).to(dtype).to(gl.float32) * up
         unit = tile * HALF + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(1, by_token)), 1)
         token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, by_token)), 0)
@@ -277,6 +283,7 @@ def _int4_stream_kernel(
     groups,
     GROUP: gl.constexpr,  # 64, or columns of a chunk; 0: all columns
     ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
+    ROWS: gl.constexpr,  # of a unit
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,  # let the next kernel come at once
@@ -286,14 +293,11 @@ def _int4_stream_kernel(
     if EARLY:
         gdc_launch_dependents()
     pairs = (k + 2 * CHUNK_COLUMNS - 1) // (2 * CHUNK_COLUMNS)  # of chunks
-    units = (n + TILE_ROWS - 1) // TILE_ROWS * pairs
+    units = (n + ROWS - 1) // ROWS * pairs
     xs = gl.allocate_shared_memory(x_desc.dtype, [4 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
-    words = gl.allocate_shared_memory(
-        gl.int32, [2 * STAGES, TILE_ROWS, CHUNK_WORDS], words_desc.layout
-    )
+    words = gl.allocate_shared_memory(gl.int32, [2 * STAGES, ROWS, CHUNK_WORDS], words_desc.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    sent = gl.allocate_shared_memory(gl.float32, [TILE_ROWS, TOKENS], plain)
-    gated = gl.allocate_shared_memory(gl.float32, [TILE_ROWS, TOKENS], plain)
+    sent = gl.allocate_shared_memory(gl.float32, [ROWS, TOKENS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -313,14 +317,14 @@ def _int4_stream_kernel(
                 _multiply_all,
                 (
                     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand,
-                    gated, layer, gl.constexpr(0), GROUP, ACT, STAGES,
+                    layer, gl.constexpr(0), GROUP, ACT, STAGES,
                 ),
             ),
             (
                 _multiply_all,
                 (
                     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand,
-                    gated, layer, gl.constexpr(1), GROUP, ACT, STAGES,
+                    layer, gl.constexpr(1), GROUP, ACT, STAGES,
                 ),
             ),
             (_fetch_all, (x_desc, words_desc, ring, layer, ACT, STAGES)),
@@ -346,7 +350,6 @@ def launch_int4_stream(
     activation: str | None,
     tokens: int,
     early: bool = False,
-    registers: tuple[int, int] = (104, 24),
 ) -> None:
     """Write ``y``.
 
@@ -354,17 +357,19 @@ def launch_int4_stream(
 
     Args:
         group: columns that share a scale: 64, 128, or 0 for all.
-        tokens: of a program, a key of STREAM_STAGES; at least x's.
+        tokens: of a program, a key of STREAM; at least x's.
     """
     n, k = len(packed), x.shape[-1]
     n_tokens = x.numel() // k
     device = x.get_device()
+    rows, stages, per_sm = STREAM[tokens]
+    at_first, *registers = REGISTERS[per_sm]
     x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
-    words, box = packed.shape[1], ROWS if activation is None else ROWS // 2
+    words, box = packed.shape[1], rows if activation is None else rows // 2
     words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, CHUNK // 8], WORDS_LAYOUT)
-    units = -(-n // ROWS) * -(-k // (2 * CHUNK))
-    programs = min(units, _PROGRAMS * multiprocessors_of(device))
-    partial = torch.empty(programs * 2 * ROWS * tokens, dtype=torch.float32, device=x.device)
+    units = -(-n // rows) * -(-k // (2 * CHUNK))
+    programs = min(units, per_sm * multiprocessors_of(device))
+    partial = torch.empty(programs * 2 * rows * tokens, dtype=torch.float32, device=x.device)
     given = (scales, zeros, bias, residual, y, partial, tickets(x.device))
     groups = scales.shape[1]
     key = None
@@ -372,14 +377,14 @@ def launch_int4_stream(
         absent = tuple(t is None for t in (zeros, bias, residual))
         alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
         kinds = (x.dtype, scales.dtype)
-        key = (device, *kinds, *absent, *alike, group, activation, tokens, early, registers)
+        key = (device, *kinds, *absent, *alike, group, activation, tokens, early)
     _stream(
         (programs,),
         key,
         (
             *(x_desc, words_desc, *given, n_tokens, n, k, groups),
-            *(group, activation, tokens, STREAM_STAGES[tokens], early, *registers),
+            *(group, activation, rows, tokens, stages, early, *registers),
         ),
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=at_first,
     )
