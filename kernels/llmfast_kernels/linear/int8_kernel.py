@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
+from .hopper_launch import HopperLaunch, run_on_hopper
 from .int8_layout import UNIT
 from .launch import block_m
 from .workspace import workspace
@@ -64,10 +65,20 @@ def choose_int8_launch(k: int, group: int, tokens: int) -> Int8Launch:
 
 
 @triton.jit
-def _columns(places):
-    """The columns whose codes are at ``places`` of a row."""
-    place = places % UNIT_COLUMNS
-    return places - place + 2 * (place // 4) + place % 2 + 8 * (place % 4 // 2)
+def _in_order(codes):
+    """Codes ``[N, K]`` as they lie, as those of one column after another."""
+    N: tl.constexpr = codes.shape[0]
+    K: tl.constexpr = codes.shape[1]
+    codes = tl.reshape(codes, [N, K // UNIT_COLUMNS, 4, 2, 2])
+    return tl.reshape(tl.permute(codes, (0, 1, 3, 2, 4)), [N, K])
+
+
+@triton.jit
+def _as_they_lie(x):
+    """Inputs ``[K]`` in the order in which their codes lie."""
+    K: tl.constexpr = x.shape[0]
+    x = tl.reshape(x, [K // UNIT_COLUMNS, 2, 4, 2])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [K])
 
 
 @triton.jit
@@ -113,18 +124,19 @@ def _int8_gemv_kernel(
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: rows times columns may pass 2**31
     lanes = tl.arange(0, BLOCK_K)
-    row_ptrs = codes_ptr + rows[:, None] * (tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS)
+    filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
+    row_ptrs = codes_ptr + rows[:, None] * filled
     sums = tl.zeros([BLOCK_N, PARTS], tl.float32)
     for start in range(0, k, BLOCK_K):
-        places = start + lanes
-        cols = _columns(places)
+        cols = start + lanes
         if EVEN_K:
             x = tl.load(x_ptr + cols).to(tl.float32)
-            codes = tl.load(row_ptrs + places[None, :], eviction_policy="evict_first")
+            codes = tl.load(row_ptrs + cols[None, :], eviction_policy="evict_first")
         else:
             x = tl.load(x_ptr + cols, mask=cols < k, other=0.0).to(tl.float32)
-            mask = (cols < k)[None, :]
-            codes = tl.load(row_ptrs + places[None, :], mask, 0, eviction_policy="evict_first")
+            mask = (cols < filled)[None, :]
+            codes = tl.load(row_ptrs + cols[None, :], mask, 0, eviction_policy="evict_first")
+        x = _as_they_lie(x)
         group = tl.arange(0, PARTS)
         if ONE_GROUP:
             group = group * 0
@@ -173,21 +185,22 @@ def _int8_tiles_kernel(
     tokens = tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, BLOCK_K)
-    row_ptrs = codes_ptr + rows * (tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS)
+    filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
+    row_ptrs = codes_ptr + rows * filled
     at = rows * groups
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     zero = _zero(zeros_ptr, None, at)
     for start in range(0, k, BLOCK_K):
-        places = start + lanes
-        cols = _columns(places)
+        cols = start + lanes
         x_ptrs = x_ptr + tokens * k + cols[:, None]
         if EVEN_K:
             x = tl.load(x_ptrs, mask=is_token, other=0.0)
-            codes = tl.load(row_ptrs + places[None, :], eviction_policy="evict_first")
+            codes = tl.load(row_ptrs + cols[None, :], eviction_policy="evict_first")
         else:
             x = tl.load(x_ptrs, mask=is_token & (cols < k)[:, None], other=0.0)
-            mask = (cols < k)[None, :]
-            codes = tl.load(row_ptrs + places[None, :], mask, 0, eviction_policy="evict_first")
+            mask = (cols < filled)[None, :]
+            codes = tl.load(row_ptrs + cols[None, :], mask, 0, eviction_policy="evict_first")
+        codes = _in_order(codes)
         if ONE_GROUP:
             sums = tl.dot((_numbers(codes) - zero).to(dtype), x, sums)
         else:
@@ -226,17 +239,16 @@ def _dequantize_int8_kernel(
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     start = tl.program_id(1) * BLOCK_K
     rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: as above
-    places = start + tl.arange(0, BLOCK_K)[None, :]
-    cols = _columns(places)
+    cols = start + tl.arange(0, BLOCK_K)[None, :]
     group = tl.arange(0, PARTS)[None, :]
     if ONE_GROUP:
         group = group * 0
     else:
         group = tl.minimum(start // GROUP + group, groups - 1)
     at = rows * groups + group
-    row_ptrs = codes_ptr + rows * (tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS)
-    codes = tl.load(row_ptrs + places, mask=cols < k, other=0)
-    w = tl.reshape(_numbers(codes), [BLOCK_N, PARTS, GROUP])
+    filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
+    codes = tl.load(codes_ptr + rows * filled + cols, mask=cols < filled, other=0)
+    w = tl.reshape(_numbers(_in_order(codes)), [BLOCK_N, PARTS, GROUP])
     w = (w - _zero(zeros_ptr, minima_ptr, at)[:, :, None]) * tl.load(scales_ptr + at).to(
         tl.float32
     )[:, :, None]
@@ -262,7 +274,7 @@ def launch_int8_linear(
     group_size: int,
     minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    _launch: Int8Launch | None = None,
+    _launch: Int8Launch | HopperLaunch | None = None,
 ) -> torch.Tensor:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device
@@ -272,6 +284,14 @@ def launch_int8_linear(
             )  # fmt: skip
     *leading, k = x.shape
     n, n_tokens = len(packed), x.numel() // k
+    if _launch is None or isinstance(_launch, HopperLaunch):
+        done = run_on_hopper(
+            x, packed, scales, zeros, minima, bias, residual,
+            bits=8, group_size=group_size, launch=_launch,
+        )  # fmt: skip
+        if done is not None:
+            return done
+        _launch = None
     if n_tokens > (MAX_TOKENS if minima is None else 1):
         weight = workspace(x.device, x.dtype, n * k).view(n, k)
         launch_dequantize_int8(packed, scales, zeros, minima, weight, group_size=group_size)

@@ -1,15 +1,20 @@
-"""Four-bit weights as a stream that all programs of a Hopper GPU share evenly."""
+"""Quantized weights as a stream that all programs of a Hopper GPU share evenly."""
 
 import pytest
 import torch
 
 from guards import GuardedEmpty, guarded
-from int4_cases import assert_as_good, each_dtype, in_float64, make
-from llmfast_kernels.linear import int4_linear, pack_int4
+from llmfast_kernels.linear import int4_linear
+from llmfast_kernels.linear.hopper_launch import STREAM, HopperLaunch
 from llmfast_kernels.linear.int4_kernel import launch_int4_linear
-from llmfast_kernels.linear.int4_launch import STREAM, Int4Launch
-from llmfast_kernels.linear.reference import ACTIVATIONS, int4_linear_reference
+from llmfast_kernels.linear.int8_kernel import launch_int8_linear
+from llmfast_kernels.linear.reference import (
+    ACTIVATIONS,
+    int4_linear_reference,
+    int8_linear_reference,
+)
 from llmfast_kernels.linear.workspace import tickets
+from quantized_cases import PACK, assert_as_good, each_bits, each_dtype, in_float64, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,13 +23,16 @@ pytestmark = [
         reason="wants a Hopper GPU",
     ),
 ]
-LAUNCHES = [
-    Int4Launch("stream", tokens, rows, 1, 4, stages) for tokens, (rows, stages, _) in STREAM.items()
-]
-each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.block_m)
+LAUNCH = {4: launch_int4_linear, 8: launch_int8_linear}
+REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
+each_launch = pytest.mark.parametrize(
+    "launch",
+    [HopperLaunch("stream", tokens) for tokens in STREAM[4]],
+    ids=lambda launch: launch.tokens,
+)
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros"])
-# tokens, k, n, group size: rows and columns that end within a unit; one unit for some programs or
-# for all, columns shared by two programs, by seven, by sixty
+# tokens of eight, k, n, group size: rows and columns that end within a unit; one unit for some
+# programs or for all, columns shared by two programs, by seven, by many
 SHAPES = [
     (1, 128, 5, 128),
     (3, 200, 70, 64),
@@ -40,15 +48,16 @@ SHAPES = [
 @each_launch
 @each_dtype
 @each_kind
+@each_bits
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
-def test_it_matches_float64(shape, launch, dtype, kind, more):
-    tokens, *layer = shape
-    args = make((tokens * launch.block_m // 8 or 1, *layer), dtype, "cuda", kind, more)
-    got = launch_int4_linear(**args, _launch=launch)
-    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+def test_it_matches_float64(shape, launch, dtype, kind, bits, more):
+    eighths, *layer = shape
+    args = make((eighths * launch.tokens // 8, *layer), dtype, "cuda", kind, more, bits=bits)
+    got = LAUNCH[bits](**args, _launch=launch)
+    assert_as_good(got, REFERENCE[bits](**args), in_float64(**args, bits=bits))
     assert not tickets(got.device).any()
     for _ in range(10):  # nothing depends on who comes last
-        assert torch.equal(launch_int4_linear(**args, _launch=launch), got)
+        assert torch.equal(LAUNCH[bits](**args, _launch=launch), got)
 
 
 @pytest.mark.parametrize("shape", [(3, 200, 2 * 37, 64), (8, 4096, 28672, 128)])
@@ -67,37 +76,38 @@ def test_gate_and_up_in_one_launch(shape, activation, bias, launch, dtype):
     assert_as_good(got, reference, ACTIVATIONS[activation](in_float64(**args)))
 
 
-@each_launch
 @each_dtype
-def test_every_code_and_zero_point_is_exact(launch, dtype):
+@each_bits
+def test_every_code_and_zero_point_is_exact(bits, dtype):
     """One column at a time, a scale of 1: the weight itself comes out."""
-    k = launch.block_m
-    codes = torch.arange(k, dtype=torch.uint8).repeat(16, 1) % 16
-    zeros = torch.arange(16, dtype=torch.uint8)[:, None]
-    args = make((k, k, 16, k), dtype, "cuda", more=False)
-    args |= {
-        "packed": pack_int4(codes).cuda(),
-        "zeros": zeros.cuda(),
-        "scales": torch.ones(16, 1, device="cuda", dtype=dtype),
+    k, codes = 8, torch.arange(2**bits, dtype=torch.uint8)
+    args = {
+        "packed": PACK[bits](codes[:, None].repeat(1, k)).cuda(),
+        "zeros": codes.flip(0)[:, None].contiguous().cuda(),
+        "scales": torch.ones(len(codes), 1, device="cuda", dtype=dtype),
         "x": torch.eye(k, device="cuda", dtype=dtype),
+        "group_size": k,
     }
-    got = launch_int4_linear(**args, _launch=launch)
-    assert torch.equal(got.cpu().double(), codes.T.double() - zeros.double().T)
+    got = LAUNCH[bits](**args, _launch=HopperLaunch("stream", 8))
+    wanted = codes.double() - codes.flip(0).double()
+    assert torch.equal(got.cpu().double(), wanted.repeat(k, 1))
 
 
 @each_launch
-def test_nothing_outside_the_tensors_is_read_or_written(launch, monkeypatch):
+@each_bits
+def test_nothing_outside_the_tensors_is_read_or_written(launch, bits, monkeypatch):
     empty = GuardedEmpty()
-    args = make((3, 1000, 333, 64), torch.float16, "cuda", "zeros")
-    reference, exact = int4_linear_reference(**args), in_float64(**args)
+    args = make((3, 1000, 333, 64), torch.float16, "cuda", "zeros", bits=bits)
+    reference, exact = REFERENCE[bits](**args), in_float64(**args, bits=bits)
     for name, value in args.items():
         if isinstance(value, torch.Tensor):
             band = float("nan") if value.is_floating_point() else 119
             args[name] = guarded(value, band)[0]
-    units = -(-333 // launch.block_n) * 4  # each has a program of its own
+    rows = STREAM[bits][launch.tokens][0]
+    units = -(-333 // rows) * 4  # each has a program of its own
     monkeypatch.setattr(torch, "empty", empty)
-    assert_as_good(launch_int4_linear(**args, _launch=launch), reference, exact)
-    empty.assert_bands_are_whole(reference.numel(), units * 2 * launch.block_n * launch.block_m)
+    assert_as_good(LAUNCH[bits](**args, _launch=launch), reference, exact)
+    empty.assert_bands_are_whole(reference.numel(), units * 2 * rows * launch.tokens)
 
 
 def test_a_chain_of_layers_is_captured_in_a_graph():
@@ -107,9 +117,11 @@ def test_a_chain_of_layers_is_captured_in_a_graph():
         for seed in range(6)
     ]
 
-    def chain(x):
+    def chain(x, apart=False):
         for layer in layers:
             x = int4_linear(**layer | {"x": x})
+            if apart:
+                torch.cuda.synchronize()
         return x
 
     x = layers[0]["x"]
@@ -119,12 +131,7 @@ def test_a_chain_of_layers_is_captured_in_a_graph():
         got = chain(x)
     for seed in range(20):
         x.copy_(make((8, 4096, 16, 128), torch.bfloat16, "cuda", seed=100 + seed)["x"])
-        wanted = chain(x)
+        wanted = chain(x, apart=True)
         graph.replay()
         assert torch.equal(got, wanted)
-        torch.cuda.synchronize()
-        apart = x
-        for layer in layers:
-            apart = int4_linear(**layer | {"x": apart})
-            torch.cuda.synchronize()
-        assert torch.equal(got, apart)
+        assert torch.equal(chain(x), wanted)

@@ -1,4 +1,4 @@
-"""Layers with four-bit weights for hundreds of tokens and more, on Hopper's tensor cores.
+"""Layers with quantized weights for hundreds of tokens and more, on Hopper's tensor cores.
 
 A program has three parts that run beside each other. One warp fetches tokens and words of columns
 into a ring of stages, by TMA. Two warpgroups, 64 rows of the weight each, wait for a stage,
@@ -25,9 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..relaunch import Relaunch, aligned
-from .int4_hopper_parts import (
+from .hopper_launch import TILE_STAGES
+from .hopper_parts import (
+    BOX_WORDS,
     CHUNK_COLUMNS,
-    CHUNK_WORDS,
     HALF_CHUNK,
     ROWS,
     TILE_ROWS,
@@ -43,11 +44,9 @@ from .int4_hopper_parts import (
     twice,
     zeros_of,
 )
-from .int4_launch import HOPPER_STAGES
-from .int4_layout import CHUNK, MIDDLE
+from .int4_layout import CHUNK
 from .kernel import multiprocessors_of
 
-_MIDDLE = gl.constexpr(MIDDLE)
 _BAND = gl.constexpr(8)  # tiles of tokens whose programs are neighbours
 
 
@@ -78,10 +77,11 @@ def _stage(step, STAGES: gl.constexpr):
 @gluon.jit
 def _fetch_all(
     x_desc, words_desc, residual_desc, ring, layer,
-    ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, words, full, empty = ring
     token_tiles, row_tiles, chunks, n, _ = layer
+    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
     TOKENS: gl.constexpr = xs.shape[1]
     GATED: gl.constexpr = ACT is not None
     step = 0
@@ -92,12 +92,15 @@ def _fetch_all(
             step += 1
             mbarrier.wait(empty.index(stage), phase ^ 1)
             come = full.index(stage)
-            mbarrier.expect(come, 2 * (TOKENS * HALF_CHUNK * 2 + TILE_ROWS * CHUNK_WORDS * 4))
+            mbarrier.expect(come, 2 * (TOKENS * HALF_CHUNK * 2 + BOXES * TILE_ROWS * BOX_WORDS * 4))
             for which in gl.static_range(2):
                 column = chunk * CHUNK_COLUMNS + which * HALF_CHUNK
                 fetch(x_desc, [token, column], come, xs.index(2 * stage + which))
                 row = _first_row(row_tile, n, which, GATED)
-                fetch(words_desc, [row, chunk * CHUNK_WORDS], come, words.index(2 * stage + which))
+                for box in gl.static_range(BOXES):
+                    place = [row, (chunk * BOXES + box) * BOX_WORDS]
+                    there = words.index((2 * stage + which) * BOXES + box)
+                    fetch(words_desc, place, come, there)
         stage, phase = _stage(step, STAGES)
         step += 1
         mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -112,33 +115,46 @@ def _fetch_all(
 
 
 @gluon.jit
-def _group(scales_ptr, zeros_ptr, minima_ptr, at, dtype: gl.constexpr):
-    """What is subtracted from a group's codes, its scale and its minimum, twice each in a word."""
+def _group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS: gl.constexpr, dtype: gl.constexpr):
+    """What is subtracted from a group's codes, its scale and its minimum."""
+    at = gl.minimum(at, last)  # past a row's last group there are no columns
     scale = twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
     if minima_ptr is not None:
         minimum = twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
-        return zeros_of(None, at, 0, dtype), scale, minimum
+        return zeros_of(None, at, 0, BITS, dtype), scale, minimum
     else:
-        return zeros_of(zeros_ptr, at, _MIDDLE, dtype), scale, scale
+        MIDDLE: gl.constexpr = 1 << (BITS - 1)
+        return zeros_of(zeros_ptr, at, MIDDLE, BITS, dtype), scale, scale
 
 
 @gluon.jit
-def _pair(words, p: gl.constexpr, group, MINIMA: gl.constexpr, dtype: gl.constexpr):
-    """The weights of CHUNK / 4 columns, two in a word."""
+def _half(
+    words, half: gl.constexpr, group, after, MINIMA: gl.constexpr, BITS: gl.constexpr,
+    dtype: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The weights of half a chunk. Of four bits its second quarter may be of a group of its own."""
     zero, scale, minimum = group
-    return scaled(less_zeros(words, p, zero, dtype), scale, minimum, MINIMA, dtype)
+    zero_after, scale_after, minimum_after = after
+    first: gl.constexpr = 2 * half if BITS == 4 else 0
+    left = less_zeros(words, first, zero, BITS, dtype)
+    right = less_zeros(words, first + 1, zero_after, BITS, dtype)
+    left = scaled(left, scale, minimum, MINIMA, dtype)
+    right = scaled(right, scale_after, minimum_after, MINIMA, dtype)
+    return operand(left, right, BITS, dtype, layout)
 
 
 @gluon.jit
 def _multiply_all(
     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer, WHICH: gl.constexpr,
-    GROUP: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, words, full, empty = ring
     token_tiles, row_tiles, chunks, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
     dtype: gl.constexpr = xs.dtype
     MINIMA: gl.constexpr = minima_ptr is not None
+    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
@@ -157,33 +173,25 @@ def _multiply_all(
             stage, phase = _stage(step, STAGES)
             step += 1
             at = first + chunk * PER_CHUNK
-            group0 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at, last), dtype)
+            group0 = _group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS, dtype)
             group1 = group0
             group2 = group0
             if GROUP == 32:
-                group1 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 1, last), dtype)
-                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 2, last), dtype)
+                group1 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
+                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 2, last, BITS, dtype)
             elif GROUP == 64:
-                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 1, last), dtype)
+                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
             group3 = group2
             if GROUP == 32:
-                group3 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 3, last), dtype)
+                group3 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 3, last, BITS, dtype)
             mbarrier.wait(full.index(stage), phase)
-            codes = words.index(2 * stage + WHICH).load(LANES)
-            left = operand(
-                _pair(codes, 0, group0, MINIMA, dtype),
-                _pair(codes, 1, group1, MINIMA, dtype),
-                dtype,
-                weights_layout,
-            )
+            codes = words.index((2 * stage + WHICH) * BOXES).load(LANES)
+            left = _half(codes, 0, group0, group1, MINIMA, BITS, dtype, weights_layout)
             x = xs.index(2 * stage).permute((1, 0))
             sums = warpgroup_mma(left, x, sums, is_async=True)
-            right = operand(
-                _pair(codes, 2, group2, MINIMA, dtype),
-                _pair(codes, 3, group3, MINIMA, dtype),
-                dtype,
-                weights_layout,
-            )
+            if BOXES == 2:
+                codes = words.index((2 * stage + WHICH) * BOXES + 1).load(LANES)
+            right = _half(codes, 1, group2, group3, MINIMA, BITS, dtype, weights_layout)
             x = xs.index(2 * stage + 1).permute((1, 0))
             sums = warpgroup_mma(right, x, sums, is_async=True)
             # within the chunk: across the loop's end ptxas would make each instruction wait
@@ -223,20 +231,21 @@ def _multiply_all(
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
-def _int4_hopper_kernel(
+def _hopper_kernel(
     x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
-    words_desc,  # [n, chunks * 16] words in boxes of [64, 16]
+    words_desc,  # [n, words] in boxes of [64, 16]
     residual_desc,  # [n_tokens, n] in boxes as x's, read only if RESIDUAL
     y_desc,  # [n_tokens, n] in boxes as x's, written; with ACT half as wide
     scales_ptr,  # [n, groups], of x's dtype, as the minima
-    zeros_ptr,  # [n, groups], or None: 8
+    zeros_ptr,  # [n, groups], or None: half of the codes are below 0
     minima_ptr,  # [n, groups], or None; then there are no zeros
     bias_ptr,  # [n] or None
     n_tokens,
     n,
     k,
     groups,
-    GROUP: gl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
+    BITS: gl.constexpr,  # 4 or 8
+    GROUP: gl.constexpr,  # columns of a group: of four bits 32, then 64, 128, or 0 for all
     ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
     RESIDUAL: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -247,7 +256,7 @@ def _int4_hopper_kernel(
     chunks = (k + CHUNK_COLUMNS - 1) // CHUNK_COLUMNS
     xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
     words = gl.allocate_shared_memory(
-        gl.int32, [2 * STAGES, TILE_ROWS, CHUNK_WORDS], words_desc.layout
+        gl.int32, [2 * (BITS // 4) * STAGES, TILE_ROWS, BOX_WORDS], words_desc.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -264,27 +273,30 @@ def _int4_hopper_kernel(
                 _multiply_all,
                 (
                     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer,
-                    gl.constexpr(0), GROUP, ACT, RESIDUAL, STAGES,
+                    gl.constexpr(0), BITS, GROUP, ACT, RESIDUAL, STAGES,
                 ),
             ),
             (
                 _multiply_all,
                 (
                     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer,
-                    gl.constexpr(1), GROUP, ACT, RESIDUAL, STAGES,
+                    gl.constexpr(1), BITS, GROUP, ACT, RESIDUAL, STAGES,
                 ),
             ),
-            (_fetch_all, (x_desc, words_desc, residual_desc, ring, layer, ACT, RESIDUAL, STAGES)),
+            (
+                _fetch_all,
+                (x_desc, words_desc, residual_desc, ring, layer, BITS, ACT, RESIDUAL, STAGES),
+            ),
         ],
         [4, 1],  # warps of the second and the third, and registers of each of their lanes
         [232, 40],
     )  # fmt: skip
 
 
-_hopper = Relaunch(_int4_hopper_kernel)
+_hopper = Relaunch(_hopper_kernel)
 
 
-def launch_int4_hopper(
+def launch_hopper(
     x: torch.Tensor,
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -294,6 +306,7 @@ def launch_int4_hopper(
     residual: torch.Tensor | None,
     y: torch.Tensor,
     *,
+    bits: int,
     group: int,
     activation: str | None,
     tokens: int,
@@ -303,15 +316,17 @@ def launch_int4_hopper(
     x, packed, residual and y at multiples of 16 bytes; the columns of x and y multiples of 8.
 
     Args:
-        group: columns that share a scale, 0 for all.
-        tokens: of a tile, a key of HOPPER_STAGES, of which the columns fill as many at least.
+        bits: 4 or 8.
+        group: columns that share a scale, 0 for all; of eight bits not 32.
+        tokens: of a tile, a key of TILE_STAGES[bits]; the columns fill as many stages.
     """
     n, k, width = len(packed), x.shape[-1], y.shape[-1]
     n_tokens = x.numel() // k
     wide = [tokens, CHUNK // 2]
     x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], wide, X_LAYOUT)
+    packed = packed.view(torch.int32)
     words = packed.shape[1]
-    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [ROWS, CHUNK // 8], WORDS_LAYOUT)
+    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [ROWS, 16], WORDS_LAYOUT)
     y_desc, residual_desc = (
         TensorDescriptor(out, [n_tokens, width], [width, 1], wide, X_LAYOUT)
         for out in (y, y if residual is None else residual)
@@ -324,13 +339,13 @@ def launch_int4_hopper(
     if aligned(*(t for t in given if t is not None)):
         absent = tuple(t is None for t in (zeros, minima, bias, residual))
         alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
-        key = (device, x.dtype, *absent, *alike, group, activation, tokens)
+        key = (device, x.dtype, *absent, *alike, bits, group, activation, tokens)
     _hopper(
         (min(tiles, multiprocessors_of(device)),),
         key,
         (
             *(x_desc, words_desc, residual_desc, y_desc, *given, n_tokens, n, k, groups),
-            *(group, activation, residual is not None, tokens, HOPPER_STAGES[tokens]),
+            *(bits, group, activation, residual is not None, tokens, TILE_STAGES[bits][tokens]),
         ),
         num_warps=4,
     )

@@ -1,4 +1,4 @@
-"""Layers with four-bit weights for few tokens on Hopper: the weights are a stream.
+"""Layers with quantized weights for few tokens on Hopper: the weights are a stream.
 
 All programs are resident, one or two on a multiprocessor, and share the weight evenly: its units,
 64 or 128 rows and 256 columns each, lie in a line that is cut into as many equal lengths. One warp
@@ -25,9 +25,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..relaunch import Relaunch, aligned
-from .int4_hopper_parts import (
+from .hopper_launch import STREAM
+from .hopper_parts import (
+    BOX_WORDS,
     CHUNK_COLUMNS,
-    CHUNK_WORDS,
     HALF_CHUNK,
     WORDS_LAYOUT,
     X_LAYOUT,
@@ -39,14 +40,12 @@ from .int4_hopper_parts import (
     operand,
     zeros_of,
 )
-from .int4_launch import STREAM
-from .int4_layout import CHUNK, MIDDLE
+from .int4_layout import CHUNK
 from .kernel import multiprocessors_of
 from .workspace import tickets
 
 # of a lane, by programs on a multiprocessor: at first, while multiplying and while fetching
 REGISTERS = {1: (168, 232, 40), 2: (80, 104, 24)}
-_MIDDLE = gl.constexpr(MIDDLE)
 
 
 @gluon.jit
@@ -72,15 +71,18 @@ def _row_of(tile, place, n, ROWS: gl.constexpr, GATED: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_words(words_desc, words, come, stage, unit, pairs, n, GATED: gl.constexpr):
-    BOX: gl.constexpr = words_desc.block_shape[0]
-    row = unit // pairs * BOX
-    for which in gl.static_range(2):
-        column = (2 * (unit % pairs) + which) * CHUNK_WORDS
-        there = words.index(2 * stage + which)
+def _fetch_words(
+    words_desc, words, come, stage, unit, pairs, n, BOXES: gl.constexpr, GATED: gl.constexpr
+):
+    """BOXES: of words, for a unit's two chunks."""
+    ROWS: gl.constexpr = words_desc.block_shape[0]
+    row = unit // pairs * ROWS
+    for box in gl.static_range(BOXES):
+        column = (unit % pairs * BOXES + box) * BOX_WORDS
+        there = words.index(stage * BOXES + box)
         if GATED:
-            fetch(words_desc, [row, column], come, there.slice(0, BOX))
-            fetch(words_desc, [row + n // 2, column], come, there.slice(BOX, BOX))
+            fetch(words_desc, [row, column], come, there.slice(0, ROWS))
+            fetch(words_desc, [row + n // 2, column], come, there.slice(ROWS, ROWS))
         else:
             fetch(words_desc, [row, column], come, there)
 
@@ -93,10 +95,13 @@ def _fetch_x(x_desc, xs, come, stage, pair):
 
 
 @gluon.jit
-def _fetch_all(x_desc, words_desc, ring, layer, ACT: gl.constexpr, STAGES: gl.constexpr):
+def _fetch_all(
+    x_desc, words_desc, ring, layer, BITS: gl.constexpr, ACT: gl.constexpr, STAGES: gl.constexpr
+):
     xs, words, full, empty = ring
     units, pairs, n, _ = layer
-    BYTES: gl.constexpr = 2 * words.shape[1] * CHUNK_WORDS * 4 + 4 * xs.shape[1] * HALF_CHUNK * 2
+    BOXES: gl.constexpr = BITS // 2
+    BYTES: gl.constexpr = BOXES * words.shape[1] * BOX_WORDS * 4 + 4 * xs.shape[1] * HALF_CHUNK * 2
     GATED: gl.constexpr = ACT is not None
     first = _start(gl.program_id(0), units)
     count = _start(gl.program_id(0) + 1, units) - first
@@ -104,7 +109,7 @@ def _fetch_all(x_desc, words_desc, ring, layer, ACT: gl.constexpr, STAGES: gl.co
     for step in range(ahead):
         come = full.index(step)
         mbarrier.expect(come, BYTES)
-        _fetch_words(words_desc, words, come, step, first + step, pairs, n, GATED)
+        _fetch_words(words_desc, words, come, step, first + step, pairs, n, BOXES, GATED)
     gdc_wait()
     for step in range(ahead):
         _fetch_x(x_desc, xs, full.index(step), step, (first + step) % pairs)
@@ -113,22 +118,26 @@ def _fetch_all(x_desc, words_desc, ring, layer, ACT: gl.constexpr, STAGES: gl.co
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
         come = full.index(stage)
         mbarrier.expect(come, BYTES)
-        _fetch_words(words_desc, words, come, stage, first + step, pairs, n, GATED)
+        _fetch_words(words_desc, words, come, stage, first + step, pairs, n, BOXES, GATED)
         _fetch_x(x_desc, xs, come, stage, (first + step) % pairs)
 
 
 @gluon.jit
-def _half(words, half: gl.constexpr, zeros, dtype: gl.constexpr, layout: gl.constexpr):
+def _half(
+    words, half: gl.constexpr, zeros, BITS: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr
+):
     """Half of a chunk's codes less their zero points, for the tensor cores."""
-    left = less_zeros(words, 2 * half, zeros, dtype)
-    right = less_zeros(words, 2 * half + 1, zeros, dtype)
-    return operand(left, right, dtype, layout)
+    first: gl.constexpr = 2 * half if BITS == 4 else 0
+    left = less_zeros(words, first, zeros, BITS, dtype)
+    right = less_zeros(words, first + 1, zeros, BITS, dtype)
+    return operand(left, right, BITS, dtype, layout)
 
 
 @gluon.jit
 def _multiply_all(
     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand, layer,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, words, full, empty = ring
     sent, given, taken = hand
@@ -137,6 +146,8 @@ def _multiply_all(
     ROWS: gl.constexpr = words.shape[1]
     dtype: gl.constexpr = xs.dtype
     GATED: gl.constexpr = ACT is not None
+    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
+    MIDDLE: gl.constexpr = 1 << (BITS - 1)
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     codes_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
@@ -162,21 +173,23 @@ def _multiply_all(
             phase = step // STAGES & 1
             step += 1
             group = gl.minimum((2 * pair + WHICH) * PER_CHUNK, groups - 1)
-            zeros = zeros_of(zeros_ptr, zeros_at + group, _MIDDLE, dtype)
+            zeros = zeros_of(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
             scale = gl.load(scales_ptr + scales_at + group).to(gl.float32)
             zeros_after = zeros
             scale_after = scale
             if GROUP == 64:
                 group = gl.minimum(group + 1, groups - 1)
-                zeros_after = zeros_of(zeros_ptr, zeros_at + group, _MIDDLE, dtype)
+                zeros_after = zeros_of(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
                 scale_after = gl.load(scales_ptr + scales_at + group).to(gl.float32)
             mbarrier.wait(full.index(stage), phase)
-            codes = words.index(2 * stage + WHICH).load(LANES)
-            left = _half(codes, 0, zeros, dtype, codes_layout)
+            codes = words.index((2 * stage + WHICH) * BOXES).load(LANES)
+            left = _half(codes, 0, zeros, BITS, dtype, codes_layout)
             x = xs.index(4 * stage + 2 * WHICH).permute((1, 0))
             part = warpgroup_mma_init(nothing)
             part = warpgroup_mma(left, x, part, use_acc=False, is_async=True)
-            right = _half(codes, 1, zeros_after, dtype, codes_layout)
+            if BOXES == 2:
+                codes = words.index((2 * stage + WHICH) * BOXES + 1).load(LANES)
+            right = _half(codes, 1, zeros_after, BITS, dtype, codes_layout)
             x = xs.index(4 * stage + 2 * WHICH + 1).permute((1, 0))
             if GROUP == 64:
                 after = warpgroup_mma_init(nothing)
@@ -267,11 +280,11 @@ def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.cons
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
-def _int4_stream_kernel(
+def _stream_kernel(
     x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
-    words_desc,  # [n, chunks * 16] words in boxes of [64, 16], or with ACT [32, 16]
+    words_desc,  # [n, words] in boxes of [ROWS, 16], with ACT half as high
     scales_ptr,  # [n, groups]
-    zeros_ptr,  # [n, groups], or None: 8
+    zeros_ptr,  # [n, groups], or None: half of the codes are below 0
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
     y_ptr,  # [n_tokens, n], written; with ACT half as wide
@@ -281,6 +294,7 @@ def _int4_stream_kernel(
     n,
     k,
     groups,
+    BITS: gl.constexpr,  # 4 or 8
     GROUP: gl.constexpr,  # 64, or columns of a chunk; 0: all columns
     ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
     ROWS: gl.constexpr,  # of a unit
@@ -295,7 +309,9 @@ def _int4_stream_kernel(
     pairs = (k + 2 * CHUNK_COLUMNS - 1) // (2 * CHUNK_COLUMNS)  # of chunks
     units = (n + ROWS - 1) // ROWS * pairs
     xs = gl.allocate_shared_memory(x_desc.dtype, [4 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [2 * STAGES, ROWS, CHUNK_WORDS], words_desc.layout)
+    words = gl.allocate_shared_memory(
+        gl.int32, [BITS // 2 * STAGES, ROWS, BOX_WORDS], words_desc.layout
+    )
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     sent = gl.allocate_shared_memory(gl.float32, [ROWS, TOKENS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -317,27 +333,27 @@ def _int4_stream_kernel(
                 _multiply_all,
                 (
                     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand,
-                    layer, gl.constexpr(0), GROUP, ACT, STAGES,
+                    layer, gl.constexpr(0), BITS, GROUP, ACT, STAGES,
                 ),
             ),
             (
                 _multiply_all,
                 (
                     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand,
-                    layer, gl.constexpr(1), GROUP, ACT, STAGES,
+                    layer, gl.constexpr(1), BITS, GROUP, ACT, STAGES,
                 ),
             ),
-            (_fetch_all, (x_desc, words_desc, ring, layer, ACT, STAGES)),
+            (_fetch_all, (x_desc, words_desc, ring, layer, BITS, ACT, STAGES)),
         ],
         [4, 1],  # warps of the second and the third, and registers of each of their lanes
         [OF_MULTIPLY, OF_FETCH],
     )  # fmt: skip
 
 
-_stream = Relaunch(_int4_stream_kernel, dependent=True)
+_stream = Relaunch(_stream_kernel, dependent=True)
 
 
-def launch_int4_stream(
+def launch_stream(
     x: torch.Tensor,
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -346,6 +362,7 @@ def launch_int4_stream(
     residual: torch.Tensor | None,
     y: torch.Tensor,
     *,
+    bits: int,
     group: int,
     activation: str | None,
     tokens: int,
@@ -356,17 +373,19 @@ def launch_int4_stream(
     x and packed at multiples of 16 bytes; the columns of x multiples of 8.
 
     Args:
+        bits: 4 or 8.
         group: columns that share a scale: 64, 128, or 0 for all.
-        tokens: of a program, a key of STREAM; at least x's.
+        tokens: of a program, a key of STREAM[bits]; at least x's.
     """
     n, k = len(packed), x.shape[-1]
     n_tokens = x.numel() // k
     device = x.get_device()
-    rows, stages, per_sm = STREAM[tokens]
+    rows, stages, per_sm = STREAM[bits][tokens]
     at_first, *registers = REGISTERS[per_sm]
     x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
+    packed = packed.view(torch.int32)
     words, box = packed.shape[1], rows if activation is None else rows // 2
-    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, CHUNK // 8], WORDS_LAYOUT)
+    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, 16], WORDS_LAYOUT)
     units = -(-n // rows) * -(-k // (2 * CHUNK))
     programs = min(units, per_sm * multiprocessors_of(device))
     partial = torch.empty(programs * 2 * rows * tokens, dtype=torch.float32, device=x.device)
@@ -377,13 +396,13 @@ def launch_int4_stream(
         absent = tuple(t is None for t in (zeros, bias, residual))
         alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
         kinds = (x.dtype, scales.dtype)
-        key = (device, *kinds, *absent, *alike, group, activation, tokens, early)
+        key = (device, *kinds, *absent, *alike, bits, group, activation, tokens, early)
     _stream(
         (programs,),
         key,
         (
             *(x_desc, words_desc, *given, n_tokens, n, k, groups),
-            *(group, activation, rows, tokens, stages, early, *registers),
+            *(bits, group, activation, rows, tokens, stages, early, *registers),
         ),
         num_warps=4,
         maxnreg=at_first,
