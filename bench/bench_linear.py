@@ -14,6 +14,7 @@ from llmfast_kernels import (
     int4_linear,
     int8_linear,
     pack_int4,
+    pack_int8,
     silu_mul,
 )
 
@@ -136,7 +137,9 @@ def bench_int8_block(bench_op, group_size, tokens):
     block = sizes(shape)
 
     def inputs():
-        codes = [torch.randint(0, 256, b, device="cuda", dtype=torch.uint8) for b in block]
+        codes = [
+            pack_int8(torch.randint(0, 256, b, device="cuda", dtype=torch.uint8)) for b in block
+        ]
         scales = [
             torch.rand(n, k // (group_size or k), device="cuda").to(dtype) / k**0.5
             for n, k in block

@@ -100,7 +100,7 @@ def forecast(
     packed = 0
     for part in parts:
         n, k = part.weight.shape
-        columns = -(-k // 128) * 64 if bits == 4 else k  # bytes; four bits in whole chunks
+        columns = -(-k // 128) * 64 if bits == 4 else -(-k // 16) * 16  # bytes, filled up
         groups = -(-k // (group_size or k))
         packed += n * (columns + groups * (2 if symmetric else 3))
     step = sum(parameter.nbytes for parameter in model.parameters()) - _only_looked_up(model)

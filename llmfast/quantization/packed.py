@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmfast_kernels import int4_linear, int8_linear, pack_int4
+from llmfast_kernels import int4_linear, int8_linear, pack_int4, pack_int8
 from llmfast_kernels.linear.int4_layout import dequantize_int4
 from llmfast_kernels.linear.reference import dequantize_int8
 
@@ -25,8 +25,8 @@ class PackedWeight:
 
     Args:
         bits: 4 or 8.
-        codes: of 4 bits int32, as :func:`llmfast_kernels.pack_int4` lays them; of 8 bits uint8
-            ``[n, k]``.
+        codes: as :func:`llmfast_kernels.pack_int4` or :func:`llmfast_kernels.pack_int8` lays
+            them.
         scales: ``[n, groups]``, in ``dtype`` or float16.
         zeros: uint8 ``[n, groups]``, or None.
         minima: ``[n, groups]``, in the scales' dtype, or None.
@@ -61,7 +61,7 @@ class PackedWeight:
         if w.g_idx is not None:
             permutation = w.g_idx.long().argsort(stable=True)
             codes = codes[:, permutation]
-        codes = pack_int4(codes) if w.bits == 4 else codes.contiguous()
+        codes = pack_int4(codes) if w.bits == 4 else pack_int8(codes)
         own = dtype
         if dtype == torch.bfloat16 and w.scales.dtype == torch.float16:
             own = torch.float16
@@ -101,11 +101,9 @@ class PackedWeight:
     def dequantize(self) -> torch.Tensor:
         """The weight ``[n, k]``, computed in float32 and rounded to ``dtype``."""
         exact = torch.promote_types(self.dtype, torch.float32)
-        form = (self.group_size, exact, self.minima)
-        if self.bits == 4:
-            w = dequantize_int4(self.codes, self.scales, self.zeros, self.k, *form)
-        else:
-            w = dequantize_int8(self.codes, self.scales, self.zeros, *form)
+        dequantize = dequantize_int4 if self.bits == 4 else dequantize_int8
+        given = (self.codes, self.scales, self.zeros)
+        w = dequantize(*given, self.k, self.group_size, exact, self.minima)
         if self.permutation is not None:
             w = w[:, self.permutation.argsort()]
         return w.to(self.dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
-from llmfast_kernels.linear.int4_hopper import ROWS, WORDS_LAYOUT, X_LAYOUT
+from llmfast_kernels.linear.hopper_launch import STREAM, TILE_STAGES, choose_hopper_launch
+from llmfast_kernels.linear.hopper_parts import ROWS, WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
 from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
 from llmfast_kernels.linear.int8_kernel import WHOLE, choose_int8_launch
 from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
+from llmfast_kernels.linear.stream import REGISTERS
 
 
 def _linear(
@@ -99,42 +101,69 @@ def _int4(
     )
 
 
-def _hopper(
-    dtype: str, tokens: int, n: int, k: int, group: int, *, kind: str, act: str | None, more: bool
+def _on_hopper(
+    dtype: str,
+    tokens: int,
+    n: int,
+    k: int,
+    group: int,
+    *,
+    bits: int,
+    kind: str,
+    act: str | None,
+    more: bool,
 ) -> Variant:
     """``more``: a bias, and without an activation a residual."""
-    launch = choose_int4_launch(n, k, tokens, shared_memory=SHARED_LIMIT["sm_90"], hopper=True)
-    assert launch.tier == "hopper"
+    launch = choose_hopper_launch(n, k, tokens, bits, streams=kind != "minima", tiles=True)
+    assert launch is not None
     pointer, groups = f"*{dtype}:16", -(-k // group)
-    wide = f"tensordesc<{dtype}[{launch.block_m}, {CHUNK // 2}],{X_LAYOUT!r}>"
-    signature = dict.fromkeys(("x_desc", "residual_desc", "y_desc"), wide) | {
-        "words_desc": f"tensordesc<i32[{ROWS}, {CHUNK // 8}],{WORDS_LAYOUT!r}>",
+    wide = f"tensordesc<{dtype}[{launch.tokens}, {CHUNK // 2}],{X_LAYOUT!r}>"
+    signature = {
+        "x_desc": wide,
         "scales_ptr": pointer,
         "n_tokens": "i32",
         "n": "i32",
         "k": "i32" if k % 16 else "i32:16",
         "groups": "i32" if groups % 16 else "i32:16",
     }
-    constexprs: dict[str, object] = {
-        "GROUP": group,
-        "ACT": act,
-        "RESIDUAL": more and act is None,
-        "TOKENS": launch.block_m,
-        "STAGES": launch.num_stages,
-    }
+    constexprs: dict[str, object] = {"BITS": bits, "GROUP": group, "ACT": act}
+    options: dict[str, object] = {}
+    residual = more and act is None
+    if launch.tier == "tiles":
+        module, name, rows = "hopper", "_hopper_kernel", ROWS
+        signature |= dict.fromkeys(("residual_desc", "y_desc"), wide)
+        constexprs |= {"RESIDUAL": residual, "TOKENS": launch.tokens}
+        constexprs["STAGES"] = TILE_STAGES[bits][launch.tokens]
+    else:
+        module, name = "stream", "_stream_kernel"
+        units, stages, programs = STREAM[bits][launch.tokens]
+        rows = units if act is None else units // 2
+        at_first, multiplying, fetching = REGISTERS[programs]
+        signature |= {"y_ptr": pointer, "partial_ptr": "*fp32:16", "tickets_ptr": "*i32:16"}
+        constexprs |= {"ROWS": units, "TOKENS": launch.tokens, "STAGES": stages, "EARLY": False}
+        constexprs |= {"OF_MULTIPLY": multiplying, "OF_FETCH": fetching}
+        options["maxnreg"] = at_first
+        if residual:
+            signature["residual_ptr"] = pointer
+        else:
+            constexprs["residual_ptr"] = None
     if more:
         signature["bias_ptr"] = pointer
     else:
         constexprs["bias_ptr"] = None
+    signature["words_desc"] = f"tensordesc<i32[{rows}, 16],{WORDS_LAYOUT!r}>"
     _kind(kind, dtype, signature, constexprs)
+    if launch.tier == "stream":
+        del constexprs["minima_ptr"]
     return Variant(
-        name=f"linear/int4-g{group} {kind} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
-        kernel="llmfast_kernels.linear.int4_hopper:_int4_hopper_kernel",
+        name=f"linear/hopper int{bits}-g{group} {kind} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
+        kernel=f"llmfast_kernels.linear.{module}:{name}",
         signature=signature,
         constexprs=constexprs,
-        num_warps=launch.num_warps,
+        num_warps=4,
         targets=("sm_90",),
         everywhere=False,
+        options=options,
     )
 
 
@@ -220,8 +249,12 @@ VARIANTS = [
     _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros", act="silu"),
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima", act="gelu_tanh"),
     _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima", act="silu"),
-    _hopper("bf16", 1024, 28672, 4096, 128, kind="symmetric", act="silu", more=False),
-    _hopper("fp16", 512, 4096, 14336, 32, kind="minima", act=None, more=True),
+    _on_hopper("bf16", 1024, 28672, 4096, 128, bits=4, kind="symmetric", act="silu", more=False),
+    _on_hopper("fp16", 512, 4096, 14336, 32, bits=4, kind="minima", act=None, more=True),
+    _on_hopper("bf16", 4096, 4096, 4096, 64, bits=8, kind="zeros", act=None, more=True),
+    _on_hopper("bf16", 1, 28672, 4096, 128, bits=4, kind="symmetric", act="silu", more=False),
+    _on_hopper("fp16", 32, 4096, 14336, 64, bits=4, kind="zeros", act=None, more=True),
+    _on_hopper("bf16", 16, 6144, 4096, 128, bits=8, kind="symmetric", act=None, more=False),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),

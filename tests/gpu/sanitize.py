@@ -76,12 +76,13 @@ def int8_linears(dtype: torch.dtype) -> None:
     for tokens, k, group_size in itertools.product((1, 17, 129), (200, 256), (32, 128, 0)):
         group_size = group_size or k
         codes = torch.randint(0, 256, (67, k), dtype=torch.uint8, device="cuda")
+        packed = ops.pack_int8(codes)
         groups = (67, -(-k // group_size))
         x, scales = randn(tokens, k, dtype=dtype), randn(*groups, dtype=dtype)
         zeros = torch.randint(0, 256, groups, dtype=torch.uint8, device="cuda")
         residual = randn(tokens, 67, dtype=dtype)
-        ops.int8_linear(x, codes, scales, zeros, group_size=group_size, residual=residual)
-        ops.int8_linear(x, codes, scales, group_size=group_size, minima=scales)
+        ops.int8_linear(x, packed, scales, zeros, group_size=group_size, residual=residual)
+        ops.int8_linear(x, packed, scales, group_size=group_size, minima=scales)
 
 
 def linears(dtype: torch.dtype) -> None:

@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guards import BAND, GuardedEmpty, guard_all, guarded
-from int4_cases import assert_as_good, each_dtype, each_kind, in_float64, make
 from llmfast_kernels.linear import (
     free_workspaces,
     int4_launch,
@@ -15,6 +14,7 @@ from llmfast_kernels.linear import (
     unpack_int4,
     workspace_bytes,
 )
+from llmfast_kernels.linear.hopper_launch import choose_hopper_launch
 from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
 from llmfast_kernels.linear.int4_launch import (
     GEMV_COLUMNS,
@@ -25,6 +25,7 @@ from llmfast_kernels.linear.int4_launch import (
 )
 from llmfast_kernels.linear.int4_layout import CHUNK, dequantize_int4
 from llmfast_kernels.linear.reference import ACTIVATIONS, int4_linear_reference
+from quantized_cases import assert_as_good, each_dtype, each_kind, in_float64, make
 
 SMALL = Int4Launch("tiles", 32, 16, 1, 2, 2)
 MANY = Int4Launch("many", 32, 16, 1, 2, 2)
@@ -334,26 +335,29 @@ def test_what_an_h100_launches():
     assert choose(4096, 4096, 128) == ("tiles", 128, 128, 4)  # too few programs
     assert choose(4096, 14336, 256) == ("tiles", 128, 128, 2)  # too many columns
     assert choose(4096, 4096, 256, same_dtype=False) == ("tiles", 128, 128, 2)
-    assert choose(4096, 4096, 257)[0] == "workspace"
 
 
-def test_what_hopper_s_own_kernel_takes():
-    def choose(n, k, tokens, **options):
-        options = {"shared_memory": 227 * 1024, "hopper": True} | options
-        launch = choose_int4_launch(n, k, tokens, **options)
-        return launch.tier, launch.block_m
+def test_what_hopper_s_own_kernels_take():
+    def choose(n, k, tokens, bits=4, streams=False, tiles=True):
+        launch = choose_hopper_launch(n, k, tokens, bits, streams=streams, tiles=tiles)
+        return launch and (launch.tier, launch.tokens)
 
-    assert choose(28672, 4096, 128) == ("many", 128)
-    assert choose(28672, 4096, 129) == choose(28672, 4096, 256) == ("hopper", 256)
-    assert choose(6144, 4096, 256) == ("hopper", 128)
-    assert choose(4096, 4096, 256) == ("many", 128)  # too few tiles
-    assert choose(4096, 14336, 256) == ("tiles", 128)
-    assert choose(4096, 14336, 512) == ("hopper", 128)
-    assert choose(6144, 4096, 1024) == ("hopper", 128)  # fewer waves of programs
-    assert choose(4096, 4096, 1024) == choose(6144, 4096, 4096) == ("hopper", 256)
-    assert choose(1024, 4096, 512)[0] == "workspace"  # few programs, little to dequantize
-    assert choose(4096, 4096, 1024, same_dtype=False)[0] == "workspace"
-    assert choose(4096, 512, 1024)[0] == "workspace"  # fewer columns than stages
+    assert choose(28672, 4096, 128) is None
+    assert choose(28672, 4096, 129) == choose(28672, 4096, 256) == ("tiles", 256)
+    assert choose(6144, 4096, 256) == ("tiles", 128)
+    assert choose(4096, 4096, 256) is None  # too few tiles
+    assert choose(4096, 14336, 512) == ("tiles", 128)
+    assert choose(6144, 4096, 1024) == ("tiles", 128)  # fewer waves of programs
+    assert choose(4096, 4096, 1024) == choose(6144, 4096, 4096) == ("tiles", 256)
+    assert choose(1024, 4096, 512) is None  # few programs, little to dequantize
+    assert choose(4096, 4096, 1024, tiles=False) is None
+    assert choose(4096, 512, 1024) is None  # fewer columns than stages
+    assert choose(4096, 4096, 65, bits=8) == ("tiles", 128)
+    for bits in (4, 8):
+        assert choose(28672, 4096, 1, bits, True) == choose(64, 64, 8, bits, True) == ("stream", 8)
+        assert choose(4096, 14336, 9, bits, True) == ("stream", 16)
+        assert choose(4096, 4096, 33, bits, True) == ("stream", 64)
+        assert choose(128256, 4096, 1, bits, True) is None  # more tiles than tickets
 
 
 def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):

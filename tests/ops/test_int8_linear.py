@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from guards import BAND, GuardedEmpty, guard_all, guarded
-from llmfast_kernels.linear import free_workspaces, int8_linear, workspace_bytes
+from llmfast_kernels.linear import (
+    free_workspaces,
+    int8_linear,
+    pack_int8,
+    unpack_int8,
+    workspace_bytes,
+)
 from llmfast_kernels.linear.int8_kernel import (
     MAX_TOKENS,
     Int8Launch,
@@ -47,7 +53,7 @@ def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0):
     groups = -(-k // group_size)
     args = {
         "x": torch.randn(tokens, k, generator=gen).to(dtype),
-        "codes": torch.randint(0, 256, (n, k), generator=gen, dtype=torch.uint8),
+        "packed": pack_int8(torch.randint(0, 256, (n, k), generator=gen, dtype=torch.uint8)),
         "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 80 / k**0.5).to(dtype),
     }
     if kind == "minima":
@@ -69,8 +75,8 @@ def small(args):
     return Int8Launch("tiles", 16, group, 2, 2)
 
 
-def in_float64(x, codes, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
-    weight = dequantize_int8(codes, scales, zeros, group_size, torch.float64, minima)
+def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
+    weight = dequantize_int8(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
     y = linear(x.double(), weight, None if bias is None else bias.double())
     return y if residual is None else y + residual.double()
 
@@ -83,10 +89,38 @@ def assert_as_good(ours, reference, exact):
     assert error <= max(2 * own, floor)  # false for NaN too
 
 
+def test_where_a_code_lies():
+    """As the module's docstring says: in word c columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9."""
+    codes = torch.arange(32, dtype=torch.uint8)[None]
+    words = pack_int8(codes).view(8, 4).tolist()
+    for start in (0, 16):
+        for c in range(4):
+            wanted = [start + column for column in (2 * c, 2 * c + 1, 2 * c + 8, 2 * c + 9)]
+            assert words[start // 4 + c] == wanted
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(n=st.integers(1, 9), k=st.integers(1, 70), seed=st.integers(0, 99))
+def test_pack_and_unpack_are_inverse(n, k, seed):
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (n, k), generator=gen, dtype=torch.uint8)
+    packed = pack_int8(codes)
+    assert packed.is_contiguous() and packed.shape == (n, -(-k // 16) * 16)
+    assert torch.equal(unpack_int8(packed, k), codes)
+
+
+def test_bad_codes_are_named():
+    with pytest.raises(TypeError, match=r"^pack_int8: codes must be torch.uint8, got torch.int32"):
+        pack_int8(torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"^pack_int8: .*\(3,\)"):
+        pack_int8(torch.zeros(3, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
 def test_reference_is_the_formula(kind):
     args = make((2, 72, 3, 32), torch.float64, kind=kind)
     got = int8_linear_reference(**args)
+    codes = unpack_int8(args["packed"], 72)
     for t in range(2):
         for row in range(3):
             total = args["bias"][row] + args["residual"][t, row]
@@ -94,7 +128,7 @@ def test_reference_is_the_formula(kind):
                 g = column // 32
                 zero = {"symmetric": 128, "minima": 0}.get(kind)
                 zero = int(args["zeros"][row, g]) if zero is None else zero
-                weight = args["scales"][row, g] * (int(args["codes"][row, column]) - zero)
+                weight = args["scales"][row, g] * (int(codes[row, column]) - zero)
                 if kind == "minima":
                     weight = weight + args["minima"][row, g]
                 total = total + weight * args["x"][t, column]
@@ -138,7 +172,7 @@ def test_every_code_and_zero_point_is_exact(tokens, dtype, device):
     """One column at a time, a scale of 1: the weight itself comes out."""
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = {
-        "codes": torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 2).to(device),
+        "packed": pack_int8(torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 2)).to(device),
         "scales": torch.ones(256, 1, device=device, dtype=dtype),
         "zeros": torch.arange(256, dtype=torch.uint8).flip(0)[:, None].contiguous().to(device),
         "x": torch.eye(2, device=device, dtype=dtype)[:tokens],
@@ -177,7 +211,7 @@ def test_more_codes_than_an_int32_counts(tokens):
     k, n = 32768, 65600
     args = make((tokens, k, 16, k), torch.float16, "cuda", "zeros", more=False)
     wanted = int8_linear_reference(**args)
-    for name in ("codes", "scales", "zeros"):
+    for name in ("packed", "scales", "zeros"):
         args[name] = args[name].repeat(n // 16, 1)
     got = int8_linear(**args)
     assert torch.equal(got, got[:, :16].repeat(1, n // 16))
@@ -232,11 +266,11 @@ def test_launches_fit_every_gpu(k, group, tokens):
     ("change", "error", "says"),
     [
         ({"x": torch.ones(3, 128).int()}, TypeError, "x must be float16 or bfloat16"),
-        ({"x": torch.ones(3, 130).half()}, ValueError, r"codes must be \(40, 130\)"),
+        ({"x": torch.ones(3, 130).half()}, ValueError, r"packed must be \(40, 144\)"),
         ({"x": torch.ones(128, 3).half().t()}, ValueError, r"x must be contiguous.*\(1, 3\)"),
         ({"group_size": 48}, ValueError, "group_size must be 32, 64, 128 or k = 128; got 48"),
-        ({"codes": torch.ones(40, 128)}, TypeError, "codes must be torch.uint8"),
-        ({"codes": torch.ones(40).byte()}, ValueError, r"codes must be \(n, k\)"),
+        ({"packed": torch.ones(40, 128)}, TypeError, "packed must be torch.uint8"),
+        ({"packed": torch.ones(40).byte()}, ValueError, r"packed must be \(n, places\)"),
         ({"scales": torch.ones(40, 3).half()}, ValueError, r"scales must be \(40, 2\).*\(40, 3\)"),
         ({"scales": torch.ones(40, 2)}, TypeError, "scales must have x's dtype torch.float16"),
         ({"zeros": torch.ones(40, 2)}, TypeError, "zeros must be torch.uint8"),
@@ -275,12 +309,12 @@ def test_weights_are_dequantized_with_one_rounding(shape, dtype, kind, device):
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = make(shape, dtype, device, kind)
     _, k, n, group_size = shape
-    codes, scales, zeros, minima = (
-        args.get(name) for name in ("codes", "scales", "zeros", "minima")
+    packed, scales, zeros, minima = (
+        args.get(name) for name in ("packed", "scales", "zeros", "minima")
     )
     weight, buffer = guarded(torch.full((n, k), float("nan"), dtype=dtype, device=device), 7.0)
-    launch_dequantize_int8(codes, scales, zeros, minima, weight, group_size=group_size)
-    wanted = dequantize_int8(codes, scales, zeros, group_size, torch.float32, minima)
+    launch_dequantize_int8(packed, scales, zeros, minima, weight, group_size=group_size)
+    wanted = dequantize_int8(packed, scales, zeros, k, group_size, torch.float32, minima)
     assert torch.equal(weight, wanted.to(dtype))
     assert (buffer[:BAND] == 7.0).all() and (buffer[-BAND:] == 7.0).all()
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
-from .int4_launch import GEMV_COLUMNS, Int4Launch, choose_int4_launch
+from .hopper_launch import HopperLaunch, run_on_hopper
+from .int4_launch import GEMV_COLUMNS, MAX_TOKENS, Int4Launch, choose_int4_launch
 from .int4_layout import CHUNK
 from .int4_many import _int4_many_kernel
 from .int4_parts import (
@@ -29,7 +30,7 @@ from .int4_parts import (
     rows_of,
     store,
 )
-from .kernel import GATED, is_hopper, shared_memory_of
+from .kernel import GATED, shared_memory_of
 from .workspace import MAX_TICKETS, tickets, workspace
 
 DEQUANTIZED_ROWS = 32  # of a chunk of columns, by a program
@@ -253,7 +254,7 @@ def launch_int4_linear(
     minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
-    _launch: Int4Launch | None = None,
+    _launch: Int4Launch | HopperLaunch | None = None,
 ) -> torch.Tensor:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device
@@ -264,25 +265,28 @@ def launch_int4_linear(
             )  # fmt: skip
     *leading, k = x.shape
     n, n_tokens = len(packed), x.numel() // k
-    same_dtype = scales.dtype == x.dtype and (minima is None or minima.dtype == x.dtype)
-    launch = _launch or _choose(x, packed, residual, n_tokens, same_dtype)
-    if launch.tier == "workspace":
+    if _launch is None or isinstance(_launch, HopperLaunch):
+        done = run_on_hopper(
+            x, packed, scales, zeros, minima, bias, residual,
+            bits=4, group_size=group_size, activation=activation, launch=_launch,
+        )  # fmt: skip
+        if done is not None:
+            return done
+        _launch = None
+    if n_tokens > MAX_TOKENS:
         weight = workspace(x.device, x.dtype, n * k).view(n, k)
         launch_dequantize_int4(packed, scales, zeros, minima, weight, group_size=group_size)
         y = functional.linear(x, weight, bias)
         if activation is not None:
             return GATED[activation](y)
         return y if residual is None else y.add_(residual)
+    same_dtype = scales.dtype == x.dtype and (minima is None or minima.dtype == x.dtype)
+    launch = _launch or _choose(x, n, k, n_tokens, same_dtype)
     width = n if activation is None else n // 2
     y = torch.empty((*leading, width), dtype=x.dtype, device=x.device)
     groups = scales.shape[1]
     group = group_size if groups > 1 else 0
     tensors = (x, packed, scales, zeros, minima, bias, residual, y)
-    if launch.tier == "hopper":
-        from .int4_hopper import launch_int4_hopper  # Gluon for one GPU
-
-        launch_int4_hopper(*tensors, group=group, activation=activation, tokens=launch.block_m)
-        return y
     key = None
     if aligned(*(t for t in tensors if t is not None)):
         absent = tuple(t is None for t in (zeros, minima, bias, residual))
@@ -330,26 +334,11 @@ def launch_int4_linear(
     return y
 
 
-def _choose(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    residual: torch.Tensor | None,
-    n_tokens: int,
-    same_dtype: bool,
-) -> Int4Launch:
-    n, k = len(packed), x.shape[-1]
+def _choose(x: torch.Tensor, n: int, k: int, n_tokens: int, same_dtype: bool) -> Int4Launch:
     if n_tokens == 1 and x.data_ptr() % 4:  # where no pair of x can be read at once
         n_tokens = 2
-    if not x.is_cuda:
-        shared_memory, hopper = 227 * 1024, False
-    else:
-        shared_memory = shared_memory_of(x.get_device())
-        # rows of x, y and a half of y, and what they begin at, at multiples of 16 bytes
-        hopper = is_hopper(x.get_device()) and k % 8 == 0 and n % 16 == 0
-        hopper = hopper and aligned(x, packed, x if residual is None else residual)
-    return choose_int4_launch(
-        n, k, n_tokens, shared_memory=shared_memory, same_dtype=same_dtype, hopper=hopper
-    )
+    shared_memory = shared_memory_of(x.get_device()) if x.is_cuda else 227 * 1024
+    return choose_int4_launch(n, k, n_tokens, shared_memory=shared_memory, same_dtype=same_dtype)
 
 
 def launch_dequantize_int4(

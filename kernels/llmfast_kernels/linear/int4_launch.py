@@ -7,7 +7,7 @@ from functools import cache
 
 from .int4_layout import CHUNK
 
-MAX_TOKENS = 256  # of tiles; more are Hopper's, or cuBLAS's with weights in a workspace
+MAX_TOKENS = 256  # more are multiplied by cuBLAS, with weights in a workspace
 _LANES_ROWS = 16384  # of a weight, from which lanes read one token's faster than tensor cores
 GEMV_COLUMNS = 1024  # that they read at a time
 _MIN_CHUNKS = 3  # of columns, for a split
@@ -15,17 +15,12 @@ _MANY_TOKENS = 65  # from which on scaled weights are faster, unless columns mus
 _MANY_COLUMNS = 8192  # of a weight, at most, which one program takes alone
 _MANY_PROGRAMS = 96  # of 64 rows, at least: fewer leave multiprocessors without work
 _MANY_WIDE = 400  # of these, from which on each takes 128 rows
-_HOPPER_TOKENS = 129  # from which on it is faster, where there are
-_HOPPER_TILES = 96  # of 128 rows, at least
-HOPPER_STAGES = {128: 5, 256: 3}  # that shared memory holds, by tokens of a tile
-_HOPPER_US = {128: 28.5, 256: 46.0}  # of a tile of 4,096 columns, by its tokens
-_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
 class Int4Launch:
     """``gemv``: one token, summed by lanes. ``tiles``: tensor cores, each group's products scaled.
-    ``many`` and ``hopper``: tensor cores, the weights scaled. ``workspace``: cuBLAS.
+    ``many``: tensor cores, the weights scaled.
     """
 
     tier: str
@@ -38,32 +33,14 @@ class Int4Launch:
 
 @cache
 def choose_int4_launch(
-    n: int,
-    k: int,
-    tokens: int,
-    *,
-    shared_memory: int,
-    same_dtype: bool = True,
-    hopper: bool = False,
+    n: int, k: int, tokens: int, *, shared_memory: int, same_dtype: bool = True
 ) -> Int4Launch:
     """Pick the launch for ``tokens`` tokens of ``k`` features to ``n``. Pure: it asks no device.
 
     Args:
         shared_memory: what one program may use, in bytes.
         same_dtype: scales and minima are of the tokens' dtype.
-        hopper: the GPU is one, and TMA takes the tensors.
     """
-    if (
-        hopper
-        and same_dtype
-        and tokens >= _HOPPER_TOKENS
-        and k >= CHUNK * max(HOPPER_STAGES.values())
-    ):
-        us, launch, tiles = _choose_hopper(n, k, tokens)
-        if us < _workspace_us(n, k, tokens) if tokens > MAX_TOKENS else tiles >= _HOPPER_TILES:
-            return launch
-    if tokens > MAX_TOKENS:
-        return Int4Launch("workspace", 0, 0, 1, 0, 0)
     if tokens == 1 and n >= _LANES_ROWS and k % GEMV_COLUMNS == 0:
         return Int4Launch("gemv", 1, 8, 1, 2, 1)
     if same_dtype and tokens >= _MANY_TOKENS and k <= _MANY_COLUMNS:
@@ -84,22 +61,6 @@ def choose_int4_launch(
     while 2 * splits * tiles <= wanted and 2 * splits * _MIN_CHUNKS * CHUNK <= k:
         splits *= 2
     return Int4Launch("tiles", block_m, block_n, splits, num_warps, num_stages)
-
-
-def _choose_hopper(n: int, k: int, tokens: int) -> tuple[float, Int4Launch, int]:
-    """The faster of its tiles: what they take, the launch, and how many they are."""
-    found = []
-    for block_m, tile_us in _HOPPER_US.items():
-        tiles = -(-n // 128) * -(-tokens // block_m)
-        us = -(-tiles // _MULTIPROCESSORS) * tile_us * k / 4096
-        launch = Int4Launch("hopper", block_m, 128, 1, 4, HOPPER_STAGES[block_m])
-        found.append((us, launch, tiles))
-    return min(found, key=lambda each: each[0])
-
-
-def _workspace_us(n: int, k: int, tokens: int) -> float:
-    """Half a byte a weight read and two written at 3 TB/s, then products at 700 TFLOP/s."""
-    return n * k * 2.5 / 3e6 + 2 * n * k * tokens / 700e6 + 5
 
 
 def stage_bytes(block_m: int, block_n: int) -> int:

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from ..dependent import wait_for_inputs
 from ..relaunch import Relaunch, aligned
+from .hopper_launch import HopperLaunch, run_on_hopper
+from .int8_layout import UNIT
 from .launch import block_m
 from .workspace import workspace
 
@@ -30,6 +32,7 @@ WHOLE = 128  # columns that are summed at a time where all have one scale
 
 _MIDDLE = tl.constexpr(MIDDLE)
 _OFFSET = tl.constexpr(1 << 23)
+UNIT_COLUMNS = tl.constexpr(UNIT)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,23 @@ def choose_int8_launch(k: int, group: int, tokens: int) -> Int8Launch:
 
 
 @triton.jit
+def _in_order(codes):
+    """Codes ``[N, K]`` as they lie, as those of one column after another."""
+    N: tl.constexpr = codes.shape[0]
+    K: tl.constexpr = codes.shape[1]
+    codes = tl.reshape(codes, [N, K // UNIT_COLUMNS, 4, 2, 2])
+    return tl.reshape(tl.permute(codes, (0, 1, 3, 2, 4)), [N, K])
+
+
+@triton.jit
+def _as_they_lie(x):
+    """Inputs ``[K]`` in the order in which their codes lie."""
+    K: tl.constexpr = x.shape[0]
+    x = tl.reshape(x, [K // UNIT_COLUMNS, 2, 4, 2])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [K])
+
+
+@triton.jit
 def _numbers(codes):
     """2**23 + code, as float32."""
     return (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
@@ -82,7 +102,7 @@ def _zero(zeros_ptr, minima_ptr, at):
 @triton.jit(do_not_specialize=["n"])
 def _int8_gemv_kernel(
     x_ptr,  # [k]
-    codes_ptr,  # [n, k]
+    codes_ptr,  # [n, k], and filled up
     scales_ptr,  # [n, groups]
     zeros_ptr,  # [n, groups], or None: 128
     minima_ptr,  # [n, groups], or None; then there are no zeros
@@ -104,7 +124,8 @@ def _int8_gemv_kernel(
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: rows times columns may pass 2**31
     lanes = tl.arange(0, BLOCK_K)
-    row_ptrs = codes_ptr + rows[:, None] * k
+    filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
+    row_ptrs = codes_ptr + rows[:, None] * filled
     sums = tl.zeros([BLOCK_N, PARTS], tl.float32)
     for start in range(0, k, BLOCK_K):
         cols = start + lanes
@@ -113,8 +134,9 @@ def _int8_gemv_kernel(
             codes = tl.load(row_ptrs + cols[None, :], eviction_policy="evict_first")
         else:
             x = tl.load(x_ptr + cols, mask=cols < k, other=0.0).to(tl.float32)
-            mask = (cols < k)[None, :]
+            mask = (cols < filled)[None, :]
             codes = tl.load(row_ptrs + cols[None, :], mask, 0, eviction_policy="evict_first")
+        x = _as_they_lie(x)
         group = tl.arange(0, PARTS)
         if ONE_GROUP:
             group = group * 0
@@ -140,7 +162,7 @@ def _int8_gemv_kernel(
 @triton.jit(do_not_specialize=["n_tokens", "n"])
 def _int8_tiles_kernel(
     x_ptr,  # [n_tokens, k]
-    codes_ptr,  # [n, k]
+    codes_ptr,  # [n, k], and filled up
     scales_ptr,  # [n, groups]
     zeros_ptr,  # [n, groups], or None: 128
     bias_ptr,  # [n] or None
@@ -163,7 +185,8 @@ def _int8_tiles_kernel(
     tokens = tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, BLOCK_K)
-    row_ptrs = codes_ptr + rows * k
+    filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
+    row_ptrs = codes_ptr + rows * filled
     at = rows * groups
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     zero = _zero(zeros_ptr, None, at)
@@ -175,8 +198,9 @@ def _int8_tiles_kernel(
             codes = tl.load(row_ptrs + cols[None, :], eviction_policy="evict_first")
         else:
             x = tl.load(x_ptrs, mask=is_token & (cols < k)[:, None], other=0.0)
-            mask = (cols < k)[None, :]
+            mask = (cols < filled)[None, :]
             codes = tl.load(row_ptrs + cols[None, :], mask, 0, eviction_policy="evict_first")
+        codes = _in_order(codes)
         if ONE_GROUP:
             sums = tl.dot((_numbers(codes) - zero).to(dtype), x, sums)
         else:
@@ -197,7 +221,7 @@ def _int8_tiles_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def _dequantize_int8_kernel(
-    codes_ptr,  # [n, k]
+    codes_ptr,  # [n, k], and filled up
     scales_ptr,  # [n, groups]
     zeros_ptr,  # [n, groups], or None: 128
     minima_ptr,  # [n, groups], or None; then there are no zeros
@@ -222,8 +246,9 @@ def _dequantize_int8_kernel(
     else:
         group = tl.minimum(start // GROUP + group, groups - 1)
     at = rows * groups + group
-    codes = tl.load(codes_ptr + rows * k + cols, mask=cols < k, other=0)
-    w = tl.reshape(_numbers(codes), [BLOCK_N, PARTS, GROUP])
+    filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
+    codes = tl.load(codes_ptr + rows * filled + cols, mask=cols < filled, other=0)
+    w = tl.reshape(_numbers(_in_order(codes)), [BLOCK_N, PARTS, GROUP])
     w = (w - _zero(zeros_ptr, minima_ptr, at)[:, :, None]) * tl.load(scales_ptr + at).to(
         tl.float32
     )[:, :, None]
@@ -241,7 +266,7 @@ _gemv, _tiles, _dequantize = (
 
 def launch_int8_linear(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -249,19 +274,27 @@ def launch_int8_linear(
     group_size: int,
     minima: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    _launch: Int8Launch | None = None,
+    _launch: Int8Launch | HopperLaunch | None = None,
 ) -> torch.Tensor:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device
             return launch_int8_linear(
-                x, codes, scales, zeros, bias,
+                x, packed, scales, zeros, bias,
                 group_size=group_size, minima=minima, residual=residual, _launch=_launch,
             )  # fmt: skip
     *leading, k = x.shape
-    n, n_tokens = len(codes), x.numel() // k
+    n, n_tokens = len(packed), x.numel() // k
+    if _launch is None or isinstance(_launch, HopperLaunch):
+        done = run_on_hopper(
+            x, packed, scales, zeros, minima, bias, residual,
+            bits=8, group_size=group_size, launch=_launch,
+        )  # fmt: skip
+        if done is not None:
+            return done
+        _launch = None
     if n_tokens > (MAX_TOKENS if minima is None else 1):
         weight = workspace(x.device, x.dtype, n * k).view(n, k)
-        launch_dequantize_int8(codes, scales, zeros, minima, weight, group_size=group_size)
+        launch_dequantize_int8(packed, scales, zeros, minima, weight, group_size=group_size)
         y = functional.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
     y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
@@ -271,7 +304,7 @@ def launch_int8_linear(
     one_group = groups == 1
     group = WHOLE if one_group else group_size
     launch = _launch or choose_int8_launch(k, group, n_tokens)
-    tensors = (x, codes, scales, zeros, minima, bias, residual, y)
+    tensors = (x, packed, scales, zeros, minima, bias, residual, y)
     even_k = k % launch.block_k == 0
     key = None
     if aligned(*(t for t in tensors if t is not None)):
@@ -284,7 +317,7 @@ def launch_int8_linear(
         constexprs = (min(group, launch.block_k), one_group, even_k, *tile)
         _gemv(grid, key, (*tensors, n, k, groups, *constexprs), num_warps=launch.num_warps)
     else:
-        given = (x, codes, scales, zeros, bias, residual, y)
+        given = (x, packed, scales, zeros, bias, residual, y)
         _tiles(
             grid,
             key,
@@ -296,7 +329,7 @@ def launch_int8_linear(
 
 
 def launch_dequantize_int8(
-    codes: torch.Tensor,
+    packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     minima: torch.Tensor | None,
@@ -309,7 +342,7 @@ def launch_dequantize_int8(
     groups = scales.shape[1]
     one_group = groups == 1
     group = WHOLE if one_group else group_size
-    tensors = (codes, scales, zeros, minima, weight)
+    tensors = (packed, scales, zeros, minima, weight)
     key = None
     if aligned(*(t for t in tensors if t is not None)):
         alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from .contract import check_input, check_parts
+from .int8_layout import UNIT
 from .op import check_like
 from .reference import int8_linear_reference
 
 
 def int8_linear(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -22,8 +23,8 @@ def int8_linear(
 ) -> torch.Tensor:
     """Multiply tokens with eight-bit weights, dequantized on their way to the multipliers.
 
-        weight[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]),  g = k // group_size
-                    or scales[n, g] * codes[n, k] + minima[n, g]
+        weight[n, k] = scales[n, g] * (code[n, k] - zeros[n, g]),  g = k // group_size
+                    or scales[n, g] * code[n, k] + minima[n, g]
         y = round(x @ weight.T + bias) + residual
 
     Codes less zero points are whole numbers that 16 bits hold exactly; products are summed in
@@ -35,7 +36,7 @@ def int8_linear(
 
     Args:
         x: ``(..., k)``, contiguous; float16 or bfloat16, and float32 or float64 off CUDA.
-        codes: uint8 ``(n, k)``, contiguous.
+        packed: uint8, what :func:`pack_int8` makes of codes ``(n, k)``.
         scales: ``(n, ceil(k / group_size))``, contiguous; of x's dtype or float16, as
             checkpoints have them.
         zeros: uint8, of scales' shape, contiguous: the codes that stand for 0. None: 128 does,
@@ -56,10 +57,10 @@ def int8_linear(
     """
     op = "int8_linear"
     k = check_input(op, x, group_size)
-    if codes.ndim != 2 or len(codes) == 0:
-        raise ValueError(f"{op}: codes must be (n, k), got shape {tuple(codes.shape)}")
-    n = len(codes)
-    check_like(op, "codes", codes, (n, k), x, torch.uint8)
+    if packed.ndim != 2 or len(packed) == 0:
+        raise ValueError(f"{op}: packed must be (n, places), got shape {tuple(packed.shape)}")
+    n = len(packed)
+    check_like(op, "packed", packed, (n, -(-k // UNIT) * UNIT), x, torch.uint8)
     check_parts(op, x, n, group_size, scales, zeros, minima, bias, residual)
     run = int8_linear_reference
     if x.is_cuda:
@@ -67,5 +68,5 @@ def int8_linear(
 
         run = launch_int8_linear
     return run(
-        x, codes, scales, zeros, bias, group_size=group_size, minima=minima, residual=residual
+        x, packed, scales, zeros, bias, group_size=group_size, minima=minima, residual=residual
     )

@@ -11,6 +11,7 @@ from ..activation.reference import (
     silu_mul_reference,
 )
 from .int4_layout import dequantize_int4
+from .int8_layout import unpack_int8
 
 ACTIVATIONS = {
     "silu": silu_mul_reference,
@@ -72,16 +73,18 @@ def int4_linear_reference(
 
 
 def dequantize_int8(
-    codes: torch.Tensor,
+    packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    k: int,
     group_size: int,
     dtype: torch.dtype,
     minima: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weights ``(n, k)``, computed in ``dtype``: ``scale * (code - zero)``, or
     ``scale * code + minimum``."""
-    group = torch.arange(codes.shape[1], device=codes.device) // group_size
+    codes = unpack_int8(packed, k)
+    group = torch.arange(k, device=packed.device) // group_size
     scale = scales.to(dtype)[:, group]
     if minima is not None:
         return scale * codes + minima.to(dtype)[:, group]
@@ -90,7 +93,7 @@ def dequantize_int8(
 
 def int8_linear_reference(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -100,5 +103,5 @@ def int8_linear_reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dequantize_int8(codes, scales, zeros, group_size, exact, minima)
+    weight = dequantize_int8(packed, scales, zeros, x.shape[-1], group_size, exact, minima)
     return _multiply(x, weight, bias, residual)

@@ -1,14 +1,19 @@
-"""Four-bit weights on Hopper's tensor cores, where the parts of a program run beside each other."""
+"""Quantized weights for many tokens on Hopper, where parts of a program run beside each other."""
 
 import pytest
 import torch
 
 from guards import GuardedEmpty, guard_all
-from int4_cases import assert_as_good, each_dtype, each_kind, in_float64, make
 from llmfast_kernels.linear import int4_linear
+from llmfast_kernels.linear.hopper_launch import TILE_STAGES, HopperLaunch
 from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
-from llmfast_kernels.linear.int4_launch import HOPPER_STAGES, Int4Launch
-from llmfast_kernels.linear.reference import ACTIVATIONS, int4_linear_reference
+from llmfast_kernels.linear.int8_kernel import launch_dequantize_int8, launch_int8_linear
+from llmfast_kernels.linear.reference import (
+    ACTIVATIONS,
+    int4_linear_reference,
+    int8_linear_reference,
+)
+from quantized_cases import assert_as_good, each_bits, each_dtype, each_kind, in_float64, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,13 +22,16 @@ pytestmark = [
         reason="wants a Hopper GPU",
     ),
 ]
-LAUNCHES = [Int4Launch("hopper", m, 128, 1, 4, stages) for m, stages in HOPPER_STAGES.items()]
-each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.block_m)
+LAUNCH = {4: launch_int4_linear, 8: launch_int8_linear}
+REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
+DEQUANTIZE = {4: launch_dequantize_int4, 8: launch_dequantize_int8}
+LAUNCHES = [HopperLaunch("tiles", tokens) for tokens in TILE_STAGES[4]]
+each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.tokens)
 # tokens, k, n, group size: tiles that are not full, columns that end within a chunk or a group
 SHAPES = [
     (1, 640, 16, 128),
     (129, 1000, 48, 64),
-    (300, 1032, 1008, 32),
+    (300, 1032, 1008, 128),
     (257, 4096, 6144, 128),
     (513, 1000, 336, 1000),
     (1024, 14336, 144, 64),
@@ -34,9 +42,19 @@ SHAPES = [
 @each_launch
 @each_dtype
 @each_kind
+@each_bits
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "bias and residual"])
-def test_it_matches_float64(shape, launch, dtype, kind, more):
-    args = make(shape, dtype, "cuda", kind, more)
+def test_it_matches_float64(shape, launch, dtype, kind, bits, more):
+    args = make(shape, dtype, "cuda", kind, more, bits=bits)
+    got = LAUNCH[bits](**args, _launch=launch)
+    assert_as_good(got, REFERENCE[bits](**args), in_float64(**args, bits=bits))
+
+
+@each_launch
+@each_dtype
+@each_kind
+def test_four_bits_in_groups_of_32(launch, dtype, kind):
+    args = make((300, 1032, 1008, 32), dtype, "cuda", kind)
     got = launch_int4_linear(**args, _launch=launch)
     assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
 
@@ -58,18 +76,19 @@ def test_gate_and_up_meet_in_shared_memory(shape, activation, bias, launch, dtyp
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "zeros"])
-@pytest.mark.parametrize("group_size", [32, 64, 128, 640])
+@pytest.mark.parametrize("group_size", [64, 128, 640])
 @each_launch
 @each_dtype
-def test_its_weights_are_the_dequantized_ones(kind, group_size, launch, dtype):
+@each_bits
+def test_its_weights_are_the_dequantized_ones(kind, group_size, launch, dtype, bits):
     """To the bit: one column at a time the weight itself comes out."""
     k, n = 640, 208
-    args = make((k, k, n, group_size), dtype, "cuda", kind, more=False)
+    args = make((k, k, n, group_size), dtype, "cuda", kind, more=False, bits=bits)
     args["x"] = torch.eye(k, dtype=dtype, device="cuda")
     weight = torch.empty(n, k, dtype=dtype, device="cuda")
     given = (args["packed"], args["scales"], args.get("zeros"), None, weight)
-    launch_dequantize_int4(*given, group_size=group_size)
-    assert torch.equal(launch_int4_linear(**args, _launch=launch).T, weight)
+    DEQUANTIZE[bits](*given, group_size=group_size)
+    assert torch.equal(LAUNCH[bits](**args, _launch=launch).T, weight)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -88,13 +107,14 @@ def test_programs_with_several_tiles_give_the_same_each_time(launch, activation)
 
 @pytest.mark.parametrize("kind", ["zeros", "minima"])
 @each_launch
-def test_nothing_outside_the_tensors_is_read_or_written(kind, launch, monkeypatch):
+@each_bits
+def test_nothing_outside_the_tensors_is_read_or_written(kind, launch, bits, monkeypatch):
     empty = GuardedEmpty()
-    args = make((130, 1000, 336, 64), torch.float16, "cuda", kind)
-    reference, exact = int4_linear_reference(**args), in_float64(**args)
+    args = make((130, 1000, 336, 64), torch.float16, "cuda", kind, bits=bits)
+    reference, exact = REFERENCE[bits](**args), in_float64(**args, bits=bits)
     args = guard_all(args, 119)
     monkeypatch.setattr(torch, "empty", empty)
-    assert_as_good(launch_int4_linear(**args, _launch=launch), reference, exact)
+    assert_as_good(LAUNCH[bits](**args, _launch=launch), reference, exact)
     empty.assert_bands_are_whole(reference.numel())
 
 
@@ -115,8 +135,6 @@ def test_what_tma_does_not_take_goes_another_way(odd):
     args = make((tokens, k, n, 128), torch.float16, "cuda")
     if odd != "n":
         value = args[odd]
-        args[odd] = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")[1:].view_as(
-            value
-        )
-        args[odd].copy_(value)
+        other = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")[1:]
+        args[odd] = other.view_as(value).copy_(value)
     assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))

@@ -1,40 +1,49 @@
-"""Layers with four-bit weights for tests, and what they must come out at."""
+"""Layers with quantized weights for tests, and what they must come out at."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from llmfast_kernels.linear import pack_int4
+from llmfast_kernels.linear import pack_int4, pack_int8
 from llmfast_kernels.linear.int4_layout import dequantize_int4
+from llmfast_kernels.linear.reference import dequantize_int8
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+each_bits = pytest.mark.parametrize("bits", [4, 8])
+
+PACK = {4: pack_int4, 8: pack_int8}
+_DEQUANTIZE = {4: dequantize_int4, 8: dequantize_int8}
 
 
-def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0):
+def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0, bits=4):
     """The operation's arguments by name; results are about 1."""
     tokens, k, n, group_size = shape
     gen = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)
+    largest = 2**bits - 1
+    codes = torch.randint(0, largest + 1, (n, k), generator=gen, dtype=torch.uint8)
     args = {
         "x": torch.randn(tokens, k, generator=gen).to(dtype),
-        "packed": pack_int4(torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)),
-        "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 5 / k**0.5).to(dtype),
+        "packed": PACK[bits](codes),
+        "scales": ((torch.rand(n, groups, generator=gen) + 0.5) * 3 / largest / k**0.5).to(dtype),
     }
     if kind == "minima":
-        args["minima"] = (-7.5 * args["scales"] * (torch.rand(n, groups, generator=gen) + 0.5)).to(
-            dtype
-        )
+        minima = -largest / 2 * args["scales"] * (torch.rand(n, groups, generator=gen) + 0.5)
+        args["minima"] = minima.to(dtype)
     if kind == "zeros":
-        args["zeros"] = torch.randint(0, 16, (n, groups), generator=gen, dtype=torch.uint8)
+        args["zeros"] = torch.randint(0, largest + 1, (n, groups), generator=gen, dtype=torch.uint8)
     if more:
         args["bias"] = torch.randn(n, generator=gen).to(dtype)
         args["residual"] = torch.randn(tokens, n, generator=gen).to(dtype)
     return {name: t.to(device) for name, t in args.items()} | {"group_size": group_size}
 
 
-def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
-    weight = dequantize_int4(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
+def in_float64(
+    x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None, bits=4
+):
+    dequantize = _DEQUANTIZE[bits]
+    weight = dequantize(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
     y = linear(x.double(), weight, None if bias is None else bias.double())
     return y if residual is None else y + residual.double()
 

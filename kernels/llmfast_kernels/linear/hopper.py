@@ -1,4 +1,4 @@
-"""Layers with four-bit weights for hundreds of tokens and more, on Hopper's tensor cores.
+"""Layers with quantized weights for hundreds of tokens and more, on Hopper's tensor cores.
 
 A program has three parts that run beside each other. One warp fetches tokens and words of columns
 into a ring of stages, by TMA. Two warpgroups, 64 rows of the weight each, wait for a stage,
@@ -7,8 +7,6 @@ tensor cores work for the other. The weights are rounded to just what dequantizi
 
 Tiles follow each other in a program, and the ring goes on from one to the next. After a tile's
 columns comes one stage more, in which the residual is fetched and from which the tile is stored.
-
-This is Gluon, Triton's language below the tiles: what runs beside what cannot be said in Triton.
 """
 
 from __future__ import annotations
@@ -26,28 +24,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..activation.kernel import activate
 from ..relaunch import Relaunch, aligned
-from .int4_launch import HOPPER_STAGES
-from .int4_layout import CHUNK, MIDDLE
+from .hopper_launch import TILE_STAGES
+from .hopper_parts import (
+    BOX_WORDS,
+    CHUNK_COLUMNS,
+    HALF_CHUNK,
+    ROWS,
+    TILE_ROWS,
+    WORDS_LAYOUT,
+    X_LAYOUT,
+    activate,
+    fetch,
+    lanes_of,
+    less_zeros,
+    operand,
+    put,
+    scaled,
+    twice,
+    zeros_of,
+)
+from .int4_layout import CHUNK
 from .kernel import multiprocessors_of
 
-ROWS = 64  # of the weight, that a warpgroup multiplies
-
-_ROWS = gl.constexpr(ROWS)
-_CHUNK = gl.constexpr(CHUNK)
-_WORDS = gl.constexpr(CHUNK // 8)
-_HALF = gl.constexpr(CHUNK // 2)  # columns that lie 128 bytes wide in shared memory
-_MIDDLE = gl.constexpr(MIDDLE)
 _BAND = gl.constexpr(8)  # tiles of tokens whose programs are neighbours
-
-# as later versions than Triton 3.6 call them, or as it does
-_fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_activate = gluon.jit(activate.fn)
-
-X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
-WORDS_LAYOUT = gl.NVMMASharedLayout(64, 32, 2)
 
 
 @gluon.jit
@@ -63,9 +63,9 @@ def _place(index, token_tiles, row_tiles, TOKENS: gl.constexpr):
 def _first_row(row_tile, n, which: gl.constexpr, GATED: gl.constexpr):
     """Of a warpgroup. GATED: one has the gate's rows, the other those of up that belong to them."""
     if GATED:
-        return row_tile * _ROWS + which * (n // 2)
+        return row_tile * TILE_ROWS + which * (n // 2)
     else:
-        return (2 * row_tile + which) * _ROWS
+        return (2 * row_tile + which) * TILE_ROWS
 
 
 @gluon.jit
@@ -77,10 +77,11 @@ def _stage(step, STAGES: gl.constexpr):
 @gluon.jit
 def _fetch_all(
     x_desc, words_desc, residual_desc, ring, layer,
-    ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, words, full, empty = ring
     token_tiles, row_tiles, chunks, n, _ = layer
+    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
     TOKENS: gl.constexpr = xs.shape[1]
     GATED: gl.constexpr = ACT is not None
     step = 0
@@ -91,103 +92,75 @@ def _fetch_all(
             step += 1
             mbarrier.wait(empty.index(stage), phase ^ 1)
             come = full.index(stage)
-            mbarrier.expect(come, 2 * (TOKENS * _HALF * 2 + _ROWS * _WORDS * 4))
+            mbarrier.expect(come, 2 * (TOKENS * HALF_CHUNK * 2 + BOXES * TILE_ROWS * BOX_WORDS * 4))
             for which in gl.static_range(2):
-                column = chunk * _CHUNK + which * _HALF
-                _fetch(x_desc, [token, column], come, xs.index(2 * stage + which))
+                column = chunk * CHUNK_COLUMNS + which * HALF_CHUNK
+                fetch(x_desc, [token, column], come, xs.index(2 * stage + which))
                 row = _first_row(row_tile, n, which, GATED)
-                _fetch(words_desc, [row, chunk * _WORDS], come, words.index(2 * stage + which))
+                for box in gl.static_range(BOXES):
+                    place = [row, (chunk * BOXES + box) * BOX_WORDS]
+                    there = words.index((2 * stage + which) * BOXES + box)
+                    fetch(words_desc, place, come, there)
         stage, phase = _stage(step, STAGES)
         step += 1
         mbarrier.wait(empty.index(stage), phase ^ 1)
         come = full.index(stage)
         if RESIDUAL:
-            mbarrier.expect(come, 2 * (TOKENS * _ROWS * 2))
+            mbarrier.expect(come, 2 * (TOKENS * TILE_ROWS * 2))
             for which in gl.static_range(2):
                 row = _first_row(row_tile, n, which, GATED)
-                _fetch(residual_desc, [token, row], come, xs.index(2 * stage + which))
+                fetch(residual_desc, [token, row], come, xs.index(2 * stage + which))
         else:
             mbarrier.arrive(come, count=1)
 
 
 @gluon.jit
-def _twice(bits):
-    """16 bits in both halves of a word."""
-    return (bits.to(gl.int32) & 0xFFFF) * 0x10001
-
-
-@gluon.jit
-def _group(scales_ptr, zeros_ptr, minima_ptr, at, dtype: gl.constexpr):
-    """What is subtracted from a group's codes, its scale and its minimum, twice each in a word."""
-    OFFSET: gl.constexpr = 0x4300 if dtype == gl.bfloat16 else 0x6400  # 128, or 1024
-    scale = _twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
+def _group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS: gl.constexpr, dtype: gl.constexpr):
+    """What is subtracted from a group's codes, its scale and its minimum."""
+    at = gl.minimum(at, last)  # past a row's last group there are no columns
+    scale = twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
     if minima_ptr is not None:
-        minimum = _twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
-        zero = gl.full(at.shape, OFFSET * 0x10001, gl.int32, at.type.layout)
-    elif zeros_ptr is not None:
-        minimum = scale  # not used
-        zero = _twice(gl.load(zeros_ptr + at).to(gl.int32) + OFFSET)  # the last bit stands for 1
+        minimum = twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
+        return zeros_of(None, at, 0, BITS, dtype), scale, minimum
     else:
-        minimum = scale
-        zero = gl.full(at.shape, (OFFSET + _MIDDLE) * 0x10001, gl.int32, at.type.layout)
-    return zero, scale, minimum
+        MIDDLE: gl.constexpr = 1 << (BITS - 1)
+        return zeros_of(zeros_ptr, at, MIDDLE, BITS, dtype), scale, scale
 
 
 @gluon.jit
-def _pair(words, p: gl.constexpr, group, MINIMA: gl.constexpr, dtype: gl.constexpr):
-    """The weights of CHUNK / 4 columns: less the zero point they are exact, and rounded once."""
+def _half(
+    words, half: gl.constexpr, group, after, MINIMA: gl.constexpr, BITS: gl.constexpr,
+    dtype: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The weights of half a chunk. Of four bits its second quarter may be of a group of its own."""
     zero, scale, minimum = group
-    KIND: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    OFFSET: gl.constexpr = 0x43004300 if dtype == gl.bfloat16 else 0x64006400
-    codes = ((words >> (4 * p)) & 0x000F000F) | OFFSET
-    zero, _ = gl.broadcast(zero, codes)
-    scale, _ = gl.broadcast(scale, codes)
-    if MINIMA:
-        minimum, _ = gl.broadcast(minimum, codes)
-        both = gl.inline_asm_elementwise(
-            "{ .reg .b32 t; sub.rn." + KIND + " t, $1, $2; fma.rn." + KIND + " $0, t, $3, $4; }",
-            "=r,r,r,r,r", [codes, zero, scale, minimum], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        both = gl.inline_asm_elementwise(
-            "{ .reg .b32 t; sub.rn." + KIND + " t, $1, $2; mul.rn." + KIND + " $0, t, $3; }",
-            "=r,r,r,r", [codes, zero, scale], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    low = both.to(gl.int16).to(dtype, bitcast=True)
-    high = (both >> 16).to(gl.int16).to(dtype, bitcast=True)
-    return gl.reshape(gl.join(low, high), [words.shape[0], 2 * words.shape[1]])
-
-
-@gluon.jit
-def _side_by_side(left, right, layout: gl.constexpr):
-    both = gl.permute(gl.join(left, right), (0, 2, 1))
-    both = gl.reshape(both, [left.shape[0], 2 * left.shape[1]])
-    return gl.convert_layout(both, layout, assert_trivial=True)
+    zero_after, scale_after, minimum_after = after
+    first: gl.constexpr = 2 * half if BITS == 4 else 0
+    left = less_zeros(words, first, zero, BITS, dtype)
+    right = less_zeros(words, first + 1, zero_after, BITS, dtype)
+    left = scaled(left, scale, minimum, MINIMA, dtype)
+    right = scaled(right, scale_after, minimum_after, MINIMA, dtype)
+    return operand(left, right, BITS, dtype, layout)
 
 
 @gluon.jit
 def _multiply_all(
     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer, WHICH: gl.constexpr,
-    GROUP: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, words, full, empty = ring
     token_tiles, row_tiles, chunks, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
     dtype: gl.constexpr = xs.dtype
     MINIMA: gl.constexpr = minima_ptr is not None
-    PER_CHUNK: gl.constexpr = _CHUNK // GROUP if GROUP > 0 else 0
+    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
+    PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    # each lane loads the words of which it multiplies the weights
-    words_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0], [0, 4], [0, 8]],
-        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [_ROWS, _WORDS],
-    )
-    own = gl.expand_dims(gl.arange(0, _ROWS, gl.SliceLayout(1, words_layout)), 1)
-    of_sums = gl.expand_dims(gl.arange(0, _ROWS, gl.SliceLayout(1, sums_layout)), 1)
+    LANES: gl.constexpr = lanes_of(TILE_ROWS)
+    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
+    of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     step = 0
     turn = 0  # tiles done
     for index in range(gl.program_id(0), token_tiles * row_tiles, gl.num_programs(0)):
@@ -195,36 +168,30 @@ def _multiply_all(
         row = _first_row(row_tile, n, WHICH, ACT is not None)
         first = gl.minimum(row + own, n - 1) * groups
         last = first + groups - 1
-        sums = warpgroup_mma_init(gl.zeros([_ROWS, TOKENS], gl.float32, sums_layout))
+        sums = warpgroup_mma_init(gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout))
         for chunk in range(chunks):
             stage, phase = _stage(step, STAGES)
             step += 1
             at = first + chunk * PER_CHUNK
-            group0 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at, last), dtype)
+            group0 = _group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS, dtype)
             group1 = group0
             group2 = group0
             if GROUP == 32:
-                group1 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 1, last), dtype)
-                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 2, last), dtype)
+                group1 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
+                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 2, last, BITS, dtype)
             elif GROUP == 64:
-                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 1, last), dtype)
+                group2 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
             group3 = group2
             if GROUP == 32:
-                group3 = _group(scales_ptr, zeros_ptr, minima_ptr, gl.minimum(at + 3, last), dtype)
+                group3 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 3, last, BITS, dtype)
             mbarrier.wait(full.index(stage), phase)
-            codes = words.index(2 * stage + WHICH).load(words_layout)
-            left = _side_by_side(
-                _pair(codes, 0, group0, MINIMA, dtype),
-                _pair(codes, 1, group1, MINIMA, dtype),
-                weights_layout,
-            )
+            codes = words.index((2 * stage + WHICH) * BOXES).load(LANES)
+            left = _half(codes, 0, group0, group1, MINIMA, BITS, dtype, weights_layout)
             x = xs.index(2 * stage).permute((1, 0))
             sums = warpgroup_mma(left, x, sums, is_async=True)
-            right = _side_by_side(
-                _pair(codes, 2, group2, MINIMA, dtype),
-                _pair(codes, 3, group3, MINIMA, dtype),
-                weights_layout,
-            )
+            if BOXES == 2:
+                codes = words.index((2 * stage + WHICH) * BOXES + 1).load(LANES)
+            right = _half(codes, 1, group2, group3, MINIMA, BITS, dtype, weights_layout)
             x = xs.index(2 * stage + 1).permute((1, 0))
             sums = warpgroup_mma(right, x, sums, is_async=True)
             # within the chunk: across the loop's end ptxas would make each instruction wait
@@ -243,7 +210,7 @@ def _multiply_all(
             y = (y.to(gl.float32) + residual.to(gl.float32)).to(dtype)
         if ACT is not None:
             if WHICH == 0:
-                y = _activate(y.to(gl.float32), ACT).to(dtype)
+                y = activate(y.to(gl.float32), ACT).to(dtype)
             else:
                 mbarrier.wait(gated, turn & 1)
                 gate = xs.index(2 * stage).permute((1, 0)).load(sums_layout)
@@ -256,36 +223,39 @@ def _multiply_all(
             fence_async_shared()
             if ACT is not None:
                 row -= n // 2  # of up's row its unit
-            _put(y_desc, [token, row], tile)
+            put(y_desc, [token, row], tile)
             tma.store_wait(0)
         mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
-def _int4_hopper_kernel(
+def _hopper_kernel(
     x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
-    words_desc,  # [n, chunks * 16] words in boxes of [64, 16]
+    words_desc,  # [n, words] in boxes of [64, 16]
     residual_desc,  # [n_tokens, n] in boxes as x's, read only if RESIDUAL
     y_desc,  # [n_tokens, n] in boxes as x's, written; with ACT half as wide
     scales_ptr,  # [n, groups], of x's dtype, as the minima
-    zeros_ptr,  # [n, groups], or None: 8
+    zeros_ptr,  # [n, groups], or None: half of the codes are below 0
     minima_ptr,  # [n, groups], or None; then there are no zeros
     bias_ptr,  # [n] or None
     n_tokens,
     n,
     k,
     groups,
-    GROUP: gl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
+    BITS: gl.constexpr,  # 4 or 8
+    GROUP: gl.constexpr,  # columns of a group: of four bits 32, then 64, 128, or 0 for all
     ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
     RESIDUAL: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     token_tiles = (n_tokens + TOKENS - 1) // TOKENS
-    row_tiles = (n + 2 * _ROWS - 1) // (2 * _ROWS)
-    chunks = (k + _CHUNK - 1) // _CHUNK
-    xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, _HALF], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [2 * STAGES, _ROWS, _WORDS], words_desc.layout)
+    row_tiles = (n + 2 * TILE_ROWS - 1) // (2 * TILE_ROWS)
+    chunks = (k + CHUNK_COLUMNS - 1) // CHUNK_COLUMNS
+    xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
+    words = gl.allocate_shared_memory(
+        gl.int32, [2 * (BITS // 4) * STAGES, TILE_ROWS, BOX_WORDS], words_desc.layout
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     gated = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -302,27 +272,30 @@ def _int4_hopper_kernel(
                 _multiply_all,
                 (
                     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer,
-                    gl.constexpr(0), GROUP, ACT, RESIDUAL, STAGES,
+                    gl.constexpr(0), BITS, GROUP, ACT, RESIDUAL, STAGES,
                 ),
             ),
             (
                 _multiply_all,
                 (
                     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, ring, gated, layer,
-                    gl.constexpr(1), GROUP, ACT, RESIDUAL, STAGES,
+                    gl.constexpr(1), BITS, GROUP, ACT, RESIDUAL, STAGES,
                 ),
             ),
-            (_fetch_all, (x_desc, words_desc, residual_desc, ring, layer, ACT, RESIDUAL, STAGES)),
+            (
+                _fetch_all,
+                (x_desc, words_desc, residual_desc, ring, layer, BITS, ACT, RESIDUAL, STAGES),
+            ),
         ],
         [4, 1],  # warps of the second and the third, and registers of each of their lanes
         [232, 40],
     )  # fmt: skip
 
 
-_hopper = Relaunch(_int4_hopper_kernel)
+_hopper = Relaunch(_hopper_kernel)
 
 
-def launch_int4_hopper(
+def launch_hopper(
     x: torch.Tensor,
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -332,6 +305,7 @@ def launch_int4_hopper(
     residual: torch.Tensor | None,
     y: torch.Tensor,
     *,
+    bits: int,
     group: int,
     activation: str | None,
     tokens: int,
@@ -341,15 +315,17 @@ def launch_int4_hopper(
     x, packed, residual and y at multiples of 16 bytes; the columns of x and y multiples of 8.
 
     Args:
-        group: columns that share a scale, 0 for all.
-        tokens: of a tile, a key of HOPPER_STAGES, of which the columns fill as many at least.
+        bits: 4 or 8.
+        group: columns that share a scale, 0 for all; of eight bits not 32.
+        tokens: of a tile, a key of TILE_STAGES[bits]; the columns fill as many stages.
     """
     n, k, width = len(packed), x.shape[-1], y.shape[-1]
     n_tokens = x.numel() // k
     wide = [tokens, CHUNK // 2]
     x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], wide, X_LAYOUT)
+    packed = packed.view(torch.int32)
     words = packed.shape[1]
-    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [ROWS, CHUNK // 8], WORDS_LAYOUT)
+    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [ROWS, 16], WORDS_LAYOUT)
     y_desc, residual_desc = (
         TensorDescriptor(out, [n_tokens, width], [width, 1], wide, X_LAYOUT)
         for out in (y, y if residual is None else residual)
@@ -362,13 +338,13 @@ def launch_int4_hopper(
     if aligned(*(t for t in given if t is not None)):
         absent = tuple(t is None for t in (zeros, minima, bias, residual))
         alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
-        key = (device, x.dtype, *absent, *alike, group, activation, tokens)
+        key = (device, x.dtype, *absent, *alike, bits, group, activation, tokens)
     _hopper(
         (min(tiles, multiprocessors_of(device)),),
         key,
         (
             *(x_desc, words_desc, residual_desc, y_desc, *given, n_tokens, n, k, groups),
-            *(group, activation, residual is not None, tokens, HOPPER_STAGES[tokens]),
+            *(bits, group, activation, residual is not None, tokens, TILE_STAGES[bits][tokens]),
         ),
         num_warps=4,
     )
