@@ -45,7 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of each scenario: the options that i
         "repeats": 1,
     },
 }
-_CHUNKED_BUDGET = 2176  # tokens of a step: a prompt of 8,192 takes four, 2,048 but for the first
+_CHUNKED_BUDGET = 2048  # tokens of a step
 
 
 def _default(name: str) -> str:

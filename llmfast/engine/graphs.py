@@ -12,7 +12,6 @@ import torch
 from ..errors import UserError
 from ..runner.graphs import StepGraph, capture, new_pool
 from .inputs import Size
-from .scheduler import whole_tiles
 
 logger = logging.getLogger("llmfast")
 
@@ -117,9 +116,7 @@ def graph_sizes(max_rows: int, max_tokens: int, width: int) -> list[Size]:
         Size(tokens, rows, width, min(MAX_PROMPTS, rows, tokens // 2))
         for tokens, rows in mixed_buckets(max_rows, max_tokens)
     ]
-    full = [
-        Size(tokens, max_rows, width, min(MAX_PROMPTS, max_rows))
-        for tokens in {whole_tiles(max_tokens), max_tokens}
-        if MIXED_TOKENS < tokens <= LARGEST_TOKENS
-    ]
+    full = []
+    if MIXED_TOKENS < max_tokens <= LARGEST_TOKENS:
+        full = [Size(max_tokens, max_rows, width, min(MAX_PROMPTS, max_rows))]
     return sorted(decodes + mixed + full, key=lambda size: (size.tokens, size.rows, size.prompts))

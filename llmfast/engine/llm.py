@@ -18,6 +18,7 @@ from ..quantization.choice import choose_weights
 from ..quantization.driver import Quantized
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
+from .chunks import pace_of
 from .executor import Executor
 from .intake import Intake, Prompt, end_tokens_of
 from .outputs import Outputs
@@ -148,6 +149,7 @@ class LLM(Steps):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             chunked=enable_chunked_prefill,
+            pace=pace_of(model),
         )
         self._intake = Intake(
             tokenizer,

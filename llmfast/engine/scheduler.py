@@ -14,15 +14,11 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 from .block_manager import BlockManager
+from .chunks import Pace
 from .request import FINISHED, RUNNING, WAITING, Sequence
 
-_TILE = 512  # tokens: a step of whole tiles leaves no multiprocessor waiting for the others
-
-
-def whole_tiles(max_num_batched_tokens: int) -> int:
-    """Tokens of a step that a prompt goes on after: less than the most by an eighth at most."""
-    rest = max_num_batched_tokens % _TILE
-    return max_num_batched_tokens - (rest if 8 * rest <= max_num_batched_tokens else 0)
+_TILE = 256  # tokens: a step of others leaves multiprocessors waiting for a few
+_LEAST = 4  # no chunk is a smaller part of what there is room for: each step reads all weights
 
 
 @dataclass
@@ -52,22 +48,23 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked: bool = True,
+        pace: Pace | None = None,
     ) -> None:
         """
         Args:
             max_num_seqs: sequences that run at the same time at most.
-            max_num_batched_tokens: tokens of a step at most. A step in which no prompt begins or
-                ends holds whole tiles of 512 where that leaves out an eighth at most.
+            max_num_batched_tokens: tokens of a step at most. A prompt goes on by as many as take
+                as long as its first would; then, if it does not end, the step holds whole tiles of
+                256 where that leaves out an eighth at most.
             chunked: prompts may be split, and run beside decodes. Otherwise one that is longer
                 than max_num_batched_tokens has a step of its own.
+            pace: how much longer tokens with a context take; None: no longer.
         """
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked = chunked
-        # tokens of a step that only a prompt's first chunk may take, which attends to fewest, or
-        # its last
-        self._spare = max_num_batched_tokens - whole_tiles(max_num_batched_tokens)
+        self.pace = Pace() if pace is None else pace
         self.running: list[Sequence] = []  # in order
         # a heap; those that finished are skipped
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -135,8 +132,6 @@ class Scheduler:
         """Plan prompts that have begun; what is left of the budget."""
         for sequence in self.running:
             if sequence.remaining > 1 and self._fits(sequence.remaining, plan, budget):
-                if self.chunked and sequence.remaining > budget > self._spare:
-                    budget -= self._spare
                 budget = self._plan(sequence, plan, budget)
         return budget
 
@@ -145,9 +140,21 @@ class Scheduler:
         return budget > 0 if self.chunked else count <= budget or not plan.counts
 
     def _plan(self, sequence: Sequence, plan: Plan, budget: int) -> int:
-        count = min(sequence.remaining, budget) if self.chunked else sequence.remaining
-        plan.counts[sequence] = count
-        return max(budget - count, 0)
+        """Plan a prompt, or a chunk of it; what is left of the budget."""
+        known, remaining = sequence.computed, sequence.remaining
+        if not self.chunked:
+            plan.counts[sequence] = remaining
+            return max(budget - remaining, 0)
+        most = max(self.pace.elsewhere(budget, 0, known), budget // _LEAST, 1)
+        if remaining <= most:
+            plan.counts[sequence] = remaining
+            return max(budget - self.pace.elsewhere(remaining, known, 0), 0)
+        if known:
+            total = self.max_num_batched_tokens - budget + most
+            rest = total % _TILE
+            most -= rest if 8 * rest <= total and rest < most else 0
+        plan.counts[sequence] = most
+        return 0
 
     def begin(self, sequence: Sequence, count: int) -> None:
         """A step that computes ``count`` more of its tokens is on its way."""

@@ -21,6 +21,7 @@ from .shapes import Source
 from .stats import median_estimate, percentile
 
 LONG_OUTPUT = 32  # tokens of the answer to a long prompt
+_SETTLED = 8  # outputs of each running request before the first long prompt: none waits to begin
 
 
 @dataclass(frozen=True)
@@ -198,25 +199,28 @@ async def _round(
         for prompt, line in zip(short, running, strict=True)
     ]
     try:
-        while not all(line.came for line in running):
-            done, _ = await asyncio.wait(tasks, timeout=0.005)
-            for task in done:
-                task.result()  # raises what it raised
+        while not all(len(line.came) >= _SETTLED for line in running):
+            await asyncio.wait(tasks, timeout=0.005)
+            _require_running(tasks, scenario)
         lines = await _send_every(
             llm, long, _params(scenario.temperature, LONG_OUTPUT), scenario.every
         )
-        for task in tasks:
-            if task.done():
-                task.result()
-                raise UserError(
-                    f"an answer of {scenario.output} tokens ended before the last long prompt was "
-                    "answered; raise --output"
-                )
+        _require_running(tasks, scenario)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return running, lines
+
+
+def _require_running(tasks: Sequence[asyncio.Task[None]], scenario: LongPrompts) -> None:
+    for task in tasks:
+        if task.done():
+            task.result()  # raises what it raised
+            raise UserError(
+                f"an answer of {scenario.output} tokens ended before the last long prompt was "
+                "answered; raise --output"
+            )
 
 
 async def _send_every(

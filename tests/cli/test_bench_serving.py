@@ -121,7 +121,7 @@ def test_the_scenarios_of_the_issue_are_the_defaults(monkeypatch):
         (scenarios.LongPrompts(), {"repeats": 1, "options": {}, "budget": 99}),
         (
             scenarios.LongPrompts(seed=3, temperature=0),
-            {"repeats": 1, "options": {}, "budget": 2176},
+            {"repeats": 1, "options": {}, "budget": 2048},
         ),
     ]
 

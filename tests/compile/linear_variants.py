@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
-from llmfast_kernels.linear.hopper_launch import STREAM, TILE_STAGES, choose_hopper_launch
-from llmfast_kernels.linear.hopper_parts import ROWS, WORDS_LAYOUT, X_LAYOUT
+from llmfast_kernels.linear.hopper_launch import ROWS, STREAM, TILE_STAGES, choose_hopper_launch
+from llmfast_kernels.linear.hopper_parts import WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.linear.int4_kernel import DEQUANTIZED_ROWS
 from llmfast_kernels.linear.int4_launch import GEMV_COLUMNS, choose_int4_launch
 from llmfast_kernels.linear.int4_layout import CHUNK
@@ -136,11 +136,11 @@ def _on_hopper(
         constexprs["STAGES"] = TILE_STAGES[bits][launch.tokens]
     else:
         module, name = "stream", "_stream_kernel"
-        units, stages, programs = STREAM[bits][launch.tokens]
-        rows = units if act is None else units // 2
+        stages, programs = STREAM[bits][launch.tokens]
+        rows = ROWS if act is None else ROWS // 2
         at_first, multiplying, fetching = REGISTERS[programs]
         signature |= {"y_ptr": pointer, "partial_ptr": "*fp32:16", "tickets_ptr": "*i32:16"}
-        constexprs |= {"ROWS": units, "TOKENS": launch.tokens, "STAGES": stages, "EARLY": False}
+        constexprs |= {"TOKENS": launch.tokens, "STAGES": stages}
         constexprs |= {"OF_MULTIPLY": multiplying, "OF_FETCH": fetching}
         options["maxnreg"] = at_first
         if residual:

@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from block_books import check_books
 from llmfast.engine.block_manager import BlockManager
+from llmfast.engine.chunks import Pace
 from llmfast.engine.request import FINISHED, RUNNING, WAITING, Sequence
 from llmfast.engine.scheduler import Scheduler
 from llmfast.errors import UserError
@@ -15,10 +16,10 @@ from llmfast.errors import UserError
 class Cache:
     """Runs plans: a slot holds the tokens up to it, as keys and values depend on them all."""
 
-    def __init__(self, num_blocks=8, block_size=4, seqs=4, budget=8, caching=True, chunked=True):
+    def __init__(self, num_blocks=8, block_size=4, seqs=4, budget=8, caching=True, **options):
         self.blocks = BlockManager(num_blocks, block_size, caching=caching)
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget, chunked=chunked
+            self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget, **options
         )
         self.slots = {}
 
@@ -287,21 +288,54 @@ def test_decodes_run_first_then_begun_prompts_then_new_ones():
     assert cache.counts(long, short) == [1, 2]
 
 
+def chunks_of(cache, tokens):
+    """A prompt's, beside one that decodes."""
+    old = cache.add([1] * 3, max_tokens=99)
+    assert cache.counts(old) == [3]
+    long = cache.add([2] * tokens)
+    chunks = []
+    while sum(chunks) < tokens:
+        decoded, chunk = cache.counts(old, long)
+        assert decoded == 1
+        chunks.append(chunk)
+    return chunks
+
+
 @pytest.mark.parametrize(
     ("budget", "chunks"),
     [
         (580, [579, 511, 560]),  # the first and the last take what the tiles leave
         (560, [559, 511, 511, 69]),
-        (1000, [999, 651]),  # tiles would leave out too much
+        (1000, [999, 651]),
+        (900, [899, 751]),
+        (500, [499, 499, 499, 153]),  # tiles would leave out too much
     ],
 )
 def test_a_step_holds_whole_tiles_unless_a_prompt_begins_or_ends(budget, chunks):
-    cache = Cache(num_blocks=600, budget=budget)
-    old = cache.add([1] * 3, max_tokens=9)
-    assert cache.counts(old) == [3]
-    long = cache.add([2] * 1650)
+    assert chunks_of(Cache(num_blocks=600, budget=budget), 1650) == chunks
+
+
+def test_later_chunks_are_smaller_so_that_steps_take_equally_long():
+    cache = Cache(num_blocks=2100, budget=2049, pace=Pace(16384))
+    chunks = chunks_of(cache, 8192)
+    assert chunks == [2048, 1791, 1535, 1535, 1283]
+    start, costs = 0, []
     for chunk in chunks:
-        assert cache.counts(old, long) == [1, chunk]
+        costs.append(sum(1 + (start + i) / 16384 for i in range(chunk)))
+        start += chunk
+    assert max(costs) <= costs[0] and min(costs[:-1]) > 0.85 * costs[0]
+
+
+def test_a_chunk_is_never_a_small_part_of_a_step():
+    chunks = chunks_of(Cache(num_blocks=600, budget=101, pace=Pace(10)), 2000)
+    assert chunks[0] == 100 and min(chunks[1:-1]) == 25
+
+
+def test_what_a_prompt_s_end_leaves_goes_to_the_next():
+    cache = Cache(num_blocks=600, budget=100, pace=Pace(100))
+    long, short = cache.add([1] * 130), cache.add([2] * 90)
+    assert cache.counts(long, short) == [100, 0]
+    assert cache.counts(long, short) == [30, 49]  # 30 take as long as 51 without a context
 
 
 def test_without_chunks_prompts_run_whole_and_first():

@@ -5,7 +5,7 @@ import torch
 
 from guards import GuardedEmpty, guard_all
 from llmfast_kernels.linear import int4_linear
-from llmfast_kernels.linear.hopper_launch import STREAM, HopperLaunch
+from llmfast_kernels.linear.hopper_launch import ROWS, STREAM, HopperLaunch
 from llmfast_kernels.linear.int4_kernel import launch_int4_linear
 from llmfast_kernels.linear.int8_kernel import launch_int8_linear
 from llmfast_kernels.linear.reference import (
@@ -100,11 +100,10 @@ def test_nothing_outside_the_tensors_is_read_or_written(launch, bits, monkeypatc
     args = make((3, 1000, 333, 64), torch.float16, "cuda", "zeros", bits=bits)
     reference, exact = REFERENCE[bits](**args), in_float64(**args, bits=bits)
     args = guard_all(args, 119)
-    rows = STREAM[bits][launch.tokens][0]
-    units = -(-333 // rows) * 4  # each has a program of its own
+    units = -(-333 // ROWS) * 4  # each has a program of its own
     monkeypatch.setattr(torch, "empty", empty)
     assert_as_good(LAUNCH[bits](**args, _launch=launch), reference, exact)
-    empty.assert_bands_are_whole(reference.numel(), units * 2 * rows * launch.tokens)
+    empty.assert_bands_are_whole(reference.numel(), units * 2 * ROWS * launch.tokens)
 
 
 def test_a_chain_of_layers_is_captured_in_a_graph():

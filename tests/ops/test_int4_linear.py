@@ -353,11 +353,13 @@ def test_what_hopper_s_own_kernels_take():
     assert choose(4096, 4096, 1024, tiles=False) is None
     assert choose(4096, 512, 1024) is None  # fewer columns than stages
     assert choose(4096, 4096, 65, bits=8) == ("tiles", 128)
+    assert choose(28672, 4096, 1, 4, True) == ("stream", 8)
+    assert choose(28672, 4096, 1, 8, True) is None
     for bits in (4, 8):
-        assert choose(28672, 4096, 1, bits, True) == choose(64, 64, 8, bits, True) == ("stream", 8)
+        assert choose(28672, 4096, 2, bits, True) == choose(64, 64, 8, bits, True) == ("stream", 8)
         assert choose(4096, 14336, 9, bits, True) == ("stream", 16)
         assert choose(4096, 4096, 33, bits, True) == ("stream", 64)
-        assert choose(128256, 4096, 1, bits, True) is None  # more tiles than tickets
+        assert choose(128256, 4096, 2, bits, True) is None  # more tiles than tickets
 
 
 def test_an_input_at_an_odd_address_takes_the_other_tier(device, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -156,9 +158,39 @@ def launch_paged_attention(
     elif _launch is not None or max_prompts is None or not _apart(q, k, max_query_len):
         run(max_query_len, _launch, None)
     else:
-        run(1, None, max_prompts)
+        with _beside(q):
+            run(1, None, max_prompts)
         run(max_query_len, None, max_prompts)
+        _join(q)
     return out if lse is None else (out, lse)
+
+
+@functools.cache
+def _side_stream(stream: int, device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _beside(q: torch.Tensor) -> Iterator[None]:
+    """What is launched within runs beside what comes after it, up to :func:`_join`.
+
+    Single queries wait for memory and prompts for the tensor cores, and when the last programs of
+    a prompt leave multiprocessors idle those of the others take them.
+    """
+    if not q.is_cuda:
+        yield
+        return
+    stream = torch.cuda.current_stream(q.device)
+    side = _side_stream(stream.cuda_stream, q.device)
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        yield
+
+
+def _join(q: torch.Tensor) -> None:
+    if q.is_cuda:
+        stream = torch.cuda.current_stream(q.device)
+        stream.wait_stream(_side_stream(stream.cuda_stream, q.device))
 
 
 def _apart(q: torch.Tensor, k: torch.Tensor, n_queries: int) -> bool:

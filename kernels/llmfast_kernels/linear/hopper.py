@@ -25,18 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..relaunch import Relaunch, aligned
-from .hopper_launch import TILE_STAGES
+from .hopper_launch import ROWS, TILE_STAGES
 from .hopper_parts import (
     BOX_WORDS,
     CHUNK_COLUMNS,
     HALF_CHUNK,
-    ROWS,
+    LANES,
     TILE_ROWS,
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
     fetch,
-    lanes_of,
     less_zeros,
     operand,
     put,
@@ -158,7 +157,6 @@ def _multiply_all(
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    LANES: gl.constexpr = lanes_of(TILE_ROWS)
     own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
     of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     step = 0

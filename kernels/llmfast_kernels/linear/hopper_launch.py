@@ -12,14 +12,16 @@ from .int4_layout import CHUNK
 from .kernel import is_hopper
 from .workspace import MAX_TICKETS
 
-# by bits and tokens of a program: rows of a unit, stages, programs on a multiprocessor
+ROWS = 64  # of the weight, that a warpgroup multiplies: a stream's unit, half of a tile
+# by bits and tokens of a program: stages, programs on a multiprocessor. With more stages those that
+# are filled before the tokens come delay the tokens
 STREAM = {
-    4: {8: (64, 8, 2), 16: (64, 6, 2), 32: (128, 6, 1), 64: (128, 4, 1)},
-    8: {8: (64, 5, 2), 16: (64, 4, 2), 32: (128, 4, 1), 64: (128, 3, 1)},
+    4: {8: (3, 2), 16: (3, 2), 32: (3, 2), 64: (4, 1)},
+    8: {8: (3, 2), 16: (3, 2), 32: (3, 2), 64: (3, 1)},
 }
+_STREAM_FROM = {4: 1, 8: 2}  # tokens; of one the product with a vector is the faster
 # by bits and tokens of a tile: stages that shared memory holds
 TILE_STAGES = {4: {128: 5, 256: 3}, 8: {128: 4, 256: 2}}
-TILE_ROWS = 128
 _TILE_US = {128: 28.5, 256: 46.0}  # of 4,096 columns, by tokens
 _MULTIPROCESSORS = 132
 # from so many tokens on tiles are the faster, if they are as many; up to so many other kernels
@@ -49,15 +51,15 @@ def choose_hopper_launch(
         bits: 4 or 8.
         streams, tiles: whether either takes these tensors.
     """
-    if streams and tokens <= max(STREAM[bits]):
+    if streams and _STREAM_FROM[bits] <= tokens <= max(STREAM[bits]):
         width = next(width for width in STREAM[bits] if tokens <= width)
-        if -(-n // STREAM[bits][width][0]) <= MAX_TICKETS:
+        if -(-n // ROWS) <= MAX_TICKETS:
             return HopperLaunch("stream", width)
     if not tiles or tokens < _TILES_FROM[bits] or k < CHUNK * max(TILE_STAGES[bits].values()):
         return None
     found = []
     for width, tile_us in _TILE_US.items():
-        number = -(-n // TILE_ROWS) * -(-tokens // width)
+        number = -(-n // (2 * ROWS)) * -(-tokens // width)
         found.append((-(-number // _MULTIPROCESSORS) * tile_us * k / 4096, width, number))
     us, width, number = min(found)
     if tokens <= _SHARED_TO:

@@ -11,9 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from ..activation.kernel import activate as _activate
+from .hopper_launch import ROWS
 from .int4_layout import CHUNK
-
-ROWS = 64  # of the weight, that a warpgroup multiplies
 
 TILE_ROWS = gl.constexpr(ROWS)
 CHUNK_COLUMNS = gl.constexpr(CHUNK)
@@ -23,20 +22,16 @@ HALF_CHUNK = gl.constexpr(CHUNK // 2)  # columns that lie 128 bytes wide in shar
 # of tokens, and of words, in shared memory
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 WORDS_LAYOUT = gl.NVMMASharedLayout(64, 32, 2)
-
-
-@gluon.constexpr_function
-def lanes_of(rows):
-    """How the words of a chunk lie in lanes, so that each has those whose weights it multiplies."""
-    tiles = [[64 << i, 0] for i in range((rows // 64).bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        [[8, 0], [0, 4], [0, 8], *tiles],
+# how the words of a chunk lie in lanes: each has those whose weights it multiplies
+LANES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[8, 0], [0, 4], [0, 8]],
         [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
         [[16, 0], [32, 0]],
         [],
-        [rows, 16],
+        [ROWS, 16],
     )
-
+)
 
 # names before Triton 3.7
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

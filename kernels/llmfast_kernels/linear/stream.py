@@ -1,9 +1,9 @@
 """Layers with quantized weights for few tokens on Hopper: the weights are a stream.
 
 All programs are resident, one or two on a multiprocessor, and share the weight evenly: its units,
-64 or 128 rows and 256 columns each, lie in a line that is cut into as many equal lengths. One warp
-of a program fetches units into a ring of stages, by TMA, the first of them before the kernel before
-has ended: weights are nobody's result. Two warpgroups multiply, each a half of a unit's columns.
+64 rows and 256 columns each, lie in a line that is cut into as many equal lengths. One warp of a
+program fetches units into a ring of stages, by TMA, the first of them before the kernel before has
+ended: weights are nobody's result. Two warpgroups multiply, each a half of a unit's columns.
 
 A program that has all columns of its rows stores them. Otherwise it leaves its sums in memory, and
 the last of those who share these rows to come adds them up in the order of columns, so the result
@@ -25,17 +25,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..relaunch import Relaunch, aligned
-from .hopper_launch import STREAM
+from .hopper_launch import ROWS, STREAM
 from .hopper_parts import (
     BOX_WORDS,
     CHUNK_COLUMNS,
     HALF_CHUNK,
+    LANES,
+    TILE_ROWS,
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
     barrier,
     fetch,
-    lanes_of,
     less_zeros,
     operand,
     zeros_of,
@@ -61,13 +62,13 @@ def _owner(unit, units):
 
 
 @gluon.jit
-def _row_of(tile, place, n, ROWS: gl.constexpr, GATED: gl.constexpr):
+def _row_of(tile, place, n, GATED: gl.constexpr):
     """GATED: half of a tile's rows are of the gate, and the other half those of up."""
     if GATED:
-        HALF: gl.constexpr = ROWS // 2
+        HALF: gl.constexpr = TILE_ROWS // 2
         return tile * HALF + place % HALF + gl.where(place < HALF, 0, n // 2)
     else:
-        return tile * ROWS + place
+        return tile * TILE_ROWS + place
 
 
 @gluon.jit
@@ -75,14 +76,14 @@ def _fetch_words(
     words_desc, words, come, stage, unit, pairs, n, BOXES: gl.constexpr, GATED: gl.constexpr
 ):
     """BOXES: of words, for a unit's two chunks."""
-    ROWS: gl.constexpr = words_desc.block_shape[0]
-    row = unit // pairs * ROWS
+    HEIGHT: gl.constexpr = words_desc.block_shape[0]
+    row = unit // pairs * HEIGHT
     for box in gl.static_range(BOXES):
         column = (unit % pairs * BOXES + box) * BOX_WORDS
         there = words.index(stage * BOXES + box)
         if GATED:
-            fetch(words_desc, [row, column], come, there.slice(0, ROWS))
-            fetch(words_desc, [row + n // 2, column], come, there.slice(ROWS, ROWS))
+            fetch(words_desc, [row, column], come, there.slice(0, HEIGHT))
+            fetch(words_desc, [row + n // 2, column], come, there.slice(HEIGHT, HEIGHT))
         else:
             fetch(words_desc, [row, column], come, there)
 
@@ -143,7 +144,6 @@ def _multiply_all(
     sent, given, taken = hand
     units, pairs, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
-    ROWS: gl.constexpr = words.shape[1]
     dtype: gl.constexpr = xs.dtype
     GATED: gl.constexpr = ACT is not None
     BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
@@ -151,11 +151,10 @@ def _multiply_all(
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     codes_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    LANES: gl.constexpr = lanes_of(ROWS)
-    own = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, LANES)), 1)
-    of_sums = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, sums_layout)), 1)
+    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
+    of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, sums_layout)), 0)
-    nothing = gl.zeros([ROWS, TOKENS], gl.float32, sums_layout)
+    nothing = gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout)
     program = gl.program_id(0)
     unit = _start(program, units)
     end = _start(program + 1, units)
@@ -165,8 +164,8 @@ def _multiply_all(
         tile = unit // pairs
         first = unit % pairs
         last = gl.minimum(end - tile * pairs, pairs)
-        zeros_at = gl.minimum(_row_of(tile, own, n, ROWS, GATED), n - 1) * groups
-        scales_at = gl.minimum(_row_of(tile, of_sums, n, ROWS, GATED), n - 1) * groups
+        zeros_at = gl.minimum(_row_of(tile, own, n, GATED), n - 1) * groups
+        scales_at = gl.minimum(_row_of(tile, of_sums, n, GATED), n - 1) * groups
         sums = nothing
         for pair in range(first, last):
             stage = step % STAGES
@@ -212,7 +211,7 @@ def _multiply_all(
             if last - first == pairs:
                 _store(sums, out, n_tokens, sent, tile, n, dtype, ACT)
             else:
-                SIZE: gl.constexpr = ROWS * TOKENS
+                SIZE: gl.constexpr = TILE_ROWS * TOKENS
                 at = of_sums * TOKENS + token
                 owner = _owner(tile * pairs, units)
                 others = _owner(tile * pairs + pairs - 1, units) - owner
@@ -251,11 +250,10 @@ def _load(ptr, mask):
 def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.constexpr):
     """Round the sums, with the bias; then add the residual, or gate. ``free`` is as large."""
     bias_ptr, residual_ptr, y_ptr = out
-    ROWS: gl.constexpr = sums.shape[0]
     TOKENS: gl.constexpr = sums.shape[1]
     layout: gl.constexpr = sums.type.layout
-    place = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
-    row = _row_of(tile, place, n, ROWS, ACT is not None)
+    place = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, layout)), 1)
+    row = _row_of(tile, place, n, ACT is not None)
     if bias_ptr is not None:
         sums += gl.load(bias_ptr + gl.minimum(row, n - 1)).to(gl.float32)
     y = sums.to(dtype).to(gl.float32)
@@ -267,7 +265,7 @@ def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.cons
             y += gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
         gl.store(y_ptr + at, y.to(dtype), mask=mask)
     else:
-        HALF: gl.constexpr = ROWS // 2
+        HALF: gl.constexpr = TILE_ROWS // 2
         by_token: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
         free.store(y)
         gate = free.slice(0, HALF).load(by_token)
@@ -282,7 +280,7 @@ def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.cons
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
 def _stream_kernel(
     x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
-    words_desc,  # [n, words] in boxes of [ROWS, 16], with ACT half as high
+    words_desc,  # [n, words] in boxes of [64, 16], with ACT half as high
     scales_ptr,  # [n, groups]
     zeros_ptr,  # [n, groups], or None: half of the codes are below 0
     bias_ptr,  # [n] or None
@@ -297,23 +295,20 @@ def _stream_kernel(
     BITS: gl.constexpr,  # 4 or 8
     GROUP: gl.constexpr,  # 64, or columns of a chunk; 0: all columns
     ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
-    ROWS: gl.constexpr,  # of a unit
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
-    EARLY: gl.constexpr,  # let the next kernel come at once
     OF_MULTIPLY: gl.constexpr,
     OF_FETCH: gl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
+    gdc_launch_dependents()  # at once: programs of the next kernel come as these go
     pairs = (k + 2 * CHUNK_COLUMNS - 1) // (2 * CHUNK_COLUMNS)  # of chunks
-    units = (n + ROWS - 1) // ROWS * pairs
+    units = (n + TILE_ROWS - 1) // TILE_ROWS * pairs
     xs = gl.allocate_shared_memory(x_desc.dtype, [4 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
     words = gl.allocate_shared_memory(
-        gl.int32, [BITS // 2 * STAGES, ROWS, BOX_WORDS], words_desc.layout
+        gl.int32, [BITS // 2 * STAGES, TILE_ROWS, BOX_WORDS], words_desc.layout
     )
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    sent = gl.allocate_shared_memory(gl.float32, [ROWS, TOKENS], plain)
+    sent = gl.allocate_shared_memory(gl.float32, [TILE_ROWS, TOKENS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -366,7 +361,6 @@ def launch_stream(
     group: int,
     activation: str | None,
     tokens: int,
-    early: bool = False,
 ) -> None:
     """Write ``y``.
 
@@ -380,15 +374,15 @@ def launch_stream(
     n, k = len(packed), x.shape[-1]
     n_tokens = x.numel() // k
     device = x.get_device()
-    rows, stages, per_sm = STREAM[bits][tokens]
+    stages, per_sm = STREAM[bits][tokens]
     at_first, *registers = REGISTERS[per_sm]
     x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
     packed = packed.view(torch.int32)
-    words, box = packed.shape[1], rows if activation is None else rows // 2
+    words, box = packed.shape[1], ROWS if activation is None else ROWS // 2
     words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, 16], WORDS_LAYOUT)
-    units = -(-n // rows) * -(-k // (2 * CHUNK))
+    units = -(-n // ROWS) * -(-k // (2 * CHUNK))
     programs = min(units, per_sm * multiprocessors_of(device))
-    partial = torch.empty(programs * 2 * rows * tokens, dtype=torch.float32, device=x.device)
+    partial = torch.empty((programs * 2 * ROWS * tokens,), dtype=torch.float32, device=x.device)
     given = (scales, zeros, bias, residual, y, partial, tickets(x.device))
     groups = scales.shape[1]
     key = None
@@ -396,13 +390,13 @@ def launch_stream(
         absent = tuple(t is None for t in (zeros, bias, residual))
         alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
         kinds = (x.dtype, scales.dtype)
-        key = (device, *kinds, *absent, *alike, bits, group, activation, tokens, early)
+        key = (device, *kinds, *absent, *alike, bits, group, activation, tokens)
     _stream(
         (programs,),
         key,
         (
             *(x_desc, words_desc, *given, n_tokens, n, k, groups),
-            *(bits, group, activation, rows, tokens, stages, early, *registers),
+            *(bits, group, activation, tokens, stages, *registers),
         ),
         num_warps=4,
         maxnreg=at_first,
