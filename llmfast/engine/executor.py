@@ -100,7 +100,7 @@ class Executor:
             if self.asynchronous:
                 self.warm_up(max_num_seqs, max_num_batched_tokens)
         except BaseException as error:
-            self._model.restore()
+            self._give_back(vars(self).get("cache"))
             if isinstance(error, NotTraced):
                 raise UserError(f"LLM: {name} cannot be run: {error}") from None
             raise
@@ -302,14 +302,21 @@ class Executor:
     def close(self) -> None:
         """Let go of the cache, and of what was changed of the user's model."""
         device = self._model.device
-        self._graphs = None
         self._counts = Counts(0)
-        self._model.restore()
+        self._give_back(self.cache)
         del self._model
-        self.cache.keys.clear()  # whoever still has the cache, has no memory of it
-        self.cache.values.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _give_back(self, cache: PagedCache | None) -> None:
+        """Free graphs and cache; then the user's model, whose dense weights need that memory."""
+        self._graphs = None
+        if cache is not None:
+            cache.keys.clear()  # whoever still has the cache, has no memory of it
+            cache.values.clear()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._model.restore()
 
 
 def _longest(model: PreTrainedModel, wanted: int | None) -> int:

@@ -194,6 +194,24 @@ def test_the_engine_gives_them_back_while_it_is_open():
     assert list(result.outputs[0].token_ids) == wanted[0, 20:].tolist()
 
 
+def test_the_engine_s_cache_goes_before_dense_weights_come_back(monkeypatch):
+    """It takes what memory there is, so there would be none for them."""
+    model = make("Llama")
+    before = state(model)
+    llm = llmfast.LLM(model, max_num_seqs=2, weights="int4", group_size=32)
+    cache, reacquire, seen = llm._executor.cache, step_model.reacquire, []
+
+    def watched(model):
+        seen.append((len(cache.keys), llm._executor._graphs))
+        reacquire(model)
+
+    monkeypatch.setattr(step_model, "reacquire", watched)
+    assert cache.keys
+    llm.close()
+    assert seen == [(0, None)]
+    assert_is(model, before)
+
+
 def test_the_engine_rounds_a_model_while_it_is_open():
     model, twin = make("Llama"), make("Llama")
     before, dense = state(model), held(model)
