@@ -65,12 +65,11 @@ def choose_int8_launch(k: int, group: int, tokens: int) -> Int8Launch:
 
 
 @triton.jit
-def _in_order(codes):
-    """Codes ``[N, K]`` as they lie, as those of one column after another."""
-    N: tl.constexpr = codes.shape[0]
-    K: tl.constexpr = codes.shape[1]
-    codes = tl.reshape(codes, [N, K // UNIT_COLUMNS, 4, 2, 2])
-    return tl.reshape(tl.permute(codes, (0, 1, 3, 2, 4)), [N, K])
+def _column_of(place):
+    """The column whose code is at a place of a row."""
+    within = place % UNIT_COLUMNS
+    column = place - within + within // 4 * 2 + within % 4 // 2 * 8 + within % 2
+    return tl.max_contiguous(tl.multiple_of(column, 2), 2)
 
 
 @triton.jit
@@ -185,22 +184,22 @@ def _int8_tiles_kernel(
     tokens = tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, BLOCK_K)
+    columns = _column_of(lanes)
     filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
     row_ptrs = codes_ptr + rows * filled
     at = rows * groups
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     zero = _zero(zeros_ptr, None, at)
     for start in range(0, k, BLOCK_K):
-        cols = start + lanes
-        x_ptrs = x_ptr + tokens * k + cols[:, None]
+        places = start + lanes
+        x_ptrs = x_ptr + tokens * k + (start + columns)[:, None]  # in the order of their codes
         if EVEN_K:
             x = tl.load(x_ptrs, mask=is_token, other=0.0)
-            codes = tl.load(row_ptrs + cols[None, :], eviction_policy="evict_first")
+            codes = tl.load(row_ptrs + places[None, :], eviction_policy="evict_first")
         else:
-            x = tl.load(x_ptrs, mask=is_token & (cols < k)[:, None], other=0.0)
-            mask = (cols < filled)[None, :]
-            codes = tl.load(row_ptrs + cols[None, :], mask, 0, eviction_policy="evict_first")
-        codes = _in_order(codes)
+            x = tl.load(x_ptrs, mask=is_token & (start + columns < k)[:, None], other=0.0)
+            mask = (places < filled)[None, :]
+            codes = tl.load(row_ptrs + places[None, :], mask, 0, eviction_policy="evict_first")
         if ONE_GROUP:
             sums = tl.dot((_numbers(codes) - zero).to(dtype), x, sums)
         else:
@@ -212,11 +211,11 @@ def _int8_tiles_kernel(
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + rows).to(tl.float32)
     y = sums.to(dtype).to(tl.float32)
-    places = tokens * n + rows
+    outputs = tokens * n + rows
     mask = is_token & (out < n)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + places, y.to(dtype), mask=mask)
+        y += tl.load(residual_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + outputs, y.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -239,7 +238,8 @@ def _dequantize_int8_kernel(
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     start = tl.program_id(1) * BLOCK_K
     rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: as above
-    cols = start + tl.arange(0, BLOCK_K)[None, :]
+    places = start + tl.arange(0, BLOCK_K)[None, :]
+    cols = start + _column_of(tl.arange(0, BLOCK_K))[None, :]
     group = tl.arange(0, PARTS)[None, :]
     if ONE_GROUP:
         group = group * 0
@@ -247,8 +247,8 @@ def _dequantize_int8_kernel(
         group = tl.minimum(start // GROUP + group, groups - 1)
     at = rows * groups + group
     filled = tl.cdiv(k, UNIT_COLUMNS) * UNIT_COLUMNS
-    codes = tl.load(codes_ptr + rows * filled + cols, mask=cols < filled, other=0)
-    w = tl.reshape(_numbers(_in_order(codes)), [BLOCK_N, PARTS, GROUP])
+    codes = tl.load(codes_ptr + rows * filled + places, mask=places < filled, other=0)
+    w = tl.reshape(_numbers(codes), [BLOCK_N, PARTS, GROUP])
     w = (w - _zero(zeros_ptr, minima_ptr, at)[:, :, None]) * tl.load(scales_ptr + at).to(
         tl.float32
     )[:, :, None]
