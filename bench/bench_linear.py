@@ -84,36 +84,47 @@ def bench_block(bench_op, shape, dtype, tokens):
     )
 
 
+FORMS = {  # of four bits: the group size, and whether there are zero points
+    "g128": (128, False),
+    "g64": (64, False),
+    "g64-zeros": (64, True),
+    "g32": (32, False),
+}
+
+
 @also_many_tokens
-@pytest.mark.parametrize("group_size", [128, 64])
-def bench_int4_block(bench_op, group_size, tokens):
+@pytest.mark.parametrize("form", FORMS)
+def bench_int4_block(bench_op, form, tokens):
     """Beside cuBLAS on 16-bit weights of the same shapes."""
     shape, dtype = "llama-3.1-8b", torch.bfloat16
-    block = sizes(shape)
+    block, (group_size, with_zeros) = sizes(shape), FORMS[form]
 
     def inputs():
         dense = make_inputs(shape, tokens, dtype)
-        packed = [
-            pack_int4(torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8))
-            for n, k in block
-        ]
-        scales = [
-            torch.rand(n, k // group_size, device="cuda").to(dtype) / k**0.5 for n, k in block
-        ]
-        return *dense, *packed, *scales
+        packed, scales, zeros = [], [], []
+        for n, k in block:
+            codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+            packed.append(pack_int4(codes))
+            groups = (n, k // group_size)
+            scales.append(torch.rand(groups, device="cuda").to(dtype) / k**0.5)
+            zeros.append(torch.randint(0, 16, groups, device="cuda", dtype=torch.uint8))
+        return *dense, *packed, *scales, *(zeros if with_zeros else ())
 
     def int4(*tensors):
+        xs, packed, scales = tensors[:4], tensors[8:12], tensors[12:16]
+        zeros = tensors[16:] or [None] * 4
         return [
-            int4_linear(x, packed, scales, group_size=group_size)
-            for x, packed, scales in zip(tensors[:4], tensors[8:12], tensors[12:], strict=True)
+            int4_linear(*layer, group_size=group_size)
+            for layer in zip(xs, packed, scales, zeros, strict=True)
         ]
 
+    per_group = 6 if with_zeros else 4  # half bytes
     bench_op(
         "linear",
-        f"shape={shape} weights=int4-g{group_size} tokens={tokens}",
+        f"shape={shape} weights=int4-{form} tokens={tokens}",
         {"llmfast": int4, "cublas": lambda *tensors: block_of(linear)(*tensors[:8])},
         inputs,
-        bytes_moved=sum(n * k for n, k in block) // 2 * (group_size + 4) // group_size,
+        bytes_moved=sum(n * k for n, k in block) // 2 * (group_size + per_group) // group_size,
     )
 
 
