@@ -6,13 +6,26 @@ from torch.nn.functional import linear
 
 from llmfast_kernels.linear import pack_int4, pack_int8
 from llmfast_kernels.linear.int4_layout import dequantize_int4
-from llmfast_kernels.linear.reference import dequantize_int8
+from llmfast_kernels.linear.reference import (
+    dequantize_int8,
+    int4_linear_reference,
+    int8_linear_reference,
+)
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
 each_bits = pytest.mark.parametrize("bits", [4, 8])
 
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="wants a Hopper GPU",
+    ),
+]
+
 PACK = {4: pack_int4, 8: pack_int8}
+REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
 _DEQUANTIZE = {4: dequantize_int4, 8: dequantize_int8}
 
 

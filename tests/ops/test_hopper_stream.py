@@ -8,23 +8,21 @@ from llmfast_kernels.linear import int4_linear
 from llmfast_kernels.linear.hopper_launch import ROWS, STREAM, HopperLaunch
 from llmfast_kernels.linear.int4_kernel import launch_int4_linear
 from llmfast_kernels.linear.int8_kernel import launch_int8_linear
-from llmfast_kernels.linear.reference import (
-    ACTIVATIONS,
-    int4_linear_reference,
-    int8_linear_reference,
-)
+from llmfast_kernels.linear.reference import ACTIVATIONS
 from llmfast_kernels.linear.workspace import tickets
-from quantized_cases import PACK, assert_as_good, each_bits, each_dtype, in_float64, make
+from quantized_cases import (
+    PACK,
+    REFERENCE,
+    assert_as_good,
+    each_bits,
+    each_dtype,
+    in_float64,
+    make,
+    on_hopper,
+)
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="wants a Hopper GPU",
-    ),
-]
+pytestmark = on_hopper
 LAUNCH = {4: launch_int4_linear, 8: launch_int8_linear}
-REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
 each_launch = pytest.mark.parametrize(
     "launch",
     [HopperLaunch("stream", tokens) for tokens in STREAM[4]],
@@ -72,7 +70,7 @@ def test_gate_and_up_in_one_launch(shape, activation, bias, launch, dtype):
         del args["bias"]
     got = launch_int4_linear(**args, activation=activation, _launch=launch)
     assert got.shape == (shape[0], shape[2] // 2)
-    reference = int4_linear_reference(**args, activation=activation)
+    reference = REFERENCE[4](**args, activation=activation)
     assert_as_good(got, reference, ACTIVATIONS[activation](in_float64(**args)))
 
 

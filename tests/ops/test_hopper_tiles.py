@@ -8,22 +8,20 @@ from llmfast_kernels.linear import int4_linear
 from llmfast_kernels.linear.hopper_launch import TILE_STAGES, HopperLaunch
 from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
 from llmfast_kernels.linear.int8_kernel import launch_dequantize_int8, launch_int8_linear
-from llmfast_kernels.linear.reference import (
-    ACTIVATIONS,
-    int4_linear_reference,
-    int8_linear_reference,
+from llmfast_kernels.linear.reference import ACTIVATIONS
+from quantized_cases import (
+    REFERENCE,
+    assert_as_good,
+    each_bits,
+    each_dtype,
+    each_kind,
+    in_float64,
+    make,
+    on_hopper,
 )
-from quantized_cases import assert_as_good, each_bits, each_dtype, each_kind, in_float64, make
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="wants a Hopper GPU",
-    ),
-]
+pytestmark = on_hopper
 LAUNCH = {4: launch_int4_linear, 8: launch_int8_linear}
-REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
 DEQUANTIZE = {4: launch_dequantize_int4, 8: launch_dequantize_int8}
 LAUNCHES = [HopperLaunch("tiles", tokens) for tokens in TILE_STAGES[4]]
 each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.tokens)
@@ -56,7 +54,7 @@ def test_it_matches_float64(shape, launch, dtype, kind, bits, more):
 def test_four_bits_in_groups_of_32(launch, dtype, kind):
     args = make((300, 1032, 1008, 32), dtype, "cuda", kind)
     got = launch_int4_linear(**args, _launch=launch)
-    assert_as_good(got, int4_linear_reference(**args), in_float64(**args))
+    assert_as_good(got, REFERENCE[4](**args), in_float64(**args))
 
 
 @pytest.mark.parametrize("shape", [(300, 640, 2 * 40, 32), (257, 4096, 2 * 2000, 128)])
@@ -71,7 +69,7 @@ def test_gate_and_up_meet_in_shared_memory(shape, activation, bias, launch, dtyp
         del args["bias"]
     got = launch_int4_linear(**args, activation=activation, _launch=launch)
     assert got.shape == (shape[0], shape[2] // 2)
-    reference = int4_linear_reference(**args, activation=activation)
+    reference = REFERENCE[4](**args, activation=activation)
     assert_as_good(got, reference, ACTIVATIONS[activation](in_float64(**args)))
 
 
@@ -97,7 +95,7 @@ def test_programs_with_several_tiles_give_the_same_each_time(launch, activation)
     """The ring of stages goes on from tile to tile; the fewest columns make them follow soonest."""
     args = make((1500, 640, 8192, 128), torch.bfloat16, "cuda", more=False)
     wanted = launch_int4_linear(**args, activation=activation, _launch=launch)
-    reference = int4_linear_reference(**args, activation=activation)
+    reference = REFERENCE[4](**args, activation=activation)
     exact = in_float64(**args)
     assert_as_good(wanted, reference, exact if activation is None else ACTIVATIONS["silu"](exact))
     for _ in range(50):
@@ -137,4 +135,4 @@ def test_what_tma_does_not_take_goes_another_way(odd):
         value = args[odd]
         other = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")[1:]
         args[odd] = other.view_as(value).copy_(value)
-    assert_as_good(int4_linear(**args), int4_linear_reference(**args), in_float64(**args))
+    assert_as_good(int4_linear(**args), REFERENCE[4](**args), in_float64(**args))

@@ -1,11 +1,13 @@
 """Linear layers with eight-bit weights: the kernels against float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear
 
+import quantized_cases
 from guards import BAND, GuardedEmpty, guard_all, guarded
 from llmfast_kernels.linear import (
     free_workspaces,
@@ -23,6 +25,7 @@ from llmfast_kernels.linear.int8_kernel import (
 )
 from llmfast_kernels.linear.launch import block_m
 from llmfast_kernels.linear.reference import dequantize_int8, int8_linear_reference
+from quantized_cases import assert_as_good, each_dtype, each_kind
 
 # tokens, k, n, group size: odd rows, k on either side of a block, groups cut short, all columns
 SHAPES = [
@@ -37,34 +40,13 @@ SHAPES = [
 ]
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+make = partial(quantized_cases.make, bits=8)
+in_float64 = partial(quantized_cases.in_float64, bits=8)
 
 
 def skip_bfloat16_in_the_interpreter(device, dtype):
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
-
-
-def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0):
-    """The operation's arguments by name; results are about 1."""
-    tokens, k, n, group_size = shape
-    gen = torch.Generator().manual_seed(seed)
-    groups = -(-k // group_size)
-    args = {
-        "x": torch.randn(tokens, k, generator=gen).to(dtype),
-        "packed": pack_int8(torch.randint(0, 256, (n, k), generator=gen, dtype=torch.uint8)),
-        "scales": ((torch.rand(n, groups, generator=gen) + 0.5) / 80 / k**0.5).to(dtype),
-    }
-    if kind == "minima":
-        minima = -127 * args["scales"] * (torch.rand(n, groups, generator=gen) + 0.5)
-        args["minima"] = minima.to(dtype)
-    if kind == "zeros":
-        args["zeros"] = torch.randint(0, 256, (n, groups), generator=gen, dtype=torch.uint8)
-    if more:
-        args["bias"] = torch.randn(n, generator=gen).to(dtype)
-        args["residual"] = torch.randn(tokens, n, generator=gen).to(dtype)
-    return {name: t.to(device) for name, t in args.items()} | {"group_size": group_size}
 
 
 def small(args):
@@ -73,20 +55,6 @@ def small(args):
     if len(args["x"]) == 1:
         return Int8Launch("gemv", 4, 128, 2, 1)
     return Int8Launch("tiles", 16, group, 2, 2)
-
-
-def in_float64(x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None):
-    weight = dequantize_int8(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
-    y = linear(x.double(), weight, None if bias is None else bias.double())
-    return y if residual is None else y + residual.double()
-
-
-def assert_as_good(ours, reference, exact):
-    """The relative rule: at most twice the reference's own error, or four epsilons."""
-    assert ours.dtype == reference.dtype and ours.shape == reference.shape
-    error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
-    floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
-    assert error <= max(2 * own, floor)  # false for NaN too
 
 
 def test_where_a_code_lies():
