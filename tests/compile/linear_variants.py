@@ -114,7 +114,9 @@ def _on_hopper(
     more: bool,
 ) -> Variant:
     """``more``: a bias, and without an activation a residual."""
-    launch = choose_hopper_launch(n, k, tokens, bits, streams=kind != "minima", tiles=True)
+    launch = choose_hopper_launch(
+        n, k, tokens, bits, streams=kind != "minima", tiles=True, gated=act is not None
+    )
     assert launch is not None
     pointer, groups = f"*{dtype}:16", -(-k // group)
     wide = f"tensordesc<{dtype}[{launch.tokens}, {CHUNK // 2}],{X_LAYOUT!r}>"
@@ -134,6 +136,11 @@ def _on_hopper(
         signature |= dict.fromkeys(("residual_desc", "y_desc"), wide)
         constexprs |= {"RESIDUAL": residual, "TOKENS": launch.tokens}
         constexprs["STAGES"] = TILE_STAGES[bits][launch.tokens]
+        for scratch, pointer_to in (("partial_ptr", "*fp32:16"), ("tickets_ptr", "*i32:16")):
+            if launch.splits > 1:
+                signature[scratch] = pointer_to
+            else:
+                constexprs[scratch] = None
     else:
         module, name = "stream", "_stream_kernel"
         stages, programs = STREAM[bits][launch.tokens]
@@ -252,6 +259,7 @@ VARIANTS = [
     _on_hopper("bf16", 1024, 28672, 4096, 128, bits=4, kind="symmetric", act="silu", more=False),
     _on_hopper("fp16", 512, 4096, 14336, 32, bits=4, kind="minima", act=None, more=True),
     _on_hopper("bf16", 4096, 4096, 4096, 64, bits=8, kind="zeros", act=None, more=True),
+    _on_hopper("bf16", 128, 4096, 14336, 128, bits=4, kind="symmetric", act=None, more=True),
     _on_hopper("bf16", 1, 28672, 4096, 128, bits=4, kind="symmetric", act="silu", more=False),
     _on_hopper("fp16", 32, 4096, 14336, 64, bits=4, kind="zeros", act=None, more=True),
     _on_hopper("bf16", 16, 6144, 4096, 128, bits=8, kind="symmetric", act=None, more=False),

@@ -5,10 +5,11 @@ import torch
 
 from guards import GuardedEmpty, guard_all
 from llmfast_kernels.linear import int4_linear
-from llmfast_kernels.linear.hopper_launch import TILE_STAGES, HopperLaunch
+from llmfast_kernels.linear.hopper_launch import ROWS, HopperLaunch
 from llmfast_kernels.linear.int4_kernel import launch_dequantize_int4, launch_int4_linear
 from llmfast_kernels.linear.int8_kernel import launch_dequantize_int8, launch_int8_linear
 from llmfast_kernels.linear.reference import ACTIVATIONS
+from llmfast_kernels.linear.workspace import tickets
 from quantized_cases import (
     REFERENCE,
     assert_as_good,
@@ -23,8 +24,18 @@ from quantized_cases import (
 pytestmark = on_hopper
 LAUNCH = {4: launch_int4_linear, 8: launch_int8_linear}
 DEQUANTIZE = {4: launch_dequantize_int4, 8: launch_dequantize_int8}
-LAUNCHES = [HopperLaunch("tiles", tokens) for tokens in TILE_STAGES[4]]
-each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.tokens)
+
+
+def launches(*given):
+    return pytest.mark.parametrize(
+        "launch",
+        [HopperLaunch("tiles", tokens, splits) for tokens, splits in given],
+        ids=lambda launch: f"{launch.tokens}{'-split' * (launch.splits > 1)}",
+    )
+
+
+each_launch = launches((128, 1), (128, 3), (256, 1))
+each_whole_launch = launches((128, 1), (256, 1))  # with an activation columns are not split
 # tokens, k, n, group size: tiles that are not full, columns that end within a chunk or a group
 SHAPES = [
     (1, 640, 16, 128),
@@ -46,6 +57,7 @@ def test_it_matches_float64(shape, launch, dtype, kind, bits, more):
     args = make(shape, dtype, "cuda", kind, more, bits=bits)
     got = LAUNCH[bits](**args, _launch=launch)
     assert_as_good(got, REFERENCE[bits](**args), in_float64(**args, bits=bits))
+    assert not tickets(got.device).any()
 
 
 @each_launch
@@ -60,7 +72,7 @@ def test_four_bits_in_groups_of_32(launch, dtype, kind):
 @pytest.mark.parametrize("shape", [(300, 640, 2 * 40, 32), (257, 4096, 2 * 2000, 128)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-@each_launch
+@each_whole_launch
 @each_dtype
 def test_gate_and_up_meet_in_shared_memory(shape, activation, bias, launch, dtype):
     args = make(shape, dtype, "cuda")
@@ -90,10 +102,20 @@ def test_its_weights_are_the_dequantized_ones(kind, group_size, launch, dtype, b
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@each_launch
+@each_whole_launch
 def test_programs_with_several_tiles_give_the_same_each_time(launch, activation):
     """The ring of stages goes on from tile to tile; the fewest columns make them follow soonest."""
-    args = make((1500, 640, 8192, 128), torch.bfloat16, "cuda", more=False)
+    _assert_the_same_each_time((1500, 640, 8192, 128), launch, activation)
+
+
+@pytest.mark.parametrize("shape", [(200, 640, 8192, 128), (256, 14336, 1024, 64)], ids=str)
+@launches((128, 2), (128, 3), (128, 5))
+def test_nothing_depends_on_who_comes_last(shape, launch):
+    _assert_the_same_each_time(shape, launch, None)
+
+
+def _assert_the_same_each_time(shape, launch, activation):
+    args = make(shape, torch.bfloat16, "cuda", more=False)
     wanted = launch_int4_linear(**args, activation=activation, _launch=launch)
     reference = REFERENCE[4](**args, activation=activation)
     exact = in_float64(**args)
@@ -113,18 +135,39 @@ def test_nothing_outside_the_tensors_is_read_or_written(kind, launch, bits, monk
     args = guard_all(args, 119)
     monkeypatch.setattr(torch, "empty", empty)
     assert_as_good(LAUNCH[bits](**args, _launch=launch), reference, exact)
-    empty.assert_bands_are_whole(reference.numel())
+    sizes = [reference.numel()]
+    if launch.splits > 1:
+        tiles = -(-130 // launch.tokens) * -(-336 // (2 * ROWS))
+        sizes.append(launch.splits * tiles * 2 * ROWS * launch.tokens)
+    empty.assert_bands_are_whole(*sizes)
 
 
-def test_it_is_captured_in_a_graph():
-    args = make((512, 4096, 6144, 128), torch.bfloat16, "cuda")
-    int4_linear(**args)
+@pytest.mark.parametrize("tokens", [100, 256, 1024])
+def test_a_chain_of_layers_is_captured_in_a_graph(tokens):
+    """Each reads what the one before has written, while its own weights are on their way."""
+    layers = [
+        make((tokens, 4096, 4096, 128), torch.bfloat16, "cuda", more=False, seed=seed)
+        for seed in range(6)
+    ]
+
+    def chain(x, apart=False):
+        for layer in layers:
+            x = int4_linear(**layer | {"x": x})
+            if apart:
+                torch.cuda.synchronize()
+        return x
+
+    x = layers[0]["x"]
+    chain(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = int4_linear(**args)
-    args["x"].copy_(make((512, 4096, 6144, 128), torch.bfloat16, "cuda", seed=1)["x"])
-    graph.replay()
-    assert torch.equal(got, int4_linear(**args))
+        got = chain(x)
+    for seed in range(20):
+        x.copy_(make((tokens, 4096, 16, 128), torch.bfloat16, "cuda", seed=100 + seed)["x"])
+        wanted = chain(x, apart=True)
+        graph.replay()
+        assert torch.equal(got, wanted)
+        assert torch.equal(chain(x), wanted)
 
 
 @pytest.mark.parametrize("odd", ["x", "residual", "n"])

@@ -338,27 +338,32 @@ def test_what_an_h100_launches():
 
 
 def test_what_hopper_s_own_kernels_take():
-    def choose(n, k, tokens, bits=4, streams=False, tiles=True):
-        launch = choose_hopper_launch(n, k, tokens, bits, streams=streams, tiles=tiles)
-        return launch and (launch.tier, launch.tokens)
+    def choose(n, k, tokens, bits=4, streams=False, tiles=True, gated=False):
+        launch = choose_hopper_launch(n, k, tokens, bits, streams=streams, tiles=tiles, gated=gated)
+        return launch and (launch.tier, launch.tokens, launch.splits)
 
-    assert choose(28672, 4096, 128) is None
-    assert choose(28672, 4096, 129) == choose(28672, 4096, 256) == ("tiles", 256)
-    assert choose(6144, 4096, 256) == ("tiles", 128)
-    assert choose(4096, 4096, 256) is None  # too few tiles
-    assert choose(4096, 14336, 512) == ("tiles", 128)
-    assert choose(6144, 4096, 1024) == ("tiles", 128)  # fewer waves of programs
-    assert choose(4096, 4096, 1024) == choose(6144, 4096, 4096) == ("tiles", 256)
-    assert choose(1024, 4096, 512) is None  # few programs, little to dequantize
+    assert choose(28672, 4096, 64) is None
+    for bits in (4, 8):
+        assert choose(6144, 4096, 65, bits) == ("tiles", 128, 2)  # else too few tiles
+        assert choose(6144, 4096, 65, bits, gated=True) == ("tiles", 128, 1)
+        assert choose(4096, 14336, 128, bits) == ("tiles", 128, 4)
+        assert choose(4096, 14336, 129, bits) == ("tiles", 128, 2)
+    assert choose(4096, 640, 128) == ("tiles", 128, 1)  # few columns
+    assert choose(28672, 4096, 129) == choose(28672, 4096, 256) == ("tiles", 256, 1)
+    assert choose(6144, 4096, 256) == ("tiles", 128, 1)
+    assert choose(4096, 14336, 512) == ("tiles", 128, 1)
+    assert choose(6144, 4096, 1024) == ("tiles", 128, 1)  # fewer waves of programs
+    assert choose(4096, 4096, 1024) == choose(6144, 4096, 4096) == ("tiles", 256, 1)
+    assert choose(1024, 2048, 512) is None  # few programs, little to dequantize
     assert choose(4096, 4096, 1024, tiles=False) is None
     assert choose(4096, 512, 1024) is None  # fewer columns than stages
-    assert choose(4096, 4096, 65, bits=8) == ("tiles", 128)
-    assert choose(28672, 4096, 1, 4, True) == ("stream", 8)
+    assert choose(28672, 4096, 1, 4, True) == ("stream", 8, 1)
     assert choose(28672, 4096, 1, 8, True) is None
     for bits in (4, 8):
-        assert choose(28672, 4096, 2, bits, True) == choose(64, 64, 8, bits, True) == ("stream", 8)
-        assert choose(4096, 14336, 9, bits, True) == ("stream", 16)
-        assert choose(4096, 4096, 33, bits, True) == ("stream", 64)
+        assert choose(28672, 4096, 2, bits, True) == choose(64, 64, 8, bits, True)
+        assert choose(64, 64, 8, bits, True) == ("stream", 8, 1)
+        assert choose(4096, 14336, 9, bits, True) == ("stream", 16, 1)
+        assert choose(4096, 4096, 33, bits, True) == ("stream", 64, 1)
         assert choose(128256, 4096, 2, bits, True) is None  # more tiles than tickets
 
 

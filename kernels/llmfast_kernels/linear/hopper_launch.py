@@ -12,7 +12,7 @@ from .int4_layout import CHUNK
 from .kernel import is_hopper
 from .workspace import MAX_TICKETS
 
-ROWS = 64  # of the weight, that a warpgroup multiplies: a stream's unit, half of a tile
+ROWS = 64  # of the weight, that a warpgroup multiplies at once; a stream's unit
 # by bits and tokens of a program: stages, programs on a multiprocessor. With more stages those that
 # are filled before the tokens come delay the tokens
 STREAM = {
@@ -23,12 +23,12 @@ _STREAM_FROM = {4: 1, 8: 2}  # tokens; of one the product with a vector is the f
 # by bits and tokens of a tile: stages that shared memory holds
 TILE_STAGES = {4: {128: 5, 256: 3}, 8: {128: 4, 256: 2}}
 _TILE_US = {128: 28.5, 256: 46.0}  # of 4,096 columns, by tokens
+_SPLIT_US = 3.0  # for each program of a tile: to leave its sums, and that they are added up
+_SPLIT_TOKENS = 128  # of a tile; sums of more take longer than is won
+_MIN_CHUNKS = 3  # of columns, for a split
 _MULTIPROCESSORS = 132
-# from so many tokens on tiles are the faster, if they are as many; up to so many other kernels
-# share columns, and beyond there is cuBLAS with the weights in a workspace
-_TILES_FROM = {4: 129, 8: 65}
-_TILES = {4: 96, 8: 1}
-_SHARED_TO = 256
+_TILES_FROM = 65  # tokens
+_WORKSPACE_FROM = 257  # tokens: cuBLAS, with the weights in a workspace
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class HopperLaunch:
 
     tier: str
     tokens: int  # of a program, or of a tile
+    splits: int = 1  # programs that share a tile's columns
 
 
 @cache
 def choose_hopper_launch(
-    n: int, k: int, tokens: int, bits: int, *, streams: bool, tiles: bool
+    n: int, k: int, tokens: int, bits: int, *, streams: bool, tiles: bool, gated: bool = False
 ) -> HopperLaunch | None:
     """Pick the launch for ``tokens`` tokens of ``k`` features to ``n``, or None: others are faster.
 
@@ -50,23 +51,26 @@ def choose_hopper_launch(
     Args:
         bits: 4 or 8.
         streams, tiles: whether either takes these tensors.
+        gated: with an activation; then columns are not split.
     """
     if streams and _STREAM_FROM[bits] <= tokens <= max(STREAM[bits]):
         width = next(width for width in STREAM[bits] if tokens <= width)
         if -(-n // ROWS) <= MAX_TICKETS:
             return HopperLaunch("stream", width)
-    if not tiles or tokens < _TILES_FROM[bits] or k < CHUNK * max(TILE_STAGES[bits].values()):
+    if not tiles or tokens < _TILES_FROM or k < CHUNK * max(TILE_STAGES[bits].values()):
         return None
     found = []
     for width, tile_us in _TILE_US.items():
         number = -(-n // (2 * ROWS)) * -(-tokens // width)
-        found.append((-(-number // _MULTIPROCESSORS) * tile_us * k / 4096, width, number))
-    us, width, number = min(found)
-    if tokens <= _SHARED_TO:
-        chosen = number >= _TILES[bits]
-    else:
-        chosen = us < _workspace_us(n, k, tokens, bits)
-    return HopperLaunch("tiles", width) if chosen else None
+        us = -(-number // _MULTIPROCESSORS) * tile_us * k / 4096
+        found.append((us, width, 1))
+        most = min(_MULTIPROCESSORS // number, k // (CHUNK * _MIN_CHUNKS))
+        if width == _SPLIT_TOKENS and not gated:
+            found += [(us / s + _SPLIT_US * s, width, s) for s in range(2, most + 1)]
+    us, width, splits = min(found)
+    if tokens >= _WORKSPACE_FROM and us >= _workspace_us(n, k, tokens, bits):
+        return None
+    return HopperLaunch("tiles", width, splits)
 
 
 def _workspace_us(n: int, k: int, tokens: int, bits: int) -> float:
@@ -107,6 +111,7 @@ def run_on_hopper(
             bits,
             streams=minima is None and group != 32,
             tiles=whole and same_dtype and (bits == 4 or group != 32),
+            gated=activation is not None,
         )
         if launch is None:
             return None
@@ -125,5 +130,6 @@ def run_on_hopper(
         launch_hopper(
             x, packed, scales, zeros, minima, bias, residual, y,
             bits=bits, group=group, activation=activation, tokens=launch.tokens,
+            splits=launch.splits,
         )  # fmt: skip
     return y
