@@ -270,7 +270,6 @@ def _table(found: Measured, cases: list[Case], env: Env) -> Table:
     from rich.table import Table
 
     from ..measure.decode import OURS, PEER, THROUGH
-    from ..measure.results import format_case
 
     where, caption = "the CPU", None
     if found.bandwidth is not None:
@@ -278,7 +277,7 @@ def _table(found: Measured, cases: list[Case], env: Env) -> Table:
         caption = _CAPTION
     name, weights, _ = found.model.values()
     table = Table(
-        title=f"{name}, {weights}, on {where}",
+        title=f"{name}, {found.packed or weights}, on {where}",
         caption=caption,
         title_justify="left",
         caption_justify="left",
@@ -293,14 +292,13 @@ def _table(found: Measured, cases: list[Case], env: Env) -> Table:
     for title in (titles[0], "", *titles[1:]):
         table.add_column(title, justify="right", no_wrap=True)
     for case in cases:
-        plain = format_case({**found.model, **case.key})
-        through = format_case({**found.model, **case.key, **THROUGH})
         for who, key, impl in (
-            ("runner", plain, OURS),
-            ("generate", through, OURS),
-            (PEER, plain, PEER),
+            ("runner", case.key, OURS),
+            ("generate", {**case.key, **THROUGH}, OURS),
+            (PEER if found.packed is None else f"{PEER}, {weights}", case.key, PEER),
         ):
-            here = {m: row for m in columns if (row := rows.get((key, impl, m))) is not None}
+            ran = found.case(impl, key)
+            here = {m: row for m in columns if (row := rows.get((ran, impl, m))) is not None}
             if not here:
                 continue
             cells = [

@@ -76,12 +76,16 @@ class Measured:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what could not be measured, and why
     bandwidth: Estimate | None = None  # of a copy, in GB/s
+    packed: str | None = None  # ours ran with such weights instead of the model's
+
+    def case(self, impl: str, key: dict[str, Any]) -> str:
+        packed = {} if self.packed is None or impl != OURS else {"weights": self.packed}
+        return format_case(self.model | packed | key)
 
     def add(
         self, impl: str, key: dict[str, Any], metric: str, figure: Estimate, repeats: int
     ) -> None:
-        case = format_case(self.model | key)
-        self.rows.append(make_row(case, impl, metric, figure, repeats))
+        self.rows.append(make_row(self.case(impl, key), impl, metric, figure, repeats))
 
     def add_times(
         self,
@@ -181,7 +185,6 @@ def measure_decode(
     model = source.make(device)
     dtype = DTYPE_NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
     found.model |= {"weights": dtype, "kv": dtype}
-    as_made = dict(found.model)
     if starts:
         for start, seconds_each in start_seconds.items():
             key = {"batch": 1, "prompt": cases[0].prompt, "start": start}
@@ -191,12 +194,11 @@ def measure_decode(
     prompts = {case: _prompts(model, case) for case in cases}
     with _taken_over(model, weights) as takeover:
         if takeover.blocks is not None and takeover.blocks.packed_bytes:
-            found.model["weights"] = label_of(weights_of(model) or {})
+            found.packed = label_of(weights_of(model) or {})
         for case in cases:
             say(f"{case}: llmfast")
             with _noting(found, OURS, case):
                 _measure_ours(found, model, takeover, case, prompts[case], repeats)
-    found.model = as_made
     if peers:
         for case in cases:
             say(f"{case}: transformers")

@@ -100,6 +100,16 @@ def test_a_gpu_s_table_has_the_roofline_and_names_what_failed(monkeypatch, capsy
     assert "not measured: llmfast, batch 128, prompt 512: out of memory" in err
 
 
+@pytest.mark.parametrize("peers", ["none", "transformers"])
+def test_the_table_of_packed_weights(tiny, peers):
+    given = ("--prompt", 8, "--tokens", 2, "--weights", "int4-g32", "--peers", peers)
+    out = run("--shape", tiny, *given).stdout
+    assert "tiny, int4-g32, on the CPU" in out
+    rows = [line.split()[3] for line in out.splitlines() if " x 8 " in line]
+    assert rows == ["runner", "generate", "transformers,"][: 2 + (peers != "none")]
+    assert peers == "none" or "transformers, fp32" in out
+
+
 def test_the_usual_cases_are_those_of_the_published_figures():
     assert Request().cases(gpu=True) == [
         Case(1, 512, 128),
