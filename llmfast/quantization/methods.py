@@ -244,7 +244,8 @@ def _order_and_factor(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The order of columns, int64 ``[k]``, and the factor in it, float32 ``[k, k]``.
 
-    Found in float64; of its matrices of 8 k**2 bytes no more than two are there at a time.
+    Found in float64; of its matrices of 8 k**2 bytes no more than two are held here at a time,
+    beside what PyTorch takes to factorise and to invert.
     """
     squares = statistics.squares.to(device)
     seen, order = squares > 0, torch.arange(len(squares), device=device)
