@@ -64,10 +64,12 @@ def int4_linears(dtype: torch.dtype) -> None:
             group_size=group_size,
             activation="silu",
         )
-    # enough rows that tokens by the hundred have tiles of their own, the last of them not full
-    codes = torch.randint(0, 16, (6145, 200), dtype=torch.uint8, device="cuda")
-    x, scales = randn(129, 200, dtype=dtype), randn(6145, 4, dtype=dtype)
-    ops.int4_linear(x, ops.pack_int4(codes), scales, group_size=64)
+    # enough rows that tokens by the hundred have tiles of their own, the last of them not full; and
+    # on Hopper tiles of one program, and of several that split their columns
+    for tokens, k, n in ((129, 200, 6145), (129, 680, 208), (70, 4104, 208)):
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+        x, scales = randn(tokens, k, dtype=dtype), randn(n, -(-k // 64), dtype=dtype)
+        ops.int4_linear(x, ops.pack_int4(codes), scales, group_size=64)
 
 
 def int8_linears(dtype: torch.dtype) -> None:

@@ -104,10 +104,12 @@ def test_nothing_outside_the_tensors_is_read_or_written(launch, bits, monkeypatc
     empty.assert_bands_are_whole(reference.numel(), units * 2 * ROWS * launch.tokens)
 
 
-def test_a_chain_of_layers_is_captured_in_a_graph():
-    """Each reads what the one before has written, while its own weights are on their way."""
+@pytest.mark.parametrize("tokens", [8, 100, 256, 1024])
+def test_a_chain_of_layers_is_captured_in_a_graph(tokens):
+    """Each reads what the one before has written, while its own weights are on their way. In tiles,
+    too, whose columns are split or not."""
     layers = [
-        make((8, 4096, 4096, 128), torch.bfloat16, "cuda", more=False, seed=seed)
+        make((tokens, 4096, 4096, 128), torch.bfloat16, "cuda", more=False, seed=seed)
         for seed in range(6)
     ]
 
@@ -124,7 +126,7 @@ def test_a_chain_of_layers_is_captured_in_a_graph():
     with torch.cuda.graph(graph):
         got = chain(x)
     for seed in range(20):
-        x.copy_(make((8, 4096, 16, 128), torch.bfloat16, "cuda", seed=100 + seed)["x"])
+        x.copy_(make((tokens, 4096, 16, 128), torch.bfloat16, "cuda", seed=100 + seed)["x"])
         wanted = chain(x, apart=True)
         graph.replay()
         assert torch.equal(got, wanted)

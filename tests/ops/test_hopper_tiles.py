@@ -142,34 +142,6 @@ def test_nothing_outside_the_tensors_is_read_or_written(kind, launch, bits, monk
     empty.assert_bands_are_whole(*sizes)
 
 
-@pytest.mark.parametrize("tokens", [100, 256, 1024])
-def test_a_chain_of_layers_is_captured_in_a_graph(tokens):
-    """Each reads what the one before has written, while its own weights are on their way."""
-    layers = [
-        make((tokens, 4096, 4096, 128), torch.bfloat16, "cuda", more=False, seed=seed)
-        for seed in range(6)
-    ]
-
-    def chain(x, apart=False):
-        for layer in layers:
-            x = int4_linear(**layer | {"x": x})
-            if apart:
-                torch.cuda.synchronize()
-        return x
-
-    x = layers[0]["x"]
-    chain(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = chain(x)
-    for seed in range(20):
-        x.copy_(make((tokens, 4096, 16, 128), torch.bfloat16, "cuda", seed=100 + seed)["x"])
-        wanted = chain(x, apart=True)
-        graph.replay()
-        assert torch.equal(got, wanted)
-        assert torch.equal(chain(x), wanted)
-
-
 @pytest.mark.parametrize("odd", ["x", "residual", "n"])
 def test_what_tma_does_not_take_goes_another_way(odd):
     tokens, k, n = 300, 1024, 4096 + (8 if odd == "n" else 0)
