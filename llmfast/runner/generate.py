@@ -62,7 +62,7 @@ _LEFT = (
     "token_healing",
 )
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_AHEAD = 2  # steps that the host lets the device be ahead of what it has read
+_AHEAD = 2  # steps that the host lets a GPU be ahead of what it has read
 
 
 class Takeover:
@@ -325,17 +325,15 @@ def _decode(
 
 
 def device_loop(runner: Runner, new_tokens: int, sampling: Sampling, streamer: Any) -> torch.Tensor:
-    """Step until every row is done. The host reads tokens a step or so after they are made."""
+    """Step until every row is done. Of a GPU the host reads tokens a step after they are made."""
     read = _Reader(runner)
     read.copy()
     stops = torch.tensor(sampling.stop_tokens, device="cpu")
     done = torch.zeros(len(runner.report()), dtype=torch.bool, device="cpu")
     columns: list[torch.Tensor] = []
+    ahead = _AHEAD if runner.device.type == "cuda" else 1
     for launched in range(1, new_tokens + 1):
-        if launched < new_tokens:
-            runner.step()
-            read.copy()
-        while len(read) and (len(read) >= _AHEAD or launched == new_tokens):
+        while len(read) and (len(read) >= ahead or launched == new_tokens):
             column = read.next()
             _refuse(column < 0)
             columns.append(column)
@@ -344,6 +342,9 @@ def device_loop(runner: Runner, new_tokens: int, sampling: Sampling, streamer: A
             done |= torch.isin(column, stops)
             if bool(done.all()):
                 return torch.stack(columns, dim=1)
+        if launched < new_tokens:
+            runner.step()
+            read.copy()
     return torch.stack(columns, dim=1)
 
 

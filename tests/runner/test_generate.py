@@ -33,6 +33,7 @@ from generating import (
     tokenizer,
 )
 from llmfast.errors import UserError
+from llmfast.runner.runner import Runner
 from tiny_models import make, tokens
 
 FAMILIES = [
@@ -285,6 +286,20 @@ def test_a_streamer_gets_the_same_chunks(rows, processors, device, started):
         )
     assert ours.chunks == theirs.chunks and ours.chunks[-1] == "end"
     assert len(started) == 1
+
+
+def test_a_cpu_hands_out_each_token_before_it_makes_the_next(monkeypatch):
+    model, _ = shared_pair("cpu")
+    came, step = Recorder(), Runner.step
+
+    def note(runner):
+        came.chunks.append("step")
+        step(runner)
+
+    monkeypatch.setattr(Runner, "step", note)
+    model.generate(tokens(1, 9, "cpu"), max_new_tokens=3, streamer=came)
+    kinds = ["step" if chunk == "step" else "tokens" for chunk in came.chunks[1:-1]]
+    assert kinds == ["tokens", "step", "tokens", "step", "tokens"]
 
 
 def test_a_text_streamer_prints_the_same(device, started, monkeypatch):
