@@ -244,28 +244,28 @@ def _order_and_factor(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The order of columns, int64 ``[k]``, and the factor in it, float32 ``[k, k]``.
 
-    Found in float64; of its matrices of 8 k**2 bytes no more than two are there at a time. With R
-    the reversal of the columns and R H R = L L^T, the factor U of the inverse, U^T U, is R L^-1 R.
+    Found in float64; of its matrices of 8 k**2 bytes no more than two are held here at a time,
+    beside what PyTorch takes to factorise and to invert.
     """
     squares = statistics.squares.to(device)
     seen, order = squares > 0, torch.arange(len(squares), device=device)
     if settings.act_order:
         order = torch.argsort(squares, descending=True, stable=True)
-    backwards = order.flip(0)
     for share in _growing(settings.damping):
-        hessian = statistics.gram.to(device)[backwards[:, None], backwards].double()
-        diagonal, known = hessian.diagonal(), seen[backwards]
+        hessian = statistics.gram.to(device)[order[:, None], order].double()
+        diagonal, known = hessian.diagonal(), seen[order]
         diagonal[~known] = diagonal[known].mean() if bool(known.any()) else 1.0
         diagonal += share * diagonal.mean()
         lower, failed = torch.linalg.cholesky_ex(hessian)
         del hessian, diagonal
         if int(failed):
             continue
-        inverse = torch.eye(len(lower), dtype=lower.dtype, device=device).mT  # as LAPACK has it
-        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        inverse = torch.cholesky_inverse(lower)
         del lower
-        factor = inverse.to(torch.float32, memory_format=torch.contiguous_format)
-        return order, factor.flip(0, 1)
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        del inverse
+        if not int(failed):
+            return order, upper.float()
     raise UserError("gptq: the inputs' Hessian cannot be inverted, whatever the damping")
 
 
