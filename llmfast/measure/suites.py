@@ -75,7 +75,9 @@ SUITES: dict[str, Suite] = {
     "prefill": Suite(
         "attention of a whole prompt, causal", ("tflops",), "pytest bench/bench_attention.py"
     ),
-    "step": Suite("what stands around a decoding step", ("us",), "pytest bench/bench_step.py"),
+    "decode_step": Suite(
+        "begin_step and end_step, around the model", ("us",), "pytest bench/bench_decode_step.py"
+    ),
     "sampling": Suite("the choice of the next token", ("us",), "pytest bench/bench_sampling.py"),
     "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_patch.py"),
     "quantize": Suite(

@@ -329,7 +329,7 @@ def device_loop(runner: Runner, new_tokens: int, sampling: Sampling, streamer: A
     read = _Reader(runner)
     read.copy()
     stops = torch.tensor(sampling.stop_tokens, device="cpu")
-    done = torch.zeros(len(runner.report()), dtype=torch.bool, device="cpu")
+    done = torch.zeros(len(runner.host_tokens()), dtype=torch.bool, device="cpu")
     columns: list[torch.Tensor] = []
     ahead = _AHEAD if runner.device.type == "cuda" else 1
     for launched in range(1, new_tokens + 1):
@@ -355,7 +355,7 @@ class _Reader:
         self._runner = runner
         self._cuda = runner.device.type == "cuda"
         self._waiting: deque[tuple[torch.Tensor, Any]] = deque()
-        rows = len(runner.report())
+        rows = len(runner.host_tokens())
         self._buffers = [
             torch.empty(rows, dtype=torch.int64, device="cpu", pin_memory=self._cuda)
             for _ in range(_AHEAD + 1)
@@ -367,7 +367,7 @@ class _Reader:
 
     def copy(self) -> None:
         buffer = self._buffers[self._copied % len(self._buffers)]
-        buffer.copy_(self._runner.report(), non_blocking=True)
+        buffer.copy_(self._runner.host_tokens(), non_blocking=True)
         event = None
         if self._cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -62,7 +62,7 @@ class _State:
             return torch.full((rows, *shape), value, dtype=dtype, device=device)
 
         self.tokens = full(0, torch.int64)  # the latest of each row, not in the cache yet
-        self.report = full(0, torch.int64)  # what the host reads: a token, the pad, or -status
+        self.host_tokens = full(0, torch.int64)  # for the host: token, pad or -status
         self.context = full(0, torch.int32)  # tokens in the cache; 0: idle
         self.generated = full(0, torch.int32)
         self.first_row = full(0, torch.int64)  # of the rotary tables
@@ -255,13 +255,13 @@ class Runner:
         else:
             self._decode(self._plan)
 
-    def report(self) -> torch.Tensor:
+    def host_tokens(self) -> torch.Tensor:
         """int64 [rows]: the tokens of the latest step; the pad of rows that are done.
 
         A negative number says that the row had no token to choose (NaN or nothing left): minus
         the status of :func:`llmfast_kernels.sample_tokens`.
         """
-        return self._state.report[: self._rows]
+        return self._state.host_tokens[: self._rows]
 
     def logits(self) -> torch.Tensor:
         """``[rows, vocabulary]`` of the latest step, with ``host_samples``."""
@@ -376,7 +376,7 @@ class Runner:
             state.stop_tokens,
             state.pad,
             tokens=state.tokens[:n],
-            report=state.report[:n],
+            host_tokens=state.host_tokens[:n],
             context=state.context[:n],
             generated=state.generated[:n],
             seen=self._seen[:n] if plan.penalise and self._seen is not None else None,

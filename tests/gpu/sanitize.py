@@ -111,7 +111,7 @@ def steps(dtype: torch.dtype) -> None:
                 torch.tensor([5, -1, 7], device="cuda"),
                 torch.tensor(3, device="cuda"),
                 tokens=torch.empty_like(first_row),
-                report=torch.empty_like(first_row),
+                host_tokens=torch.empty_like(first_row),
                 context=context,
                 generated=torch.zeros_like(context),
                 seen=seen,

@@ -49,10 +49,10 @@ def start(runner, sequences, new_tokens, sampling=DRAWN, seeds=None, **kwargs):
 def run(runner, sequences, new_tokens, sampling=DRAWN, seeds=None):
     """The tokens ``[rows, new_tokens]`` of a batch."""
     start(runner, sequences, new_tokens, sampling, seeds)
-    columns = [runner.report().clone()]
+    columns = [runner.host_tokens().clone()]
     for _ in range(new_tokens - 1):
         runner.step()
-        columns.append(runner.report().clone())
+        columns.append(runner.host_tokens().clone())
     runner.end()
     return torch.stack(columns, dim=1)
 
@@ -150,11 +150,11 @@ def test_a_row_that_has_stopped_yields_pads_and_writes_nothing(device):
     runner = make_runner(device)
     start(runner, sequences, 12, Sampling(stop_tokens=(stop, 1000), pad_token=99))
     blocks = [blocks[0] for blocks in runner._blocks]
-    columns = [runner.report().clone()]
+    columns = [runner.host_tokens().clone()]
     prompt = runner.cache.keys[0][blocks[0], :, :9].clone()
     for _ in range(11):
         runner.step()
-        columns.append(runner.report().clone())
+        columns.append(runner.host_tokens().clone())
     runner.end()
     tokens = torch.stack(columns, dim=1)
     assert torch.equal(tokens[0, : first + 1], plain[0, : first + 1])
@@ -227,12 +227,12 @@ def test_a_batch_that_was_not_ended(device):
     sequences = prompts(device, 9, 5)
     expected = run(runner, sequences, 3, seeds=[1, 2])
     start(runner, sequences, 3, seeds=[1, 2])
-    columns = [runner.report().clone()]
+    columns = [runner.host_tokens().clone()]
     with pytest.raises(AssertionError, match="not ended"):
         start(runner, sequences, 3, seeds=[3, 4])
     for _ in range(2):  # the one that runs is not harmed
         runner.step()
-        columns.append(runner.report().clone())
+        columns.append(runner.host_tokens().clone())
     runner.end()
     assert torch.equal(torch.stack(columns, dim=1), expected)
     assert runner.cache.num_free == runner.cache.num_blocks

@@ -1,15 +1,15 @@
-"""What the compile gate compiles of step: whole numbers alone, so a variant of each kernel."""
+"""Variants of decode_step for the compile gate: integers only, so one of each kernel."""
 
 from __future__ import annotations
 
 from variant import Variant
 
-from llmfast_kernels.step.kernel import BLOCK
+from llmfast_kernels.decode_step.kernel import BLOCK
 
 VARIANTS = [
     Variant(
-        name="step/begin block=64",
-        kernel="llmfast_kernels.step.kernel:_begin_step_kernel",
+        name="decode_step/begin block=64",
+        kernel="llmfast_kernels.decode_step.kernel:_begin_step_kernel",
         signature={
             "context_ptr": "*i32:16",
             "first_row_ptr": "*i64:16",
@@ -25,8 +25,8 @@ VARIANTS = [
         targets=("sm_90",),
     ),
     Variant(
-        name="step/end seen",
-        kernel="llmfast_kernels.step.kernel:_end_step_kernel",
+        name="decode_step/end seen",
+        kernel="llmfast_kernels.decode_step.kernel:_end_step_kernel",
         signature={
             "sampled_ptr": "*i64:16",
             "status_ptr": "*i32:16",
@@ -34,7 +34,7 @@ VARIANTS = [
             "stop_tokens_ptr": "*i64:16",
             "pad_ptr": "*i64:16",
             "tokens_ptr": "*i64:16",
-            "report_ptr": "*i64:16",
+            "host_tokens_ptr": "*i64:16",
             "context_ptr": "*i32:16",
             "generated_ptr": "*i32:16",
             "seen_ptr": "*u8:16",

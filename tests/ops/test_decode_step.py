@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmfast_kernels.step import begin_step, end_step
-from llmfast_kernels.step.kernel import BLOCK, launch_begin_step, launch_end_step
-from llmfast_kernels.step.reference import begin_step_reference, end_step_reference
+from llmfast_kernels.decode_step import begin_step, end_step
+from llmfast_kernels.decode_step.kernel import BLOCK, launch_begin_step, launch_end_step
+from llmfast_kernels.decode_step.reference import begin_step_reference, end_step_reference
 
 BLOCK_SIZE = 16
 ROWS = [1, 2, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 1]
@@ -43,7 +43,7 @@ def make_end(rows, device, seed=0, seen=True, stops=(3, -1, 8)):
     )
     written = {
         "tokens": randint(100, 200, rows),
-        "report": randint(100, 200, rows),
+        "host_tokens": randint(100, 200, rows),
         "context": randint(100, 200, rows, dtype=torch.int32),
         "generated": randint(0, 9, rows, dtype=torch.int32),
     }
@@ -76,7 +76,7 @@ def test_end_step_row_by_row(rows):
         token = int(sampled[row] if live else pad)
         assert written["tokens"][row] == token
         failed = live and int(status[row]) != 0
-        assert written["report"][row] == (-int(status[row]) if failed else token)
+        assert written["host_tokens"][row] == (-int(status[row]) if failed else token)
         assert written["context"][row] == (0 if token in (3, 8) else int(context_len[row]))
         assert written["generated"][row] == before["generated"][row] + 1
         before["seen"][row, token] = True

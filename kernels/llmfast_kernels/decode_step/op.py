@@ -48,16 +48,16 @@ def end_step(
     pad: torch.Tensor,
     *,
     tokens: torch.Tensor,
-    report: torch.Tensor,
+    host_tokens: torch.Tensor,
     context: torch.Tensor,
     generated: torch.Tensor,
     seen: torch.Tensor | None = None,
 ) -> None:
     """Book the tokens that a step chose, IN PLACE, and end rows that came to a stop token.
 
-    **Changes ``tokens``, ``report``, ``context``, ``generated`` and ``seen``; returns nothing.** A
-    row is live if its ``context_len`` is more than 0. Live rows have the sampled token, idle ones
-    the pad.
+    **Changes ``tokens``, ``host_tokens``, ``context``, ``generated`` and ``seen``; returns
+    nothing.** A row is live if its ``context_len`` is more than 0. Live rows have the sampled
+    token, idle ones the pad.
 
     Args:
         sampled: int64 ``(n_rows,)``, contiguous as all that follow: what ``sample_tokens`` chose.
@@ -66,8 +66,8 @@ def end_step(
         stop_tokens: int64 ``(n_stops,)``; a negative one stops nothing.
         pad: int64, no dimension.
         tokens: int64 ``(n_rows,)``. WRITTEN: each row's token.
-        report: int64 ``(n_rows,)``. WRITTEN: the token, or in a live row of another status minus
-            the status: what the host reads.
+        host_tokens: int64 ``(n_rows,)``. WRITTEN: the token, or in a live row of another status
+            minus the status: what the host reads.
         context: int32 ``(n_rows,)``. WRITTEN: ``context_len``, or 0 where the row is done.
         generated: int32 ``(n_rows,)``. Counted up by 1, in idle rows too.
         seen: bool ``(n_rows, n_vocab)`` or None. WRITTEN: true at each row's token.
@@ -83,7 +83,7 @@ def end_step(
     _check("end_step", "stop_tokens", stop_tokens, torch.int64, (stop_tokens.numel(),), like)
     _check("end_step", "pad", pad, torch.int64, (), like)
     _check("end_step", "tokens", tokens, torch.int64, rows, like)
-    _check("end_step", "report", report, torch.int64, rows, like)
+    _check("end_step", "host_tokens", host_tokens, torch.int64, rows, like)
     _check("end_step", "context", context, torch.int32, rows, like)
     _check("end_step", "generated", generated, torch.int32, rows, like)
     if seen is not None:
@@ -101,7 +101,7 @@ def end_step(
         stop_tokens,
         pad,
         tokens=tokens,
-        report=report,
+        host_tokens=host_tokens,
         context=context,
         generated=generated,
         seen=seen,

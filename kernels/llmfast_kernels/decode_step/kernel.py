@@ -47,7 +47,7 @@ def _end_step_kernel(
     stop_tokens_ptr,  # [N_STOPS]
     pad_ptr,  # one
     tokens_ptr,  # [n_rows], written, as the next
-    report_ptr,
+    host_tokens_ptr,
     context_ptr,  # [n_rows], written
     generated_ptr,  # [n_rows], counted up
     seen_ptr,  # [n_rows, n_vocab] of bytes, written where a token was chosen; or None
@@ -68,7 +68,7 @@ def _end_step_kernel(
     stops = tl.arange(0, BLOCK_STOPS)
     stop = tl.load(stop_tokens_ptr + stops, mask=stops < N_STOPS, other=-1)
     done = tl.max((token[:, None] == stop[None, :]).to(tl.int32), 1) > 0
-    tl.store(report_ptr + rows, tl.where(status != 0, -status, token), mask=mask)
+    tl.store(host_tokens_ptr + rows, tl.where(status != 0, -status, token), mask=mask)
     tl.store(tokens_ptr + rows, token, mask=mask)
     tl.store(context_ptr + rows, tl.where(done, 0, context_len), mask=mask)
     generated = tl.load(generated_ptr + rows, mask=mask, other=0)
@@ -108,7 +108,7 @@ def launch_end_step(
     pad: torch.Tensor,
     *,
     tokens: torch.Tensor,
-    report: torch.Tensor,
+    host_tokens: torch.Tensor,
     context: torch.Tensor,
     generated: torch.Tensor,
     seen: torch.Tensor | None = None,
@@ -117,13 +117,14 @@ def launch_end_step(
         with torch.cuda.device(sampled.device):
             return launch_end_step(
                 sampled, status, context_len, stop_tokens, pad,
-                tokens=tokens, report=report, context=context, generated=generated, seen=seen,
+                tokens=tokens, host_tokens=host_tokens, context=context, generated=generated,
+                seen=seen,
             )  # fmt: skip
     n_rows, n_stops = len(sampled), len(stop_tokens)
     seen = None if seen is None else seen.view(torch.uint8)
     tensors = (
         *(sampled, status, context_len, stop_tokens, pad),
-        *(tokens, report, context, generated, seen),
+        *(tokens, host_tokens, context, generated, seen),
     )
     stride = 0 if seen is None else seen.stride(0)
     key = None

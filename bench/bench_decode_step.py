@@ -1,13 +1,13 @@
 """What stands before and after a model in a step of decoding, against plain PyTorch.
 
-pytest bench/bench_step.py
+pytest bench/bench_decode_step.py
 """
 
 import pytest
 import torch
 
-from llmfast_kernels.step import begin_step, end_step
-from llmfast_kernels.step.reference import begin_step_reference, end_step_reference
+from llmfast_kernels.decode_step import begin_step, end_step
+from llmfast_kernels.decode_step.reference import begin_step_reference, end_step_reference
 
 BLOCK_SIZE, MAX_BLOCKS, STOPS = 64, 16, 16
 
@@ -27,7 +27,7 @@ def step_of(begin, end):
 
     def run(context, first_row, table, sampled, status):
         positions, slots, context_len = begin(context, first_row, table, block_size=BLOCK_SIZE)
-        report = torch.empty_like(sampled)
+        host_tokens = torch.empty_like(sampled)
         end(
             sampled,
             status,
@@ -35,11 +35,11 @@ def step_of(begin, end):
             stops,
             pad,
             tokens=torch.empty_like(sampled),
-            report=report,
+            host_tokens=host_tokens,
             context=torch.empty_like(context),
             generated=torch.empty_like(context),
         )
-        return positions, slots, report
+        return positions, slots, host_tokens
 
     return run
 
@@ -47,7 +47,7 @@ def step_of(begin, end):
 @pytest.mark.parametrize("rows", [1, 64, 256], ids=lambda n: f"{n}rows")
 def bench_step(bench_op, rows):
     bench_op(
-        "step",
+        "decode_step",
         f"rows={rows} op=begin_step+end_step",
         {
             "llmfast": step_of(begin_step, end_step),

@@ -23,7 +23,7 @@ def end_step_reference(
     pad: torch.Tensor,
     *,
     tokens: torch.Tensor,
-    report: torch.Tensor,
+    host_tokens: torch.Tensor,
     context: torch.Tensor,
     generated: torch.Tensor,
     seen: torch.Tensor | None = None,
@@ -31,7 +31,7 @@ def end_step_reference(
     live = context_len > 0
     chosen = torch.where(live, sampled, pad)
     done = (chosen[:, None] == stop_tokens).any(1)
-    report.copy_(torch.where(live & (status != 0), -status.long(), chosen))
+    host_tokens.copy_(torch.where(live & (status != 0), -status.long(), chosen))
     tokens.copy_(chosen)
     generated += 1
     if seen is not None:
