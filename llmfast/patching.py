@@ -122,7 +122,8 @@ def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
         return
     take_over(model, steps)
     report.notes.append(
-        f"generate: taken over; {steps.describe()}; logits of the whole model: {steps.proof}."
+        f"generate: taken over; {steps.describe()}; logits of the whole model: "
+        f"{steps.verification}."
     )
 
 

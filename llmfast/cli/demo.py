@@ -1,4 +1,4 @@
-"""``llmfast demo``: a real model answers, and the kernels prove themselves on it."""
+"""``llmfast demo``: a real model answers, and the kernels are verified on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUESTION = "What is the capital of France?"
 
 
 def demo_command() -> None:
-    """See a real model answer and the kernels prove themselves.
+    """See a real model answer and the kernels verified on it.
 
     On a GPU the kernels answer. Without one PyTorch answers,
     and the model's first block then runs through the kernels in Triton's
@@ -27,7 +27,7 @@ def demo_command() -> None:
     import torch
 
     if torch.cuda.is_available():
-        return  # the report under the statistics is the proof
+        return  # the report under the statistics shows the verification
     if util.find_spec("triton") is None:
         ui.note("Triton is not installed here (it comes for Linux only): the kernels do not run")
         return

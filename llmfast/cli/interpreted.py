@@ -19,10 +19,10 @@ def main(prompt: str) -> int:
         with ui.progress("Interpreting the first block's kernels"):
             import torch
 
-            from ..model.demo import prove_first_block
+            from ..model.demo import verify_first_block
             from .generate import encode
 
-            report = prove_first_block(model, torch.tensor([encode(tokenizer, prompt)]))
+            report = verify_first_block(model, torch.tensor([encode(tokenizer, prompt)]))
         print(report)
     except UserError as mistake:
         ui.error(str(mistake))
@@ -30,7 +30,7 @@ def main(prompt: str) -> int:
     except KeyboardInterrupt:
         return ui.INTERRUPTED
     if report.kept or not report.swapped:
-        ui.error("a kernel of the first block did not prove itself: the table says which")
+        ui.error("a kernel of the first block failed its numerical check: the table says which")
         return 1
     return 0
 

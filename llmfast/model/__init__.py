@@ -1,1 +1,1 @@
-"""Hugging Face modules: load, match, prove, swap, restore."""
+"""Hugging Face modules: load, match, verify, swap, restore."""

@@ -24,8 +24,8 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .proof import MIN_VALUES, Proof, compare, oracle_dtype
-from .swap import Swap, takes
+from .swap import Swap, is_supported
+from .verify import MIN_VALUES, Verification, compare, oracle_dtype
 
 # The registered name says which implementation the model had, so no state is needed to find it.
 NAMES = {"sdpa": "llmfast", "eager": "llmfast_eager"}
@@ -204,7 +204,7 @@ class AttentionState:
 
 @dataclass
 class Call:
-    """How a module calls the attention function: what a proof of it depends on."""
+    """How a module calls the attention function: all that its verification depends on."""
 
     module: nn.Module
     query_heads: int
@@ -218,7 +218,7 @@ class Call:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Calls with the same key need one proof."""
+        """Calls with the same key need one verification."""
         plain = sorted(
             (name, "tensor" if isinstance(value, torch.Tensor) else repr(value))
             for name, value in self.kwargs.items()
@@ -273,7 +273,7 @@ def _why_not(
         return "a position bias or a paged cache of transformers"
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         return "not causal"
-    if not query.dtype == key.dtype == value.dtype or not takes(query):
+    if not query.dtype == key.dtype == value.dtype or not is_supported(query):
         return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}"
     if key.shape != value.shape:
         return f"heads of {key.shape[3]} for keys and of {value.shape[3]} for values"
@@ -317,17 +317,17 @@ def _run_original(
 
 
 @torch.no_grad()
-def prove(call: Call, original: str, swap: Swap) -> Proof:
+def verify(call: Call, original: str, swap: Swap) -> Verification:
     """Compare our attention with the original's on random tensors, for one way of calling it.
 
     A batch of a whole row, a left-padded and a right-padded one, as a prefill and as a step of
     one token; long enough to pass the sliding window.
     """
-    proofs = [
-        _prove_shape(call, original, swap, query_length, key_length)
+    results = [
+        _verify_shape(call, original, swap, query_length, key_length)
         for query_length, key_length in _lengths(call)
     ]
-    return max(proofs, key=lambda proof: proof.error / proof.limit)
+    return max(results, key=lambda result: result.error / result.limit)
 
 
 def _lengths(call: Call) -> list[tuple[int, int]]:
@@ -336,11 +336,11 @@ def _lengths(call: Call) -> list[tuple[int, int]]:
     return [(prefill, prefill), (prefill, past + prefill), (1, past + 64)]
 
 
-def _prove_shape(
+def _verify_shape(
     call: Call, original: str, swap: Swap, query_length: int, key_length: int
-) -> Proof:
+) -> Verification:
     generator = torch.Generator().manual_seed(0)
-    # one token a row: enough rows for the values that a proof must compare
+    # one token a row: enough rows for the values that :func:`compare` wants
     batch = max(3, -(-MIN_VALUES // (query_length * call.query_heads * call.head_dim)) + 2)
 
     def randn(heads: int, length: int) -> torch.Tensor:

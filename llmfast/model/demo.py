@@ -1,4 +1,4 @@
-"""The proof that a visitor sees: a model's first block through the Triton kernels."""
+"""A demonstration: the first block of a model through the Triton kernels."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def launchers() -> Operations:
     )
 
 
-def prove_first_block(model: PreTrainedModel, token_ids: torch.Tensor) -> Report:
+def verify_first_block(model: PreTrainedModel, token_ids: torch.Tensor) -> Report:
     """Run the first block of ``model`` on ``token_ids`` through the Triton kernels.
 
-    Each kernel proves itself as in :func:`llmfast.patch`; then the block's output on the real
+    Each kernel is verified as in :func:`llmfast.patch`; then the block's output on the real
     prompt is compared with the original block's, and the largest difference is noted.
 
     Args:

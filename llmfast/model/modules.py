@@ -23,8 +23,8 @@ from llmfast_kernels.activation.reference import (
 from llmfast_kernels.norm.op import has_row_stride
 from llmfast_kernels.norm.reference import rms_norm_reference
 
-from .proof import MIN_VALUES, Proof, compare, oracle_dtype, precise_copy, relative_rms
 from .swap import Operations, Swap, original_forward, why_not
+from .verify import MIN_VALUES, Verification, compare, oracle_dtype, precise_copy, relative_rms
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _REFERENCES = Operations(
@@ -186,10 +186,10 @@ def _gated_mlp_forward(
     return out
 
 
-# ---------------------------------------------------------------------------------------- proof
+# ------------------------------------------------------------------------------ verification
 
 
-def proof_input(width: int, weight: torch.Tensor) -> torch.Tensor:
+def probe_input(width: int, weight: torch.Tensor) -> torch.Tensor:
     """Random rows from tiny to large: a wrong epsilon shows in the first, a wrong sum in the last.
 
     Made by a generator of its own, so the process's random state is left alone.
@@ -202,13 +202,13 @@ def proof_input(width: int, weight: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def choose(
     module: nn.Module, candidates: list[Candidate], operations: Operations
-) -> tuple[Candidate, Proof]:
-    """The candidate nearest to what ``module`` computes on random input, and its proof.
+) -> tuple[Candidate, Verification]:
+    """The candidate nearest to what ``module`` computes on random input, and its verification.
 
     The choice is made with the reference operations, so that only the chosen kernel is compiled.
     The oracle is a copy of the module itself, one precision up.
     """
-    x = proof_input(candidates[0].width, next(module.parameters()))
+    x = probe_input(candidates[0].width, next(module.parameters()))
     higher = oracle_dtype(x.dtype)
     oracle = precise_copy(module, higher)(x.to(higher))
     original = module(x)
@@ -226,10 +226,10 @@ def choose(
 
 
 def attributes(module: nn.Module) -> tuple[Any, ...]:
-    """All that a proof of one module depends on, so that its twins need none of their own.
+    """Return the key of a module's verification; modules with equal keys share one.
 
-    The class, the shapes, dtypes and devices of its tensors, and every other attribute but the
-    layer's number; of its children too.
+    It holds the class, the shapes, dtypes and devices of the tensors, and every other attribute
+    but the layer's number, for the module and its children.
     """
     tensors = tuple(
         (name, tuple(t.shape), t.dtype, t.device)

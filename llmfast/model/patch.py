@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UserError
 from . import attention
 from .modules import Candidate, attributes, choose, foreign_layer, mlp_candidates, norm_candidates
-from .proof import Proof
 from .report import Entry, Report
 from .shadow import PATCH
 from .swap import Operations, Swap
+from .verify import Verification
 
 logger = logging.getLogger("llmfast")
 
@@ -163,7 +163,7 @@ def _missed(entry: Entry) -> bool:
 
 
 def _swap_modules(model: PreTrainedModel, state: Patch, families: tuple[str, ...]) -> None:
-    proven: dict[tuple[Any, ...], Callable[[str, nn.Module], Entry]] = {}
+    verified: dict[tuple[Any, ...], Callable[[str, nn.Module], Entry]] = {}
     for name, module in model.named_modules():
         family, candidates = _recognise(module)
         if not candidates:
@@ -175,9 +175,9 @@ def _swap_modules(model: PreTrainedModel, state: Patch, families: tuple[str, ...
             )
             continue
         key = attributes(module)
-        if key not in proven:
-            proven[key] = _prove_module(module, candidates, state)
-        state.report.entries.append(proven[key](name, module))
+        if key not in verified:
+            verified[key] = _verify_module(module, candidates, state)
+        state.report.entries.append(verified[key](name, module))
 
 
 def _recognise(module: nn.Module) -> tuple[str, list[Candidate]]:
@@ -206,30 +206,37 @@ def _why_keep(
     return None
 
 
-def _prove_module(
+def _verify_module(
     module: nn.Module, candidates: list[Candidate], state: Patch
 ) -> Callable[[str, nn.Module], Entry]:
     """Prove one module; return what to do with it and with each of its twins."""
     try:
-        best, proof = choose(module, candidates, state.swap.given)
-    except Exception as error:  # whatever it raises, a module that cannot be proved is kept
-        return _keep(f"not proved: {_one_line(error)}")
-    if not proof.holds:
-        return _keep(f"not what {best.operation} computes", proof)
+        best, verification = choose(module, candidates, state.swap.given)
+    except Exception as error:  # whatever it raises, a module that cannot be verified is kept
+        return _keep(f"not verified: {_one_line(error)}")
+    if not verification.holds:
+        return _keep(f"not what {best.operation} computes", verification)
 
     def swap(name: str, module: nn.Module) -> Entry:
         module.forward = best.bind(module, state.swap)
         state.forwards[module] = module.forward
         return Entry(
-            name, type(module).__name__, best.operation, best.what, proof.error, proof.own_error
+            name,
+            type(module).__name__,
+            best.operation,
+            best.what,
+            verification.error,
+            verification.own_error,
         )
 
     return swap
 
 
-def _keep(reason: str, proof: Proof | None = None) -> Callable[[str, nn.Module], Entry]:
+def _keep(
+    reason: str, verification: Verification | None = None
+) -> Callable[[str, nn.Module], Entry]:
     def keep(name: str, module: nn.Module) -> Entry:
-        errors = (proof.error, proof.own_error) if proof else (None, None)
+        errors = (verification.error, verification.own_error) if verification else (None, None)
         return Entry(name, type(module).__name__, None, reason, *errors)
 
     return keep
@@ -254,13 +261,15 @@ def _swap_attention(model: PreTrainedModel, state: Patch, families: tuple[str, .
         return
     calls = _watch(model, original, state)
     entries: dict[nn.Module, Entry] = {}
-    proven: dict[tuple[Any, ...], tuple[str | None, Proof | None]] = {}
+    verified: dict[tuple[Any, ...], tuple[str | None, Verification | None]] = {}
     names = {module: name for name, module in model.named_modules()}
     for call in calls:
-        if call.key not in proven:
-            proven[call.key] = _prove_call(call, original, state.swap)
-        reason, proof = proven[call.key]
-        error, own_error = (proof.error, proof.own_error) if proof else (None, None)
+        if call.key not in verified:
+            verified[call.key] = _verify_call(call, original, state.swap)
+        reason, verification = verified[call.key]
+        error, own_error = (
+            (verification.error, verification.own_error) if verification else (None, None)
+        )
         entries[call.module] = Entry(
             names[call.module],
             type(call.module).__name__,
@@ -308,14 +317,20 @@ def _watch(model: PreTrainedModel, original: str, state: Patch) -> list[attentio
     return calls
 
 
-def _prove_call(call: attention.Call, original: str, swap: Swap) -> tuple[str | None, Proof | None]:
+def _verify_call(
+    call: attention.Call, original: str, swap: Swap
+) -> tuple[str | None, Verification | None]:
     if call.refused is not None:
         return call.refused, None
     try:
-        proof = attention.prove(call, original, swap)
+        verification = attention.verify(call, original, swap)
     except Exception as error:
-        return f"not proved: {_one_line(error)}", None
-    return (None, proof) if proof.holds else ("not what flash_attention computes", proof)
+        return f"not verified: {_one_line(error)}", None
+    return (
+        (None, verification)
+        if verification.holds
+        else ("not what flash_attention computes", verification)
+    )
 
 
 # --------------------------------------------------------------------------------- the report

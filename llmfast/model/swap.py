@@ -1,4 +1,4 @@
-"""What a swapped module shares with its patch: the operations, and how often one could not run."""
+"""State shared by the swapped modules of one model: the operations and the fallback counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations that a patch puts in. The default ones choose by the tensors' device."""
+    """The operations that swapped modules call. The defaults dispatch on the tensors' device."""
 
     rms_norm: Callable[..., torch.Tensor] = llmfast_kernels.rms_norm
     silu_mul: Callable[..., torch.Tensor] = llmfast_kernels.silu_mul
@@ -49,7 +49,7 @@ class Swap:
 
     @property
     def operations(self) -> Operations:
-        """What to call now."""
+        """The operations to call now: the custom ones under torch.compile."""
         return _COMPILED if torch.compiler.is_compiling() else self.given
 
     def fell_back(self, module: nn.Module, reason: str) -> None:
@@ -63,24 +63,24 @@ class Swap:
 
 
 def why_not(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why a call on ``x`` must go to the original module; None if ours can take it.
+    """Return why a call on ``x`` must run the original module; None if ours can take it.
 
-    What may change after the proof is looked at in every call: the mode, autograd, and where and
-    of what dtype the model is now.
+    Checks in every call everything that may change after verification: the mode, autograd, and
+    the device and dtype of the model.
     """
     if module.training:
         return "the module is in training mode"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "outside torch.no_grad()"
-    if x.dtype is not weight.dtype or not takes(x):
+    if x.dtype is not weight.dtype or not is_supported(x):
         return f"input is {x.dtype}, weight is {weight.dtype}"
     if x.device != weight.device:
         return f"input is on {x.device}, weight on {weight.device}"
     return None
 
 
-def takes(x: torch.Tensor) -> bool:
-    """Whether the operations take a tensor of this dtype where it is."""
+def is_supported(x: torch.Tensor) -> bool:
+    """Return whether the operations take a tensor of this dtype on its device."""
     return x.dtype in FLOATS or (x.dtype is torch.float64 and x.device.type == "cpu")
 
 

@@ -3,7 +3,7 @@
 Modules are told apart by what they hold and by when they are called: the linear layers before
 the call of attention make queries, keys and values, the one after it is the output projection, and
 so on. Names of classes and attributes are not looked at. What is concluded here is a guess that a
-proof has to confirm.
+verification has to confirm.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def trace(model: PreTrainedModel, operations: Operations) -> Trace:
 
     Args:
         model: in evaluation mode; not changed.
-        operations: what to prove its norms and gated MLPs with.
+        operations: the operations to verify its norms and gated MLPs with.
 
     Raises:
         NotTraced: the model, or one of its layers, is not made of what can be described.
@@ -300,10 +300,10 @@ def _choose(
     key = attributes(module)
     if key not in known:
         try:
-            best, proof = choose(module, candidates, operations)
+            best, verification = choose(module, candidates, operations)
         except Exception as error:  # whatever it raises, it is not what we know
             raise NotTraced(f"{type(module).__name__}: {type(error).__name__}") from error
-        if not proof.holds:
+        if not verification.holds:
             raise NotTraced(f"{type(module).__name__} is not what {best.operation} computes")
         known[key] = best
     result: Candidate = known[key]

@@ -31,7 +31,7 @@ from .work import WorkFolder, fingerprint_of
 
 WEIGHTS = {"int4": 4, "int8": 8}
 METHODS = ("nearest", "gptq", "awq")
-PROBE_TOKENS = 32  # of the forward on which AWQ's folds are proved
+PROBE_TOKENS = 32  # of the forward on which AWQ's folds are verified
 
 Progress = Callable[[str, int, int], None]
 

@@ -3,7 +3,7 @@
 AWQ multiplies the columns of a weight by factors and divides the inputs by them. The division is
 free where the inputs come from a norm (its weight is divided) or, with nothing but products in
 between, from another linear layer (its rows are divided). What is a norm or such a layer is guessed
-from shapes and proved: random factors, powers of two, must leave the decoder layer's output as it
+from shapes and verified: random factors, powers of two, must leave the decoder layer's output as it
 was.
 """
 

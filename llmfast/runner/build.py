@@ -1,4 +1,4 @@
-"""From a traced model to its blocks: the recipe of each layer, chosen and proved."""
+"""From a traced model to its blocks: the recipe of each layer, chosen and verified."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.modules import attributes
-from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy, relative_rms
 from ..model.trace import Layer, NotTraced, Trace
+from ..model.verify import (
+    Verification,
+    cast_floats,
+    compare,
+    oracle_dtype,
+    precise_copy,
+    relative_rms,
+)
 from ..quantization.packed import PackedWeight, side_by_side
 from ..quantization.weights import QuantizedWeight
 from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
@@ -31,7 +38,7 @@ class Blocks:
     tables: list[RopeTable]
     merged: list[MergedLinears]
     parts: dict[str, PackedWeight]  # of packed weights, by the names of the model's linear layers
-    proofs: list[Proof]  # of the layers that differ in more than their weights
+    verifications: list[Verification]  # of the layers that differ in more than their weights
 
     @property
     def recipes(self) -> list[str]:
@@ -59,13 +66,13 @@ class _Linears:
 
     @property
     def forms(self) -> tuple[Any, ...]:
-        """How each is packed: layers that differ in it do not share a proof."""
+        """How each is packed: layers that differ in it do not share a verification."""
         return tuple(map(_form, (self.qkv, self.out, self.gate_up, self.down)))
 
 
 @dataclass
 class _Guess:
-    """What a proof has to choose between."""
+    """One way to build a layer; verification picks among several."""
 
     recipe: str
     residual_scale: float
@@ -80,7 +87,7 @@ def build_blocks(
     operations: BlockOperations,
     weights: Mapping[str, QuantizedWeight],
 ) -> Blocks:
-    """Choose and prove a recipe for every layer.
+    """Choose and verify a recipe for every layer.
 
     The weights of a layer's projections are merged on the way; the model's own parameters become
     views of them. If anything fails they are put back. Layers with quantized ``weights``, by their
@@ -117,8 +124,8 @@ def build_blocks(
             )
             key = (*_key(layer, trace), packed.forms)
             if key not in chosen:
-                chosen[key], proof = _choose(layer, packed, operations)
-                result.proofs.append(proof)
+                chosen[key], verification = _choose(layer, packed, operations)
+                result.verifications.append(verification)
             guess = chosen[key]
             rope = None
             if guess.rotation != "none" and layer.rotary is not None:
@@ -207,11 +214,13 @@ def _data(bias: nn.Parameter | None) -> torch.Tensor | None:
     return None if bias is None else bias.data
 
 
-# ------------------------------------------------------------------------------ choice and proof
+# ---------------------------------------------------------------------- choice and verification
 
 
-def _choose(layer: Layer, packed: _Linears, operations: BlockOperations) -> tuple[_Guess, Proof]:
-    """The guess nearest to the layer by the reference operations; proved with the real ones."""
+def _choose(
+    layer: Layer, packed: _Linears, operations: BlockOperations
+) -> tuple[_Guess, Verification]:
+    """The guess nearest to the layer by the reference operations; verified with the real ones."""
     name = type(layer.module).__name__
     if len(layer.heads) not in (0, 2):
         raise NotTraced(f"{name} has {len(layer.heads)} norms between projections and attention")
@@ -229,10 +238,10 @@ def _choose(layer: Layer, packed: _Linears, operations: BlockOperations) -> tupl
         ours = _run(layer, best, packed, operations)
     except (TypeError, ValueError, NotImplementedError) as error:  # of an operation's contract
         raise NotTraced(str(error)) from error
-    proof = compare(ours, layer.output[0], oracle)
-    if not proof.holds:
-        raise NotTraced(f"{name} is not what {best.recipe} computes: {proof}")
-    return best, proof
+    verification = compare(ours, layer.output[0], oracle)
+    if not verification.holds:
+        raise NotTraced(f"{name} is not what {best.recipe} computes: {verification}")
+    return best, verification
 
 
 def _guesses(layer: Layer) -> Iterator[_Guess]:

@@ -1,4 +1,4 @@
-"""The check of a whole model: wiring that a proof of single layers does not see."""
+"""The check of a whole model: wiring errors that single layers do not show."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.proof import Proof, cast_floats, compare, oracle_dtype, precise_copy
 from ..model.shadow import make_shadow
 from ..model.trace import NotTraced
+from ..model.verify import Verification, cast_floats, compare, oracle_dtype, precise_copy
 from .cache import BLOCK_SIZE, PagedCache
 from .step import Chunk, make_step
 
@@ -23,27 +23,27 @@ _STEPS = 2  # of one token, behind the prefill
 CHECKED_LENGTH = max(_LENGTHS)
 
 
-def prove_whole(model: PreTrainedModel, ours: StepModel) -> Proof:
+def verify_whole_model(model: PreTrainedModel, ours: StepModel) -> Verification:
     """Compare the logits of ``ours`` with the model's own; if it does not hold, undo ``ours``.
 
     Raises:
         NotTraced: they are not what the model computes, or a step raised.
     """
     try:
-        proof = check_model(model, ours)
-        if not proof.holds:
-            raise NotTraced(f"the whole model computes something else: {proof}")
+        verification = check_model(model, ours)
+        if not verification.holds:
+            raise NotTraced(f"the whole model computes something else: {verification}")
     except BaseException as error:
         ours.restore()
         if isinstance(error, (NotTraced, torch.OutOfMemoryError, KeyboardInterrupt)):
             raise
         lines = str(error).splitlines() or [""]
         raise NotTraced(f"a step raised {type(error).__name__}: {lines[0]}") from error
-    return proof
+    return verification
 
 
 @torch.no_grad()
-def check_model(model: PreTrainedModel, ours: StepModel) -> Proof:
+def check_model(model: PreTrainedModel, ours: StepModel) -> Verification:
     """Logits of a prefill of two sequences and of two steps of decoding: ours against the model's.
 
     The oracle is the model one precision up, made layer by layer, so that it takes the memory of

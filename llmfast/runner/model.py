@@ -10,17 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model import attention
-from ..model.proof import Proof
 from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
+from ..model.verify import Verification
 from ..quantization.attached import packed_weights_of
 from ..quantization.released import reacquire, release
 from ..quantization.weights import QuantizedWeight
 from .blocks import BlockOperations, Linear, Run
 from .build import Blocks, build_blocks
 from .cache import PagedCache
-from .check import CHECKED_LENGTH, prove_whole
+from .check import CHECKED_LENGTH, verify_whole_model
 from .paged import NAME, PLACE, PagedAttention
 from .step import Step
 
@@ -34,7 +34,7 @@ class StepModel(Protocol):
     vocabulary: int
     dtype: torch.dtype
     device: torch.device
-    proof: Proof  # of the logits of the whole model
+    verification: Verification  # of the logits of the whole model
     all_ours: bool  # its layers are ours, so a step can always be captured
     packed_bytes: int  # of weights that the user's model does not have
     dense_bytes: int  # of those of the user's model that they stand for
@@ -111,14 +111,14 @@ class BlockModel:
         operations: BlockOperations | None = None,
         proving: Operations | None = None,
     ) -> None:
-        """Trace ``model``, choose and prove a recipe for each layer, and check the whole.
+        """Trace ``model``, choose and verify a recipe for each layer, and check the whole.
 
         Args:
             model: in evaluation mode. The weights of its merged projections become views.
             max_length: the longest sequence there will be; :meth:`resize` changes it.
             weights: of linear layers, by their names in the model; they are packed. Where layers
                 of one input differ in form, what the model has is used. The model must hold
-                their dequantized values while this runs: they are what the proofs compare with.
+                their dequantized values while this runs: the verification compares with them.
             operations: of the blocks; None: the kernels, on the CPU their references.
             proving: the operations that norms and MLPs are recognised with.
 
@@ -139,7 +139,7 @@ class BlockModel:
         final = None if traced.final_norm is None else traced.final_norm[1]
         self._loop = _BlockLoop(self.built, final)
         self._forward = _Forward(_with_loop(traced, self._loop))
-        self.proof = prove_whole(model, self)
+        self.verification = verify_whole_model(model, self)
         self.resize(max_length)
 
     @torch.no_grad()
@@ -211,7 +211,7 @@ class ForwardModel:
         self.dtype, self.device = model.dtype, model.device
         self.reason = reason
         self._forward = _Forward(twin)
-        self.proof = prove_whole(model, self)
+        self.verification = verify_whole_model(model, self)
 
     @torch.no_grad()
     def __call__(self, step: Step, cache: PagedCache, rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`llmfast demo`: an answer with its statistics, then the kernels' proof."""
+"""`llmfast demo`: an answer with its statistics, then the kernels' verification."""
 
 import os
 import subprocess
@@ -76,12 +76,12 @@ class Table(SimpleNamespace):
 
 
 @pytest.fixture
-def proof(monkeypatch):
-    """A stand-in for the proof; set `.result` to what it returns, or to what it raises."""
+def verification(monkeypatch):
+    """A stand-in for the verification; set `.result` to what it returns, or to what it raises."""
     module = types.ModuleType("llmfast.model.demo")
     module.result = Table(swapped=4, kept=0)
 
-    def prove_first_block(model, token_ids):
+    def verify_first_block(model, token_ids):
         module.asked = (model, token_ids.tolist())
         if isinstance(module.result, BaseException):
             raise module.result
@@ -94,36 +94,37 @@ def proof(monkeypatch):
         assert (path, device, dtype) == (None, "cpu", "float32")
         return "model", tokenizer
 
-    module.prove_first_block = prove_first_block
+    module.verify_first_block = verify_first_block
     monkeypatch.setitem(sys.modules, "llmfast.model.demo", module)
     monkeypatch.setattr(llmfast, "load", load)
     return module
 
 
-def test_the_proof_is_printed(proof, capsys):
+def test_the_report_is_printed(verification, capsys):
     assert interpreted.main("why") == 0
-    assert proof.asked == ("model", [[119, 104, 121]])
+    assert verification.asked == ("model", [[119, 104, 121]])
     assert capsys.readouterr() == ("a table\n", "")
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 0)])
-def test_a_kernel_that_is_not_proved_fails_the_demo(proof, counts, capsys):
-    proof.result = Table(swapped=counts[0], kept=counts[1])
+def test_a_kernel_that_is_not_verified_fails_the_demo(verification, counts, capsys):
+    verification.result = Table(swapped=counts[0], kept=counts[1])
     assert interpreted.main("why") == 1
     assert capsys.readouterr() == (
         "a table\n",
-        "llmfast: error: a kernel of the first block did not prove itself: the table says which\n",
+        "llmfast: error: a kernel of the first block failed its numerical check: "
+        "the table says which\n",
     )
 
 
-def test_a_mistake_in_the_child_is_one_line(proof, capsys):
-    proof.result = UserError("no embedded model")
+def test_a_mistake_in_the_child_is_one_line(verification, capsys):
+    verification.result = UserError("no embedded model")
     assert interpreted.main("why?") == 2
     assert capsys.readouterr() == ("", "llmfast: error: no embedded model\n")
 
 
-def test_ctrl_c_in_the_child_is_quiet(proof, capsys):
-    proof.result = KeyboardInterrupt()
+def test_ctrl_c_in_the_child_is_quiet(verification, capsys):
+    verification.result = KeyboardInterrupt()
     assert interpreted.main("why?") == ui.INTERRUPTED
     assert capsys.readouterr() == ("", "")
 

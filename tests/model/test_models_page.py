@@ -33,9 +33,9 @@ rotary embeddings have no operation yet and are kept in every model.
 RECIPES = """
 ## Recipes
 
-Where every decoder layer is built as one of the recipes of `llmfast/runner/blocks.py`, steps of
-`generate` run as a short loop over fused operations. Which recipe it is, where its norms stand, how
-it rotates and what it multiplies is found by watching one forward and by proof, again by no name.
+Where every decoder layer matches one of the recipes of `llmfast/runner/blocks.py`, a step of
+`generate` is a short loop over fused operations. The recipe, the places of the norms, the rotation
+and the multipliers are found by watching one forward and then verified; names are not looked at.
 Errors are relative (RMS) against the same computation in float64: of a layer (the worst), and of
 the logits of a prefill and two steps; beside them the model's own.
 
@@ -79,15 +79,15 @@ def render():
         if isinstance(model, BlockModel):
             recipes.append(_recipe_line(kind, model))
         else:
-            errors = f"{model.proof.error:.0e} | {model.proof.own_error:.0e}"
+            errors = f"{model.verification.error:.0e} | {model.verification.own_error:.0e}"
             own.append(f"| {kind} | {model.reason} | {errors} |\n")
     lines = [_line(kind, make(kind)) for kind in KINDS]
     return "".join([HEAD, *lines, RECIPES, *recipes, OWN_LAYERS, *own, ORIGINAL, *original])
 
 
 def _recipe_line(kind, model):
-    built, whole = model.built, model.proof
-    worst = max(built.proofs, key=lambda proof: proof.error)
+    built, whole = model.built, model.verification
+    worst = max(built.verifications, key=lambda verification: verification.error)
     cells = [kind, ", ".join(built.recipes), ", ".join(_fused(built.blocks[0]))]
     cells += [f"{e:.0e}" for e in (worst.error, worst.own_error, whole.error, whole.own_error)]
     return f"| {' | '.join(cells)} |\n"

@@ -355,7 +355,7 @@ def test_a_failure_in_the_middle_restores(device, monkeypatch):
     def fail(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attention, "prove", fail)  # after norms and MLPs have been swapped
+    monkeypatch.setattr(attention, "verify", fail)  # after norms and MLPs have been swapped
     with pytest.raises(KeyboardInterrupt):
         llmfast.patch(model, ops="all")
     assert model.config is config and model.model.config is config
@@ -364,7 +364,7 @@ def test_a_failure_in_the_middle_restores(device, monkeypatch):
 
 
 def test_a_wrong_operation_is_kept_out(device):
-    """The proof is what stands between a bug in a kernel and a user's model."""
+    """Verification is what stands between a bug in a kernel and a user's model."""
 
     def wrong(x, weight, *, eps, unit_offset=False):
         return nn.functional.rms_norm(x, weight.shape, weight, eps * 10)

@@ -8,7 +8,7 @@ import torch
 import llmfast
 from llmfast.measure.quality import perplexity
 from llmfast.measure.texts import read_text
-from llmfast.model.demo import launchers, prove_first_block
+from llmfast.model.demo import launchers, verify_first_block
 from llmfast.model.patch import swap_in
 from llmfast.runner.check import run_sequences
 from llmfast.runner.generate import takeover_of
@@ -125,7 +125,7 @@ def test_a_whole_forward_through_the_kernels(model, question):
 
 
 def test_the_first_block_s_proof(model, question):
-    report = prove_first_block(model, question["input_ids"])
+    report = verify_first_block(model, question["input_ids"])
     swapped = {e.operation for e in report.entries if e.swapped}
     assert swapped == {"rms_norm", "silu_mul", "flash_attention"}
     assert "First block on the prompt's" in str(report)

@@ -174,14 +174,14 @@ def test_every_linear_layer_is_the_operation_s(kind, device):
 
     model = make(kind, device)
     steps = BlockModel(model, 64, operations=BlockOperations(counted, counted_gated))
-    assert steps.proof.holds
+    assert steps.verification.holds
     calls.clear()
     rows = run_sequences(steps, [tokens(1, 9, device)[0].tolist()], 1)
     assert len(calls) == 2 * (4 * len(model.model.layers) + 1)  # of a block, and the head; 2 steps
     assert calls[-1] == (rows.shape[1], model.config.hidden_size)
 
 
-def test_a_wrong_operation_is_not_proved(device):
+def test_a_wrong_operation_is_not_verified(device):
     def skewed(x, weight, *, eps, unit_offset=False):
         from llmfast_kernels.norm import rms_norm
 

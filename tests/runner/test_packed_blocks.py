@@ -136,11 +136,11 @@ def test_layers_of_another_form_have_a_proof_of_their_own():
     model = make("Llama")
     weights = dict(quantize(model, group_size=32).weights)
     with simulate(model, Quantized(weights)):
-        assert len(BlockModel(model, 64, weights=weights).built.proofs) == 1
+        assert len(BlockModel(model, 64, weights=weights).built.verifications) == 1
     other = quantize(model, group_size=32, symmetric=False).weights
     weights |= {name: w for name, w in other.items() if ".layers.1." in name}
     with simulate(model, Quantized(weights)):
-        assert len(BlockModel(model, 64, weights=weights).built.proofs) == 2
+        assert len(BlockModel(model, 64, weights=weights).built.verifications) == 2
 
 
 def test_the_model_s_parameters_are_left_alone():
@@ -171,7 +171,7 @@ def test_packed_layers_are_the_operations():
     assert calls == [128, 64, 192, 64] * 2  # q, k, v; output; gate and up; down
 
 
-def test_weights_that_the_model_does_not_hold_are_not_proved():
+def test_weights_that_the_model_does_not_hold_are_not_verified():
     model = make("Llama")
     found = quantize(model, group_size=32)
     with pytest.raises(NotTraced, match="is not what"):
@@ -190,7 +190,7 @@ def test_on_a_gpu_in_16_bits(weights, kind, dtype):
     with simulate(model, found):
         ours = BlockModel(model, 256, weights=found.weights)
         wanted = logits(model, ids).double()
-    assert ours.proof.holds and len(ours.built.packed) == 8
+    assert ours.verification.holds and len(ours.built.packed) == 8
     for prefill in (None, 64):
         got = run_sequences(ours, ids.tolist(), 20, prefill=prefill).double()
         error = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()

@@ -96,7 +96,7 @@ def assert_is_state(got, wanted):
 
 
 def test_no_tensor_anywhere_holds_them():
-    """Not only the parameters: nor the blocks, the shadow or what a proof has left behind."""
+    """Not only the parameters: nor the blocks, the shadow or what verification has left behind."""
     model = make("Llama", hidden_size=128, intermediate_size=256)
     linears = sum(p.nbytes for n, p in model.named_parameters() if "_proj" in n)
     attach(model, quantize(model, group_size=32))

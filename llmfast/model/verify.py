@@ -1,4 +1,4 @@
-"""Every replacement proves itself: ours against the original, both against a higher precision."""
+"""Verify a replacement numerically: ours and the original against a higher precision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-MIN_VALUES = 4096  # output values that one proof compares at the least
+MIN_VALUES = 4096  # output values that one verification compares at least
 RELATIVE = 2.0  # ours may err this many times as much as the original
 FLOOR_EPS = 4.0  # or this many machine epsilons of the model's dtype, whichever is larger
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """Relative RMS errors against the oracle, and whether ours may stand for the original."""
 
     error: float  # ours
@@ -31,18 +31,18 @@ class Proof:
 
 
 def oracle_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a proof's oracle computes in: float64 for float32, else float32."""
+    """Return the dtype that the oracle computes in: float64 for float32, else float32."""
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def precise_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of ``module`` in another dtype; configs, which take long to copy, are shared."""
+    """Return a copy of ``module`` in ``dtype``; configs, which are slow to copy, are shared."""
     configs = [getattr(m, "config", None) for m in module.modules()]
     return copy.deepcopy(module, {id(config): config for config in configs}).to(dtype)
 
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
-    """Every floating-point tensor in a module's arguments, in another dtype."""
+    """Cast every floating-point tensor in a module's arguments to ``dtype``."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -53,14 +53,14 @@ def cast_floats(value: Any, dtype: torch.dtype) -> Any:
 
 
 def relative_rms(actual: torch.Tensor, oracle: torch.Tensor) -> float:
-    """RMS of ``actual - oracle`` over the RMS of ``oracle``, computed in float64."""
+    """Return the RMS of ``actual - oracle`` over the RMS of ``oracle``, in float64."""
     oracle = oracle.double()
     scale = oracle.square().mean().sqrt()
     return float((actual.double() - oracle).square().mean().sqrt() / scale)
 
 
-def compare(ours: torch.Tensor, original: torch.Tensor, oracle: torch.Tensor) -> Proof:
-    """Judge ``ours`` by the relative rule.
+def compare(ours: torch.Tensor, original: torch.Tensor, oracle: torch.Tensor) -> Verification:
+    """Judge ``ours`` by the relative rule: no more than twice the original's error.
 
     Args:
         ours, original: the two results, of the model's dtype and of one shape.
@@ -71,13 +71,13 @@ def compare(ours: torch.Tensor, original: torch.Tensor, oracle: torch.Tensor) ->
     """
     if ours.shape != original.shape or ours.dtype != original.dtype:
         raise ValueError(
-            f"proof: ours gave {ours.dtype} {tuple(ours.shape)}, "
+            f"verify: ours gave {ours.dtype} {tuple(ours.shape)}, "
             f"the original {original.dtype} {tuple(original.shape)}"
         )
     if ours.numel() < MIN_VALUES:
-        raise ValueError(f"proof: at least {MIN_VALUES} values wanted, got {ours.numel()}")
+        raise ValueError(f"verify: at least {MIN_VALUES} values wanted, got {ours.numel()}")
     own = relative_rms(original, oracle)
     # a float64 model of transformers computes its norms in float32 all the same
     dtype = torch.float32 if ours.dtype == torch.float64 else ours.dtype
     limit = max(RELATIVE * own, FLOOR_EPS * torch.finfo(dtype).eps)
-    return Proof(relative_rms(ours, oracle), own, limit)
+    return Verification(relative_rms(ours, oracle), own, limit)
