@@ -20,7 +20,7 @@ from llmfast_kernels.activation.reference import (
     gelu_tanh_mul_reference,
     silu_mul_reference,
 )
-from llmfast_kernels.norm.op import has_row_stride
+from llmfast_kernels.common.checks import has_row_stride
 from llmfast_kernels.norm.reference import rms_norm_reference
 
 from .swap import Operations, Swap, original_forward, why_not
@@ -88,7 +88,7 @@ def _rms_norm_forward(
     # heads that were moved before the tokens, [B, H, L, D], are normalised as they lie in memory
     heads_first = x.ndim == 4 and not x.is_contiguous()
     rows = x.transpose(1, 2) if heads_first else x
-    if reason is None and not (rows.is_contiguous() or has_row_stride(rows)):
+    if reason is None and not has_row_stride(rows):
         reason = "the input's rows are not evenly spaced"
     if reason is not None:
         swap.fell_back(module, reason)

@@ -385,7 +385,7 @@ class Runner:
     def _compiled(self) -> list[str]:
         if self.device.type != "cuda":
             return []
-        from llmfast_kernels.relaunch import compiled  # imports Triton, which a CPU may lack
+        from llmfast_kernels.common.launch import compiled  # imports Triton, which a CPU may lack
 
         return compiled
 

@@ -383,7 +383,7 @@ def test_graphs_equal_eager_bit_for_bit(kind, rows, device):
 
 @pytest.mark.gpu
 def test_calls_of_many_shapes_compile_nothing_new_and_leave_memory_flat(device):
-    from llmfast_kernels.relaunch import compiled
+    from llmfast_kernels.common.launch import compiled
 
     model, _ = make_pair("Llama", device)
     ways = ({}, {"do_sample": True}, {"repetition_penalty": 1.3}, {"output_scores": True})

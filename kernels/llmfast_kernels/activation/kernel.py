@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
-from ..relaunch import Relaunch, aligned
+from ..common.checks import row_stride
+from ..common.launch import CachedLauncher, aligned
+from ..common.pdl import wait_for_inputs
 
 MAX_TILE = 512  # elements of one program
 _MAX_GRID_Y = 65535
@@ -79,7 +80,7 @@ def _act_mul_kernel(
     tl.store(y_ptr + row * n_cols + cols, y.to(dtype), mask=mask)
 
 
-_act_mul = Relaunch(_act_mul_kernel, dependent=True)
+_act_mul = CachedLauncher(_act_mul_kernel, pdl=True)
 
 
 def launch_silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,7 +106,7 @@ def _launch(act: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tens
     launch = choose_launch(n_cols)
     tiles = -(-n_cols // launch.block_n)
     many_rows = n_rows > _MAX_GRID_Y
-    strides = (_row_stride(gate), 0 if up is None else _row_stride(up))
+    strides = (row_stride(gate), 0 if up is None else row_stride(up))
     key = None
     if aligned(gate, gate if up is None else up):
         key = (gate.get_device(), gate.dtype, act, n_cols, strides, launch, up is None, many_rows)
@@ -116,9 +117,3 @@ def _launch(act: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tens
         num_warps=launch.num_warps,
     )
     return y
-
-
-def _row_stride(tensor: torch.Tensor) -> int:
-    """Elements from one row to the next; op.py has checked that all rows are as far apart."""
-    width = tensor.shape[-1]
-    return width if tensor.is_contiguous() else tensor.view(-1, width).stride(0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_float, check_no_grad, has_row_stride
 from .reference import gelu_mul_reference, gelu_tanh_mul_reference, silu_mul_reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,10 +77,7 @@ def gelu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor
 
 
 def _check(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
-    if gate.dtype not in _DTYPES and (gate.is_cuda or gate.dtype != torch.float64):
-        accepted = "float32, float16 or bfloat16"
-        accepted += "" if gate.is_cuda else ", or float64 off CUDA"
-        raise TypeError(f"{op}: gate must be {accepted}; got {gate.dtype} on {gate.device}")
+    check_float(op, "gate", gate)
     if gate.ndim == 0 or gate.shape[-1] == 0:
         raise ValueError(
             f"{op}: gate needs a last dimension of at least 1, got shape {tuple(gate.shape)}"
@@ -102,21 +98,12 @@ def _check(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
             )
         _check_layout(op, "up", up)
     _check_layout(op, "gate", gate)
-    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
+    check_no_grad(op, gate, up)
 
 
 def _check_layout(op: str, name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_contiguous():
+    if has_row_stride(tensor):
         return
-    width = tensor.shape[-1]
-    if width == 1 or tensor.stride(-1) == 1:
-        try:
-            tensor.view(-1, width)  # a view exists when one stride leads from row to row
-        except RuntimeError:
-            pass
-        else:
-            return
     raise ValueError(
         f"{op}: {name} must have a contiguous last dimension and rows that are equally far apart; "
         f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"

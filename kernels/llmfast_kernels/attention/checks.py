@@ -6,8 +6,9 @@ import math
 
 import torch
 
+from ..common.checks import FLOATS, check_no_grad
+
 MAX_HEAD_DIM = 256  # on CUDA; a program holds whole rows of queries in registers
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTS = (torch.int32, torch.int64)
 
 
@@ -26,7 +27,7 @@ def check(
 ) -> None:
     """Check what all operations have in common; ``names`` are those of k and v in messages."""
     key, value = names
-    if q.dtype not in _DTYPES and (q.dtype != torch.float64 or q.is_cuda):
+    if q.dtype not in FLOATS and (q.dtype != torch.float64 or q.is_cuda):
         raise TypeError(f"{op}: q must be float32, float16 or bfloat16, got {q.dtype}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
@@ -80,13 +81,7 @@ def check(
                 f"on {q.device}; got {tuple(sinks.shape)} on {sinks.device} "
                 f"with strides {sinks.stride()}"
             )
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (sinks is not None and sinks.requires_grad)
-    ):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
+    check_no_grad(op, q, k, v, sinks)
 
 
 def check_ints(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
+from ..common.pdl import wait_for_inputs
 from .loop import (
     LN_2,
     LOG2_E,

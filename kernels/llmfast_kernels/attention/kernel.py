@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 
-from ..relaunch import ALIGNMENT, Relaunch, aligned
+from ..common.device import device_of
+from ..common.launch import ALIGNMENT, CachedLauncher, aligned
 from .decode import DecodeLaunch, _decode_kernel, _merge_kernel, choose_decode_launch, max_rows
 from .loop import LOG2_E, pad_head_dim
 from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
 
 Launch = PrefillLaunch | DecodeLaunch
 Launches = tuple[DecodeLaunch, PrefillLaunch]  # of sequences with one query, and with more
-_prefill = Relaunch(_prefill_kernel)
-_decode, _merge = (Relaunch(k, dependent=True) for k in (_decode_kernel, _merge_kernel))
+_prefill = CachedLauncher(_prefill_kernel)
+_decode, _merge = (CachedLauncher(k, pdl=True) for k in (_decode_kernel, _merge_kernel))
 
 
 class _Paged(NamedTuple):
@@ -27,19 +27,6 @@ class _Paged(NamedTuple):
     block_table: torch.Tensor | None = None
     context_len: torch.Tensor | None = None
     tree_mask: torch.Tensor | None = None
-
-
-class _Device(NamedTuple):
-    sm_count: int
-    shared_memory: int  # of one program at most, bytes
-
-
-@functools.cache
-def _device(index: int | None) -> _Device:
-    if index is None:  # Triton's interpreter on a CPU: as an H100
-        return _Device(132, 227 * 1024)
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return _Device(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def launch_flash_attention(
@@ -331,7 +318,7 @@ def _choose(
     group: int,
     window: int | None,
 ) -> Launch:
-    device = _device(q.device.index if q.is_cuda else None)
+    device = device_of(q)
     head_dim, element_size = q.shape[-1], q.element_size()
     if n_queries * group > max_rows(element_size):
         return choose_prefill_launch(

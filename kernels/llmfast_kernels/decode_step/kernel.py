@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
+from ..common.pdl import wait_for_inputs
 
 BLOCK = 128  # rows of a program
 
@@ -78,7 +78,7 @@ def _end_step_kernel(
         tl.store(seen_ptr + rows.to(tl.int64) * stride_seen + token, one, mask=mask)
 
 
-_begin, _end = (Relaunch(k, dependent=True) for k in (_begin_step_kernel, _end_step_kernel))
+_begin, _end = (CachedLauncher(k, pdl=True) for k in (_begin_step_kernel, _end_step_kernel))
 
 
 def launch_begin_step(

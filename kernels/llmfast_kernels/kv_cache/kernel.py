@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
 
 MAX_HEAD_DIM = 1024  # one program holds whole rows in registers
 _LANE_BYTES = 32  # of keys, and as many of values, in one lane: two loads each
@@ -102,7 +102,7 @@ def _write_kv_kernel(
     tl.store(v_cache_ptr + cache_rows[:, None] + cols, v, mask=written)
 
 
-_write_kv = Relaunch(_write_kv_kernel)
+_write_kv = CachedLauncher(_write_kv_kernel)
 
 
 def launch_write_kv(

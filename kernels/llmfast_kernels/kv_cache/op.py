@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_float, check_no_grad
 from .reference import write_kv_reference
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def write_kv(
@@ -72,9 +72,7 @@ def check_write_kv(
 ) -> None:
     """Raise for what breaks write_kv's contract, in the name of ``op``: rope writes too."""
     dtype = k.dtype
-    if dtype not in _DTYPES and (k.is_cuda or dtype != torch.float64):
-        accepted = "float32, float16 or bfloat16" + ("" if k.is_cuda else ", or float64 off CUDA")
-        raise TypeError(f"{op}: k must be {accepted}; got {dtype} on {k.device}")
+    check_float(op, "k", k)
     if v.dtype != dtype or k_cache.dtype != dtype or v_cache.dtype != dtype:
         raise TypeError(
             f"{op}: v, k_cache and v_cache must have k's dtype {dtype}; "
@@ -133,7 +131,4 @@ def check_write_kv(
             f"{op}: k_cache, v_cache and slots must be contiguous; got strides "
             f"{k_cache.stride()}, {v_cache.stride()} and {slots.stride()}"
         )
-    if torch.is_grad_enabled() and (
-        k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-    ):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")
+    check_no_grad(op, k, v, k_cache, v_cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .op import check_like, check_no_grad
+from ..common.checks import check_like, check_no_grad
 from .reference import ACTIVATIONS
 
 GROUP_SIZES = (32, 64, 128)  # or all columns

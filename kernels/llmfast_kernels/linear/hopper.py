@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
 from .hopper_launch import ROWS, TILE_STAGES
 from .hopper_parts import (
     BOX_WORDS,
@@ -381,7 +381,7 @@ def _hopper_kernel(
     )  # fmt: skip
 
 
-_hopper = Relaunch(_hopper_kernel, dependent=True)
+_hopper = CachedLauncher(_hopper_kernel, pdl=True)
 
 
 def launch_hopper(

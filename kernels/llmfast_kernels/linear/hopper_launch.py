@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..relaunch import aligned
+from ..common.launch import aligned
 from .int4_layout import CHUNK
 from .kernel import is_hopper
 from .workspace import MAX_TICKETS

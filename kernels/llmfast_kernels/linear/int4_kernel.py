@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from ..dependent import wait_for_inputs
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
+from ..common.pdl import wait_for_inputs
 from .hopper_launch import HopperLaunch, run_on_hopper
 from .int4_launch import GEMV_COLUMNS, MAX_TOKENS, Int4Launch, choose_int4_launch
 from .int4_layout import CHUNK
@@ -61,7 +61,7 @@ def _int4_tiles_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # the next kernel's programs would crowd onto the multiprocessors that are done first
-    wait_for_inputs(LET_COME=False)
+    wait_for_inputs(TRIGGER_DEPENDENTS=False)
     dtype = y_ptr.dtype.element_ty
     offset = 128 if dtype == tl.bfloat16 else 1024
     own, there = rows_of(tl.program_id(0), n, BLOCK_N, ACT is not None)
@@ -238,7 +238,7 @@ def _dequantize_kernel(
 
 
 _tiles, _many, _gemv, _dequantize = (
-    Relaunch(kernel, dependent=True)
+    CachedLauncher(kernel, pdl=True)
     for kernel in (_int4_tiles_kernel, _int4_many_kernel, _int4_gemv_kernel, _dequantize_kernel)
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
+from ..common.pdl import wait_for_inputs
 from .int4_parts import (
     CHUNK_COLUMNS,
     CHUNK_WORDS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_like
 from .contract import check_gated, check_input, check_parts
 from .int4_layout import CHUNK
-from .op import check_like
 from .reference import int4_linear_reference
 
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from ..dependent import wait_for_inputs
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
+from ..common.pdl import wait_for_inputs
 from .hopper_launch import HopperLaunch, run_on_hopper
 from .int8_layout import UNIT
 from .launch import block_m
@@ -259,7 +259,7 @@ def _dequantize_int8_kernel(
 
 
 _gemv, _tiles, _dequantize = (
-    Relaunch(kernel, dependent=True)
+    CachedLauncher(kernel, pdl=True)
     for kernel in (_int8_gemv_kernel, _int8_tiles_kernel, _dequantize_int8_kernel)
 )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_like
 from .contract import check_input, check_parts
 from .int8_layout import UNIT
-from .op import check_like
 from .reference import int8_linear_reference
 
 

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch.nn import functional
 
 from ..activation.kernel import activate, launch_gelu_mul, launch_gelu_tanh_mul, launch_silu_mul
-from ..dependent import prefetch_rows, wait_for_inputs
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
+from ..common.pdl import prefetch_rows, wait_for_inputs
 from .launch import (
     MAX_TOKENS,
     VENDOR,
@@ -152,7 +152,7 @@ def _tiles_kernel(
     tl.store(y_ptr + at, y.to(dtype), mask=mask)
 
 
-_gemv, _tiles = (Relaunch(kernel, dependent=True) for kernel in (_gemv_kernel, _tiles_kernel))
+_gemv, _tiles = (CachedLauncher(kernel, pdl=True) for kernel in (_gemv_kernel, _tiles_kernel))
 
 
 def launch_dense_linear(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_float, check_like, check_no_grad
 from .reference import ACTIVATIONS, dense_linear_reference, gated_linear_reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def dense_linear(
@@ -99,9 +98,7 @@ def gated_linear(
 
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if x.dtype not in _DTYPES and (x.is_cuda or x.dtype != torch.float64):
-        accepted = "float32, float16 or bfloat16" + ("" if x.is_cuda else ", or float64 off CUDA")
-        raise TypeError(f"{op}: x must be {accepted}; got {x.dtype} on {x.device}")
+    check_float(op, "x", x)
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_contiguous():
         raise ValueError(
             f"{op}: x must be contiguous with a last dimension of at least 1; "
@@ -115,28 +112,3 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     check_like(op, "weight", weight, tuple(weight.shape), x)
     if bias is not None:
         check_like(op, "bias", bias, (len(weight),), x)
-
-
-def check_like(
-    op: str,
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    x: torch.Tensor,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Raise if a tensor is not contiguous, of ``shape``, on x's device and of x's or ``dtype``."""
-    if tensor.dtype != (dtype or x.dtype):
-        wanted = f"be {dtype}" if dtype not in (None, x.dtype) else f"have x's dtype {x.dtype}"
-        raise TypeError(f"{op}: {name} must {wanted}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape or tensor.device != x.device or not tensor.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} must be {shape}, contiguous, on {x.device}; got {tuple(tensor.shape)} "
-            f"with strides {tensor.stride()} on {tensor.device}"
-        )
-
-
-def check_no_grad(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise if one of the tensors wants a gradient: there is no backward."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: no backward; call under torch.no_grad()")

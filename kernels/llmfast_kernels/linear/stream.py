@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
 from .hopper_launch import ROWS, STREAM
 from .hopper_parts import (
     BOX_WORDS,
@@ -345,7 +345,7 @@ def _stream_kernel(
     )  # fmt: skip
 
 
-_stream = Relaunch(_stream_kernel, dependent=True)
+_stream = CachedLauncher(_stream_kernel, pdl=True)
 
 
 def launch_stream(

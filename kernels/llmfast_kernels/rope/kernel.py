@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
+from ..common.launch import ALIGNMENT, CachedLauncher, aligned
+from ..common.pdl import wait_for_inputs
 from ..kv_cache.kernel import cache_offsets
 from ..norm.kernel import inverse_rms, scale
-from ..relaunch import ALIGNMENT, Relaunch, aligned
 
 MAX_HEAD_DIM = 4096  # one program holds a whole head in registers
 _TILE = 1024  # elements of a program
@@ -399,7 +399,7 @@ def _load_pairs(
     return a, b
 
 
-_rope = Relaunch(_rope_kernel, dependent=True)
+_rope = CachedLauncher(_rope_kernel, pdl=True)
 
 
 def launch_apply_rope(
@@ -444,7 +444,7 @@ def launch_apply_rope(
     return q_out, k_out
 
 
-_rope_write_kv = Relaunch(_rope_write_kv_kernel, dependent=True)
+_rope_write_kv = CachedLauncher(_rope_write_kv_kernel, pdl=True)
 
 
 def launch_rope_write_kv(

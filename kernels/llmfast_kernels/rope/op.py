@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..common.checks import check_float, check_no_grad
 from ..kv_cache.op import check_write_kv
 from .reference import apply_rope_reference, rope_write_kv_reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def apply_rope(
@@ -162,9 +161,7 @@ def rope_write_kv(
 
 def _check_heads(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
     dtype, device = q.dtype, q.device
-    if dtype not in _DTYPES and (q.is_cuda or dtype != torch.float64):
-        accepted = "float32, float16 or bfloat16" + ("" if q.is_cuda else ", or float64 off CUDA")
-        raise TypeError(f"{op}: q must be {accepted}; got {dtype} on {device}")
+    check_float(op, "q", q)
     if k.dtype != dtype:
         raise TypeError(f"{op}: k must have q's dtype {dtype}, got {k.dtype}")
     if q.ndim != 3 or q.shape[1] == 0 or q.shape[2] == 0:
@@ -186,8 +183,7 @@ def _check_heads(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
             f"{op}: {name} must have a contiguous last dimension; "
             f"got shape {tuple(other.shape)} with strides {other.stride()}"
         )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        raise _no_backward(op)
+    check_no_grad(op, q, k)
 
 
 def _check_tables(
@@ -224,8 +220,7 @@ def _check_tables(
             f"{op}: cos, sin and positions must be contiguous, got strides "
             f"{cos.stride()}, {sin.stride()} and {positions.stride()}"
         )
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        raise _no_backward(op)
+    check_no_grad(op, cos, sin)
 
 
 def _check_norm(op: str, name: str, weight: torch.Tensor, q: torch.Tensor, eps: float) -> None:
@@ -242,8 +237,7 @@ def _check_norm(op: str, name: str, weight: torch.Tensor, q: torch.Tensor, eps: 
         raise ValueError(f"{op}: {name} must be contiguous, got strides {weight.stride()}")
     if not eps > 0:
         raise ValueError(f"{op}: eps must be more than 0 with {name}, got {eps}")
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise _no_backward(op)
+    check_no_grad(op, weight)
 
 
 def _check_pair(
@@ -254,7 +248,3 @@ def _check_pair(
         raise ValueError(
             f"{op}: {name} and {other_name} must be given together; got {given}, but {missing} None"
         )
-
-
-def _no_backward(op: str) -> RuntimeError:
-    return RuntimeError(f"{op}: no backward; call under torch.no_grad()")

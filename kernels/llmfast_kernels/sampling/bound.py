@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
+from ..common.pdl import wait_for_inputs
 from .filters import load_top_k, load_top_p
 from .keys import NO_COL, place_of, ratio_and_weight
 from .reference import ALL_MASKED, NOT_FINITE, OK

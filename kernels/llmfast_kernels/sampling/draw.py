@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
+from ..common.pdl import wait_for_inputs
 from .few import keep_few, sum_few
 from .filters import cut_lists, load_min_p, load_top_k, load_top_p, weigh_lists
 from .keys import NO_COL, key_of, ratio_and_weight

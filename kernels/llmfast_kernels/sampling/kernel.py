@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
+from ..common.pdl import wait_for_inputs
 from .bound import _bound_kernel
 from .draw import _draw_kernel
 from .filters import load_top_k, load_top_p
@@ -133,10 +133,10 @@ def _survey_kernel(
             tl.store(sums_ptr + 2 * pid + 1, tl.sum(root * root))
 
 
-_survey = Relaunch(_survey_kernel, dependent=True)
-_bound = Relaunch(_bound_kernel, dependent=True)
-_weigh = Relaunch(_weigh_kernel, dependent=True)
-_draw = Relaunch(_draw_kernel, dependent=True)
+_survey = CachedLauncher(_survey_kernel, pdl=True)
+_bound = CachedLauncher(_bound_kernel, pdl=True)
+_weigh = CachedLauncher(_weigh_kernel, pdl=True)
+_draw = CachedLauncher(_draw_kernel, pdl=True)
 
 
 def launch_sample_tokens(

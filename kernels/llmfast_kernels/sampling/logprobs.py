@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..relaunch import Relaunch, aligned
+from ..common.launch import CachedLauncher, aligned
 from .keys import NO_RANK, rank_of, ranked_col, ranked_value
 from .reference import OK
 
@@ -92,8 +92,8 @@ def _logprobs_kernel(
             tl.store(top_logprobs_ptr + row * n_top + i, tl.where(broken, float("nan"), logprob))
 
 
-_chunk_logprobs = Relaunch(_chunk_logprobs_kernel)
-_logprobs = Relaunch(_logprobs_kernel)
+_chunk_logprobs = CachedLauncher(_chunk_logprobs_kernel)
+_logprobs = CachedLauncher(_logprobs_kernel)
 
 
 def launch_logprobs(

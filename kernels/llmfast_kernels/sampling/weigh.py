@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dependent import wait_for_inputs
+from ..common.pdl import wait_for_inputs
 from .filters import load_min_p, load_top_k
 from .keys import place_of, ratio_and_weight, weight_of
 from .scores import drawn

@@ -1,10 +1,10 @@
-"""When kernels are launched before the one before has ended."""
+"""Programmatic dependent launch: on which devices it is asked for."""
 
 import pytest
 import torch
 from triton import knobs
 
-from llmfast_kernels import dependent
+from llmfast_kernels.common.pdl import pdl_options
 
 
 @pytest.fixture
@@ -13,13 +13,12 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    monkeypatch.setattr(dependent, "WANTED", True)
 
 
 def test_from_hopper_on(hopper, monkeypatch):
-    assert dependent.launch_options() == {"launch_pdl": True}
+    assert pdl_options() == {"launch_pdl": True}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    assert dependent.launch_options() == {}
+    assert pdl_options() == {}
 
 
 @pytest.mark.parametrize(
@@ -28,10 +27,9 @@ def test_from_hopper_on(hopper, monkeypatch):
         (torch.version, "hip", "6.3"),
         (torch.cuda, "is_available", lambda: False),
         (knobs.runtime, "interpret", True),
-        (dependent, "WANTED", False),
     ],
-    ids=["on AMD", "without a GPU", "in the interpreter", "switched off"],
+    ids=["on AMD", "without a GPU", "in the interpreter"],
 )
 def test_not(hopper, monkeypatch, of, name, value):
     monkeypatch.setattr(of, name, value)
-    assert dependent.launch_options() == {}
+    assert pdl_options() == {}

@@ -1,12 +1,12 @@
-"""Relaunch: a variant is found by its key, and never used where Triton would compile another."""
+"""CachedLauncher: a variant is found by its key, only where Triton would compile the same one."""
 
 import pytest
 import torch
 from triton.compiler import CompiledKernel
 
 import llmfast_kernels as ops
+from llmfast_kernels.common.launch import CachedLauncher, aligned, compiled
 from llmfast_kernels.norm.reference import rms_norm_reference
-from llmfast_kernels.relaunch import Relaunch, aligned, compiled
 
 
 class Compiled(CompiledKernel):
@@ -37,7 +37,7 @@ class Function:
 
 def test_the_second_launch_with_a_key_goes_past_triton():
     function = Function()
-    relaunch = Relaunch(function)
+    relaunch = CachedLauncher(function)
     relaunch((3,), "key", (1, 2), num_warps=4)
     relaunch((5, 2), "key", (3, 4), num_warps=4)
     relaunch((7,), "other", (5,), num_warps=8)
@@ -52,12 +52,12 @@ def test_each_variant_is_noted_once():
     before = len(compiled)
     function = Function()
     function.__name__ = "kernel"
-    relaunch = Relaunch(function)
+    relaunch = CachedLauncher(function)
     for key in ("key", "key", "other", None):
         relaunch((1,), key, (0,))
     assert compiled[before:] == ["kernel"] * 3
     same = Compiled([])
-    known = Relaunch(Function(returns=lambda: same))
+    known = CachedLauncher(Function(returns=lambda: same))
     for key in ("one", "another", None):
         known((1,), key, (0,))
     assert len(compiled) == before + 4
@@ -66,7 +66,7 @@ def test_each_variant_is_noted_once():
 def test_without_a_key_and_in_the_interpreter_triton_always_looks():
     compiles, interprets = Function(), Function(returns=lambda: None)
     for function, key in ((compiles, None), (interprets, "key")):
-        relaunch = Relaunch(function)
+        relaunch = CachedLauncher(function)
         for _ in range(2):
             relaunch((1,), key, (0,))
         assert [entry[0] for entry in function.log] == ["first", "first"]

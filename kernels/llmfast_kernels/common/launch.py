@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from triton.compiler import CompiledKernel
 
-from .dependent import launch_options
+from .pdl import pdl_options
 
 compiled: list[str] = []  # a kernel's name for each variant that was compiled, or loaded from disk
 
 ALIGNMENT = 16  # bytes of a pointer, or units of an integer: what Triton specialises on
 
 
-class Relaunch:
+class CachedLauncher:
     """A Triton kernel with the variants that it has compiled, by the callers' keys."""
 
-    def __init__(self, function: Any, dependent: bool = False) -> None:
-        """``dependent``: it waits for its inputs, as :mod:`.dependent` says."""
+    def __init__(self, function: Any, pdl: bool = False) -> None:
+        """``pdl``: the kernel waits for its inputs, as :mod:`.pdl` says."""
         self.function = function
-        self.dependent = dependent
+        self.pdl = pdl
         self.name: str = getattr(function, "__name__", "")
         self._variants: dict[Hashable, CompiledKernel] = {}
         self._known: set[int] = set()
@@ -47,8 +47,8 @@ class Relaunch:
         variant = self._variants.get(key) if key is not None else None
         if variant is None:
             # what the interpreter returns is no compiled kernel, and not kept
-            if self.dependent:
-                options |= launch_options()
+            if self.pdl:
+                options |= pdl_options()
             variant = self.function[grid](*args, **options)
             if not isinstance(variant, CompiledKernel):
                 return
