@@ -186,7 +186,7 @@ def repair(path: Path) -> set[Key]:
 
 
 def _answer(llm: LLM, lines: list[Line], out: Path, bad: dict[int, str], *, ahead: int) -> None:
-    from ..engine.batch import answer_all
+    from ..engine.offline import answer_all
 
     def asked() -> Iterator[tuple[Line, Any, SamplingParams]]:
         for line in lines:

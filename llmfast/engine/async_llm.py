@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .intake import Prompt
 from .llm import LLM
+from .processor import Prompt
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 

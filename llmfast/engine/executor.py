@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -23,11 +23,10 @@ from .fill import Filler
 from .graphs import MIXED_TOKENS, StepGraphs, graph_sizes
 from .inputs import Inputs, Size, buffer_bytes, step_of, views
 from .penalties import Counts
-from .request import Answer
-from .request import Sequence as Tokens
-from .sampler import Choice, choose, drawing, is_plain
+from .request import Answer, Sequence
+from .sampler import SampledToken, choose, drawing
 from .sampling_params import SamplingParams
-from .scheduler import Plan
+from .scheduler import SchedulerOutput
 
 logger = logging.getLogger("llmfast")
 
@@ -41,10 +40,10 @@ _SAMPLING_COPIES = 8  # of the logits in float32: what a choice with every param
 class Flight:
     """A step that was started."""
 
-    rows: dict[Tokens, int]  # of those whose token it chooses
-    scored: dict[Tokens, int]  # of how many tokens of a sequence there are logits
+    rows: dict[Sequence, int]  # of those whose token it chooses
+    scored: dict[Sequence, int]  # of how many tokens of a sequence there are logits
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of these, end to end
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[SampledToken] = field(default_factory=list)
     result: torch.Tensor | None = None  # tokens and status, once it is done
     done: torch.cuda.Event | None = None
 
@@ -144,29 +143,32 @@ class Executor:
                 *((small, WARM_PROMPTS, params) for params in ways),
             ):
                 plan = self._plan_of_prompts(tokens, prompts, max_rows)
-                answers = [Answer(0, sequence, params, 0, frozenset()) for sequence in plan.counts]
+                answers = [
+                    Answer(0, sequence, params, 0, frozenset())
+                    for sequence in plan.num_scheduled_tokens
+                ]
                 if answers:
                     self.collect(self.launch(plan, answers, None))
         finally:
             self._graphs = graphs
 
-    def _plan_of_prompts(self, tokens: int, prompts: int, max_rows: int) -> Plan:
+    def _plan_of_prompts(self, tokens: int, prompts: int, max_rows: int) -> SchedulerOutput:
         """A step of ``tokens`` tokens, as far as rows and blocks reach: one sequence that decodes,
         and so many prompts, or more if they would be too long.
         """
-        plan, used = Plan(), 0
+        plan, used = SchedulerOutput(), 0
         longest = max(1, min(self.max_model_len, -(-tokens // prompts)))
-        while tokens and len(plan.counts) < max_rows:
-            decodes = not plan.counts  # the first one
+        while tokens and len(plan.num_scheduled_tokens) < max_rows:
+            decodes = not plan.num_scheduled_tokens  # the first one
             count = 1 if decodes else min(tokens, longest)
-            sequence = Tokens([0] * (count + decodes), count, count + 2, computed=int(decodes))
+            sequence = Sequence([0] * (count + decodes), count, count + 2, computed=int(decodes))
             blocks = -(-len(sequence.tokens) // self.cache.block_size)
             if used + blocks > self.num_blocks:
                 break
             sequence.blocks = list(range(used, used + blocks))
             used += blocks
             tokens -= count
-            plan.counts[sequence] = count
+            plan.num_scheduled_tokens[sequence] = count
         return plan
 
     @property
@@ -176,10 +178,10 @@ class Executor:
 
     def launch(
         self,
-        plan: Plan,
-        answers: Sequence[Answer],
+        plan: SchedulerOutput,
+        answers: abc.Sequence[Answer],
         previous: Flight | None,
-        scored: dict[Tokens, int] | None = None,
+        scored: dict[Sequence, int] | None = None,
     ) -> Flight:
         """Start a step; on a GPU this returns before it has run.
 
@@ -192,9 +194,9 @@ class Executor:
         Returns:
             What :meth:`collect` takes.
         """
-        self._copy_blocks(plan.copies)
-        plain = all(is_plain(answer) for answer in answers)
-        counts = plan.counts.values()
+        self._copy_blocks(plan.block_copies)
+        plain = all(answer.sampled_on_device for answer in answers)
+        counts = plan.num_scheduled_tokens.values()
         prompts = sum(count > 1 for count in counts)
         rows = {answer.sequence: row for row, answer in enumerate(answers)}
         flight = Flight(rows, scored or {})
@@ -206,13 +208,13 @@ class Executor:
             self._buffer[: len(buffer)].copy_(buffer, non_blocking=True)
             graph.replay()
         else:
-            longest = max(len(sequence.blocks) for sequence in plan.counts)
+            longest = max(len(sequence.blocks) for sequence in plan.num_scheduled_tokens)
             size = Size(sum(counts), len(counts), longest, prompts)
             buffer = self._fill(size, plan, answers, previous)
             inputs = views(buffer.to(self._model.device, non_blocking=True), size)
             apart = prompts if prompts < len(counts) else None
             step = step_of(inputs, self._sampled, max(counts), apart)
-            step.max_context_len = max(s.computed + n for s, n in plan.counts.items())
+            step.max_context_len = max(s.computed + n for s, n in plan.num_scheduled_tokens.items())
             wanted = inputs.last[: len(answers)]
             if scored:
                 wanted = torch.cat((wanted, self._scored_rows(plan, scored)))
@@ -231,7 +233,7 @@ class Executor:
             flight.done.record()
         return flight
 
-    def collect(self, flight: Flight) -> list[Choice]:
+    def collect(self, flight: Flight) -> list[SampledToken]:
         """Wait for a step, and give what was chosen for each of its answers."""
         if flight.done is not None:
             started = time.perf_counter()
@@ -239,17 +241,19 @@ class Executor:
             self.waited += time.perf_counter() - started
         if flight.result is not None:
             tokens, status = flight.result[:, : len(flight.rows)].tolist()
-            flight.choices = [Choice(*row, None, []) for row in zip(tokens, status, strict=True)]
+            flight.choices = [
+                SampledToken(*row, None, []) for row in zip(tokens, status, strict=True)
+            ]
         return flight.choices
 
-    def _scored_rows(self, plan: Plan, scored: dict[Tokens, int]) -> torch.Tensor:
+    def _scored_rows(self, plan: SchedulerOutput, scored: dict[Sequence, int]) -> torch.Tensor:
         rows: list[int] = []
-        starts = accumulate(plan.counts.values(), initial=0)
-        for sequence, start in zip(plan.counts, starts, strict=False):
+        starts = accumulate(plan.num_scheduled_tokens.values(), initial=0)
+        for sequence, start in zip(plan.num_scheduled_tokens, starts, strict=False):
             rows += range(start, start + scored.get(sequence, 0))
         return torch.tensor(rows, device=self.device)
 
-    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+    def _copy_blocks(self, copies: abc.Sequence[tuple[int, int]]) -> None:
         if copies:
             source, target = torch.tensor(copies, device=self._model.device).T
             for tensor in (*self.cache.keys, *self.cache.values):
@@ -263,11 +267,15 @@ class Executor:
         return result.copy_(self._chosen, non_blocking=True)
 
     def _fill(
-        self, size: Size, plan: Plan, answers: Sequence[Answer], previous: Flight | None
+        self,
+        size: Size,
+        plan: SchedulerOutput,
+        answers: abc.Sequence[Answer],
+        previous: Flight | None,
     ) -> torch.Tensor:
         """The buffer of a step, on the host; rows past the plan's are idle."""
         rows = {} if previous is None else previous.rows
-        return self._filler.fill(size, plan.counts, answers, rows)
+        return self._filler.fill(size, plan.num_scheduled_tokens, answers, rows)
 
     def _draw(self, logits: torch.Tensor, inputs: Inputs, draws: bool, filters: bool) -> None:
         """Choose the tokens of plain rows."""
@@ -286,7 +294,7 @@ class Executor:
 
     def _make_idle(self, size: Size) -> None:
         """Let the buffer say that every row of a step of ``size`` is idle."""
-        buffer = self._fill(size, Plan(), [], None)
+        buffer = self._fill(size, SchedulerOutput(), [], None)
         self._buffer[: len(buffer)].copy_(buffer)
 
     def _fixed_step(self, size: Size) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import abc
 
 import numpy as np
 import torch
 
 from .inputs import Size, buffer_bytes, views
-from .request import Answer
-from .request import Sequence as Tokens
+from .request import Answer, Sequence
 
 
 class Filler:
@@ -43,9 +42,9 @@ class Filler:
     def fill(
         self,
         size: Size,
-        counts: Mapping[Tokens, int],
-        answers: Sequence[Answer],
-        previous: Mapping[Tokens, int],
+        counts: abc.Mapping[Sequence, int],
+        answers: abc.Sequence[Answer],
+        previous: abc.Mapping[Sequence, int],
     ) -> torch.Tensor:
         """The buffer of a step; rows past the plan's are idle.
 
@@ -97,8 +96,8 @@ class Filler:
     def _tokens(
         self,
         of: dict[str, np.ndarray],
-        counts: Mapping[Tokens, int],
-        previous: Mapping[Tokens, int],
+        counts: abc.Mapping[Sequence, int],
+        previous: abc.Mapping[Sequence, int],
         ends: np.ndarray,
     ) -> None:
         """The tokens, and where those come from that the host does not know."""
@@ -118,7 +117,7 @@ class Filler:
         if unknown:
             of["source"][ends[unknown] - 1] = sources
 
-    def _blocks(self, counts: Mapping[Tokens, int]) -> np.ndarray:
+    def _blocks(self, counts: abc.Mapping[Sequence, int]) -> np.ndarray:
         """The blocks of each sequence, ``[len(counts), width]``."""
         lists, lengths = self._lists, self._lengths
         for row, sequence in enumerate(counts):
@@ -132,7 +131,7 @@ class Filler:
                 lengths[row] = length
         return self._table[: len(counts)]
 
-    def _drawing(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+    def _drawing(self, answers: abc.Sequence[Answer]) -> dict[str, np.ndarray]:
         """The columns of parameters, by name; an answer's never change."""
         if answers != self._answers or not self._columns:
             self._answers = list(answers)

@@ -18,19 +18,19 @@ from ..quantization.choice import choose_weights
 from ..quantization.driver import Quantized
 from ..runner.cache import BLOCK_SIZE
 from .block_manager import BlockManager
-from .chunks import pace_of
+from .chunking import chunk_sizer_of
+from .core import EngineCore
 from .executor import Executor
-from .intake import Intake, Prompt, end_tokens_of
 from .outputs import Outputs
+from .processor import InputProcessor, Prompt, end_tokens_of
 from .request import RequestOutput
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .stepping import Steps
 
 MAX_TOKENS_OF_A_STEP = 4096  # more take memory for activations and gain no speed
 
 
-class LLM(Steps):
+class LLM(EngineCore):
     """Serves many requests with one model: continuous batching over a paged cache.
 
     Requests of any lengths run together; a step computes one token of each that decodes and
@@ -149,9 +149,9 @@ class LLM(Steps):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             chunked=enable_chunked_prefill,
-            pace=pace_of(model),
+            chunk_sizer=chunk_sizer_of(model),
         )
-        self._intake = Intake(
+        self._processor = InputProcessor(
             tokenizer,
             end_tokens,
             vocabulary=self._executor.vocabulary,
@@ -286,7 +286,7 @@ class LLM(Steps):
             return
         self._drop(list(self._requests.values()))
         self._closed = True
-        self._flights.clear()
+        self._in_flight.clear()
         self._executor.close()
         self._put_back()
 

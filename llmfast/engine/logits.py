@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 
 import torch
 
 from llmfast_kernels import sample_tokens
 
-from .request import Answer
-from .request import Sequence as Tokens
-from .scheduler import Plan
+from .request import Answer, Sequence
+from .scheduler import SchedulerOutput
 
 
-def process(logits: torch.Tensor, answers: Sequence[Answer]) -> tuple[torch.Tensor, dict[int, str]]:
+def process(
+    logits: torch.Tensor, answers: abc.Sequence[Answer]
+) -> tuple[torch.Tensor, dict[int, str]]:
     """Run each answer's own logits processors on its row.
 
     Args:
@@ -51,7 +52,7 @@ def _kind(value: object) -> str:
 
 @torch.no_grad()
 def score(
-    logits: torch.Tensor, tokens: Sequence[int], most: Sequence[int]
+    logits: torch.Tensor, tokens: abc.Sequence[int], most: abc.Sequence[int]
 ) -> list[tuple[float, list[tuple[int, float]]]]:
     """Log-probabilities of given tokens, one for each row, and of the most likely ones.
 
@@ -80,7 +81,7 @@ def score(
     return list(zip(own, tops, strict=True))
 
 
-def limit_scored(plan: Plan, most_rows: int) -> dict[Tokens, int]:
+def limit_scored(plan: SchedulerOutput, most_rows: int) -> dict[Sequence, int]:
     """Lower the plan's counts so that a step gives no more than ``most_rows`` rows of logits.
 
     Args:
@@ -90,18 +91,18 @@ def limit_scored(plan: Plan, most_rows: int) -> dict[Tokens, int]:
         Of prompts whose log-probabilities are wanted, how many of a chunk's tokens give logits
         that a token of the prompt follows; they are its first ones.
     """
-    scored: dict[Tokens, int] = {}
-    spare = most_rows - len(plan.counts)
-    for sequence, count in plan.counts.items():
+    scored: dict[Sequence, int] = {}
+    spare = most_rows - len(plan.num_scheduled_tokens)
+    for sequence, count in plan.num_scheduled_tokens.items():
         if not sequence.scores_prompt:
             continue
         assert sequence.scored is not None
         known = sequence.scored - 1 - sequence.computed  # scored before it was preempted
         if known > 0:
-            plan.counts[sequence] = min(count, known)
+            plan.num_scheduled_tokens[sequence] = min(count, known)
             continue
         count = min(count, 1 + spare)
         spare -= count - 1
-        plan.counts[sequence] = count
+        plan.num_scheduled_tokens[sequence] = count
         scored[sequence] = min(count, sequence.prompt_len - 1 - sequence.computed)
     return scored

@@ -9,7 +9,7 @@ from .request import Answer, CompletionOutput, Logprob, Request, RequestOutput
 from .text import Decoder, Detokenizer, find_stop, held_back
 
 if TYPE_CHECKING:
-    from .sampler import Choice
+    from .sampler import SampledToken
 
 
 class Outputs:
@@ -31,7 +31,7 @@ class Outputs:
         if self.tokenizer is not None:
             self.texts[answer] = self._decode.detokenizer()
 
-    def append(self, answer: Answer, choice: Choice) -> str | None:
+    def append(self, answer: Answer, choice: SampledToken) -> str | None:
         """Append a good choice; the reason why the answer ends with it, or None."""
         token, params, sequence = choice.token, answer.params, answer.sequence
         sequence.tokens.append(token)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections import abc
 
 import torch
 
-from .request import Sequence as Tokens
+from .request import Sequence
 
 
 class _Slot:
     """A sequence's row of the tensors."""
 
-    def __init__(self, row: int, returned: weakref.finalize[..., Tokens]) -> None:
+    def __init__(self, row: int, returned: weakref.finalize[..., Sequence]) -> None:
         self.row = row
         self.counted = 0  # of the sequence's tokens
         self.returned = returned  # what gives the row back when nobody has the sequence
@@ -29,13 +29,13 @@ class Counts:
     def __init__(self, rows: int) -> None:
         """``rows``: sequences of a step, at most."""
         self._rows = rows
-        self._slots: weakref.WeakKeyDictionary[Tokens, _Slot] = weakref.WeakKeyDictionary()
+        self._slots: weakref.WeakKeyDictionary[Sequence, _Slot] = weakref.WeakKeyDictionary()
         self._free = list(range(rows))
         self._seen = torch.empty(0)
         self._counts = torch.empty(0)
 
     def of(
-        self, sequences: Sequence[Tokens | None], vocabulary: int, device: torch.device
+        self, sequences: abc.Sequence[Sequence | None], vocabulary: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The counts of the known tokens of some sequences.
 
@@ -84,7 +84,7 @@ class Counts:
         of_rows = on_device(rows)
         return self._seen[of_rows], self._counts[of_rows]
 
-    def _take(self, sequence: Tokens, wanted: Iterable[Tokens]) -> _Slot:
+    def _take(self, sequence: Sequence, wanted: abc.Iterable[Sequence]) -> _Slot:
         """A row for a sequence: a free one, or that of one that is not wanted now."""
         if not self._free:
             other = next(known for known in self._slots if known not in wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from .sampling_params import SamplingParams
@@ -11,7 +12,13 @@ from .sampling_params import SamplingParams
 if TYPE_CHECKING:
     from .structured import Matcher
 
-WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+
+class SequenceStatus(Enum):
+    """The state of a sequence in the scheduler."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Sequence:
     priority: int = 0  # lower ones first
     # the scheduler's
     arrival: int = 0
-    state: str = WAITING
+    status: SequenceStatus = SequenceStatus.WAITING
     computed: int = 0  # tokens whose keys and values are in the cache, once what is begun has run
     confirmed: int = 0  # of these, those that are in it for sure
     pending: int = 0  # tokens that the GPU has chosen, or will have, and that are not in `tokens`
@@ -93,20 +100,18 @@ class Answer:
     stop_reason: int | str | None = None
     error: str | None = None
 
-    def __post_init__(self) -> None:
-        p = self.params
-        penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
-        # no parameter but min_tokens wants more than logits, temperature, filters and the seed
-        self.plain = (
-            penalties == (0, 0, 1)
-            and not (p.logit_bias or p.allowed_token_ids or self.bad_words or p.logits_processors)
-            and p.logprobs is None
-        )
-
     @property
     def position(self) -> int:
         """The number of the token that is chosen next, from 0."""
         return self.num_output + self.sequence.pending
+
+    @property
+    def sampled_on_device(self) -> bool:
+        """Whether its next token can be chosen before the host has seen the one before it."""
+        params = self.params
+        return not (
+            params.needs_host or self.position < params.min_tokens or self.sequence.scores_prompt
+        )
 
 
 @dataclass(frozen=True)

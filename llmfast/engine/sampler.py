@@ -16,7 +16,7 @@ from .request import Answer
 from .sampling_params import SamplingParams
 
 
-class Choice(NamedTuple):
+class SampledToken(NamedTuple):
     """What a row got."""
 
     token: int
@@ -26,27 +26,14 @@ class Choice(NamedTuple):
     error: str | None = None  # what a logits processor did wrong; the token means nothing then
 
 
-def is_plain(answer: Answer) -> bool:
-    """Whether its next token depends on logits, temperature, filters and seed alone.
-
-    So that it can be chosen while the one before it is not known on the host.
-    """
-    return (
-        answer.plain
-        and answer.matcher is None
-        and answer.position >= answer.params.min_tokens
-        and not answer.sequence.scores_prompt
-    )
-
-
 def drawing(answers: Sequence[Answer]) -> tuple[bool, bool]:
     """Whether one of some answers is drawn, and whether one of them with filters."""
-    drawn = [p for p in (answer.params for answer in answers) if p.temperature > 0]
-    return bool(drawn), any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in drawn)
+    drawn = [params for params in (answer.params for answer in answers) if not params.greedy]
+    return bool(drawn), any(params.filters for params in drawn)
 
 
 @torch.no_grad()
-def choose(logits: torch.Tensor, answers: Sequence[Answer], counts: Counts) -> list[Choice]:
+def choose(logits: torch.Tensor, answers: Sequence[Answer], counts: Counts) -> list[SampledToken]:
     """Choose a token for each answer from its row of ``logits``.
 
     A row depends on its own logits, parameters, tokens, seed and number alone.
@@ -87,13 +74,13 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer], counts: Counts) -> l
         for row, (logprob, top) in zip(rows, found, strict=True):
             own[row], tops[row] = logprob, top
     failed = [errors.get(row) for row in range(len(answers))]
-    return [Choice(*row) for row in zip(tokens, status, own, tops, failed, strict=True)]
+    return [SampledToken(*row) for row in zip(tokens, status, own, tops, failed, strict=True)]
 
 
 def _drawing(
     answers: Sequence[Answer], params: Sequence[SamplingParams], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    if all(p.temperature == 0 for p in params):
+    if all(p.greedy for p in params):
         return {}
     given: dict[str, torch.Tensor] = {
         "temperature": _column(params, lambda p: p.temperature, device),
@@ -116,9 +103,7 @@ def _penalties(
     logits: torch.Tensor,
     counts: Counts,
 ) -> dict[str, torch.Tensor]:
-    penalised = [
-        (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0, 0, 1) for p in params
-    ]
+    penalised = [p.penalizes for p in params]
     if not any(penalised):
         return {}
     sequences = [a.sequence if wants else None for a, wants in zip(answers, penalised, strict=True)]
@@ -157,7 +142,7 @@ def _bias(
             result[row, tokens] += torch.tensor(list(bias.values()), device=logits.device)
         matcher = answers[row].matcher
         if matcher is not None:
-            result[row, matcher.barred().to(logits.device)] = -math.inf
+            result[row, matcher.masked_tokens().to(logits.device)] = -math.inf
     return result
 
 

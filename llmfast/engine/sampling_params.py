@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -201,6 +202,39 @@ class SamplingParams:
         """``structured_outputs`` as it is kept."""
         assert not isinstance(self.structured_outputs, Mapping)
         return self.structured_outputs
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is chosen, so that nothing is drawn."""
+        return self.temperature == 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether top_k, top_p or min_p excludes tokens."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on which tokens the prompt or the output has."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0, 0, 1)
+
+    @cached_property  # asked in every step for every row
+    def needs_host(self) -> bool:
+        """Whether choosing a token takes the host: values of its own, or tokens chosen before.
+
+        Logits, temperature, filters and the seed alone do not. ``min_tokens`` and
+        ``prompt_logprobs`` do only at first, which :class:`.request.Answer` knows.
+        """
+        return bool(
+            self.penalizes
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words
+            or self.logits_processors
+            or self.structured_outputs
+            or self.logprobs is not None
+        )
 
     def _integer(
         self, name: str, low: int, high: int | None = None, *, optional: bool = False

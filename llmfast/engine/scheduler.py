@@ -14,19 +14,21 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 from .block_manager import BlockManager
-from .chunks import Pace
-from .request import FINISHED, RUNNING, WAITING, Sequence
+from .chunking import ChunkSizer
+from .request import Sequence, SequenceStatus
 
 _TILE = 256  # tokens: a step of others leaves multiprocessors waiting for a few
 _LEAST = 4  # no chunk is a smaller part of what there is room for: each step reads all weights
 
 
 @dataclass
-class Plan:
+class SchedulerOutput:
     """One step."""
 
-    counts: dict[Sequence, int] = field(default_factory=dict)  # tokens to compute of each
-    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks, from and to, before it
+    # tokens to compute of each sequence
+    num_scheduled_tokens: dict[Sequence, int] = field(default_factory=dict)
+    # blocks to copy before the step: (source, target)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -48,7 +50,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked: bool = True,
-        pace: Pace | None = None,
+        chunk_sizer: ChunkSizer | None = None,
     ) -> None:
         """
         Args:
@@ -58,13 +60,13 @@ class Scheduler:
                 256 where that leaves out an eighth at most.
             chunked: prompts may be split, and run beside decodes. Otherwise one that is longer
                 than max_num_batched_tokens has a step of its own.
-            pace: how much longer tokens with a context take; None: no longer.
+            chunk_sizer: how much longer tokens with a context take; None: no longer.
         """
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked = chunked
-        self.pace = Pace() if pace is None else pace
+        self.chunk_sizer = ChunkSizer() if chunk_sizer is None else chunk_sizer
         self.running: list[Sequence] = []  # in order
         # a heap; those that finished are skipped
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -90,17 +92,17 @@ class Scheduler:
         self._arrivals += 1
         heapq.heappush(self._waiting, (sequence.order, sequence))
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         """Choose the next step. The caller starts it and calls :meth:`begin` for each sequence.
 
         When the step has run it calls :meth:`confirm`; it may schedule the next one before. The
         plan is empty only if nothing is left to do, or all that runs waits for its last token.
         """
-        plan = Plan()
+        plan = SchedulerOutput()
         budget = self.max_num_batched_tokens
         if not self.chunked:
             self._admit(plan, self._continue(plan, budget))
-            if plan.counts:
+            if plan.num_scheduled_tokens:
                 return plan
         budget, preempted = self._decode(plan, budget)
         if self.chunked:
@@ -109,51 +111,51 @@ class Scheduler:
                 self._admit(plan, budget)
         return plan
 
-    def _decode(self, plan: Plan, budget: int) -> tuple[int, bool]:
+    def _decode(self, plan: SchedulerOutput, budget: int) -> tuple[int, bool]:
         """Plan those that decode; what is left of the budget, and whether one was preempted."""
         preempted = False
         for sequence in list(self.running):
             if not budget:
                 break
             total = sequence.total
-            if total - sequence.computed != 1 or sequence.state != RUNNING:
+            if total - sequence.computed != 1 or sequence.status != SequenceStatus.RUNNING:
                 continue
             if total >= sequence.limit:  # its last token, which is never computed
                 continue
-            while sequence.state == RUNNING and not self._grow(sequence):
+            while sequence.status == SequenceStatus.RUNNING and not self._grow(sequence):
                 self.preempt(self.running[-1])  # not before this one, so not in the plan yet
                 preempted = True
-            if sequence.state == RUNNING:
-                plan.counts[sequence] = 1
+            if sequence.status == SequenceStatus.RUNNING:
+                plan.num_scheduled_tokens[sequence] = 1
                 budget -= 1
         return budget, preempted
 
-    def _continue(self, plan: Plan, budget: int) -> int:
+    def _continue(self, plan: SchedulerOutput, budget: int) -> int:
         """Plan prompts that have begun; what is left of the budget."""
         for sequence in self.running:
             if sequence.remaining > 1 and self._fits(sequence.remaining, plan, budget):
                 budget = self._plan(sequence, plan, budget)
         return budget
 
-    def _fits(self, count: int, plan: Plan, budget: int) -> bool:
+    def _fits(self, count: int, plan: SchedulerOutput, budget: int) -> bool:
         """Whether so many tokens of a prompt, or a chunk of them, may be in the step."""
-        return budget > 0 if self.chunked else count <= budget or not plan.counts
+        return budget > 0 if self.chunked else count <= budget or not plan.num_scheduled_tokens
 
-    def _plan(self, sequence: Sequence, plan: Plan, budget: int) -> int:
+    def _plan(self, sequence: Sequence, plan: SchedulerOutput, budget: int) -> int:
         """Plan a prompt, or a chunk of it; what is left of the budget."""
         known, remaining = sequence.computed, sequence.remaining
         if not self.chunked:
-            plan.counts[sequence] = remaining
+            plan.num_scheduled_tokens[sequence] = remaining
             return max(budget - remaining, 0)
-        most = max(self.pace.elsewhere(budget, 0, known), budget // _LEAST, 1)
+        most = max(self.chunk_sizer.equal_cost_tokens(budget, 0, known), budget // _LEAST, 1)
         if remaining <= most:
-            plan.counts[sequence] = remaining
-            return max(budget - self.pace.elsewhere(remaining, known, 0), 0)
+            plan.num_scheduled_tokens[sequence] = remaining
+            return max(budget - self.chunk_sizer.equal_cost_tokens(remaining, known, 0), 0)
         if known:
             total = self.max_num_batched_tokens - budget + most
             rest = total % _TILE
             most -= rest if 8 * rest <= total and rest < most else 0
-        plan.counts[sequence] = most
+        plan.num_scheduled_tokens[sequence] = most
         return 0
 
     def begin(self, sequence: Sequence, count: int) -> None:
@@ -178,7 +180,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits, in its old place, and is computed again."""
         self._stop(sequence, forget=False)
-        sequence.state = WAITING
+        sequence.status = SequenceStatus.WAITING
         sequence.preemptions += 1
         heapq.heappush(self._waiting, (sequence.order, sequence))
 
@@ -188,10 +190,10 @@ class Scheduler:
         Args:
             forget: its blocks must not be found as a prefix: they may hold NaN.
         """
-        if sequence.state == RUNNING:
+        if sequence.status == SequenceStatus.RUNNING:
             self._stop(sequence, forget=forget)
-        sequence.state = FINISHED
-        while self._waiting and self._waiting[0][1].state == FINISHED:
+        sequence.status = SequenceStatus.FINISHED
+        while self._waiting and self._waiting[0][1].status == SequenceStatus.FINISHED:
             heapq.heappop(self._waiting)
 
     def _stop(self, sequence: Sequence, *, forget: bool) -> None:
@@ -214,7 +216,7 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------- admission
 
-    def _admit(self, plan: Plan, budget: int) -> None:
+    def _admit(self, plan: SchedulerOutput, budget: int) -> None:
         # whose prefix is being computed: those behind may go first
         later: list[tuple[tuple[int, int], Sequence]] = []
         while self._waiting and budget and len(self.running) < self.max_num_seqs:
@@ -222,7 +224,7 @@ class Scheduler:
                 break
             entry = heapq.heappop(self._waiting)
             sequence = entry[1]
-            if sequence.state == FINISHED:
+            if sequence.status == SequenceStatus.FINISHED:
                 continue
             if self._must_wait(sequence):
                 later.append(entry)
@@ -230,7 +232,7 @@ class Scheduler:
             if not self._place(sequence, plan, budget):
                 later.append(entry)
                 break
-            sequence.state = RUNNING
+            sequence.status = SequenceStatus.RUNNING
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             budget = self._plan(sequence, plan, budget)
         for entry in later:
@@ -239,7 +241,7 @@ class Scheduler:
     def _must_wait(self, sequence: Sequence) -> bool:
         """Whether a running sequence is computing what this one would compute too."""
         parent = sequence.parent
-        if parent is not None and parent.state == RUNNING:
+        if parent is not None and parent.status == SequenceStatus.RUNNING:
             return parent.computed < sequence.shared
         if not self.blocks.caching or sequence.awaits in self._computing:
             return sequence.awaits in self._computing
@@ -252,7 +254,7 @@ class Scheduler:
         sequence.awaits = digests[end - 1] if end > known else None
         return end > known
 
-    def _place(self, sequence: Sequence, plan: Plan, budget: int) -> bool:
+    def _place(self, sequence: Sequence, plan: SchedulerOutput, budget: int) -> bool:
         """Give it blocks for all its tokens, those of a known prefix shared; False: no room.
 
         Without chunks it must also fit in the step.
@@ -261,7 +263,7 @@ class Scheduler:
         total = blocks.blocks_for(len(sequence.tokens))
         spare = len(self.running)
         parent = sequence.parent
-        if parent is not None and parent.state == RUNNING:
+        if parent is not None and parent.status == SequenceStatus.RUNNING:
             full = sequence.shared // blocks.block_size
             if not self._fits(len(sequence.tokens) - sequence.shared, plan, budget):
                 return False
@@ -269,7 +271,7 @@ class Scheduler:
                 return False
             sequence.blocks, copy = blocks.fork(parent.blocks, sequence.shared)
             if copy is not None:
-                plan.copies.append(copy)
+                plan.block_copies.append(copy)
             known = sequence.shared
         else:
             hits = blocks.match(self._usable_digests(sequence), sequence.tokens)

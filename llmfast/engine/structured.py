@@ -50,7 +50,7 @@ class Matcher:
         """Whether the answer is whole, and an end token was accepted."""
         return bool(self._matcher.is_terminated())
 
-    def barred(self) -> torch.Tensor:
+    def masked_tokens(self) -> torch.Tensor:
         """Tokens that may not follow: ``[vocabulary]``, bool, on the CPU."""
         count = len(self._special)
         words = torch.zeros(1, -(-count // 32), dtype=torch.int32)

@@ -178,7 +178,7 @@ def test_files_that_cannot_be(loaded, files, tmp_path):
 
 
 def test_requests_are_taken_as_others_finish(loaded):
-    from llmfast.engine.batch import answer_all
+    from llmfast.engine.offline import answer_all
 
     taken = []
 

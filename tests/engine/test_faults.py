@@ -5,7 +5,8 @@ import torch
 
 from engines import LONG, check_empty, engine
 from llmfast import SamplingParams
-from llmfast.engine import stepping
+from llmfast.engine import core
+from llmfast.engine.request import Answer, SequenceStatus
 
 pytestmark = pytest.mark.usefixtures("how")
 
@@ -44,7 +45,7 @@ def test_memory_runs_out_in_a_step(alone, nth, late, monkeypatch):
         launch, plans = llm._executor.launch, []
 
         def scarce(plan, *args):
-            plans.append(dict(plan.counts))
+            plans.append(dict(plan.num_scheduled_tokens))
             if len(plans) != nth:
                 return launch(plan, *args)
             if late:
@@ -81,7 +82,7 @@ def test_memory_never_suffices(monkeypatch):
 def test_memory_runs_out_while_a_prompt_is_scored(alone, monkeypatch):
     with engine() as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(stepping, "score", out_of_memory)
+            patch.setattr(core, "score", out_of_memory)
             outputs = run(llm, PROMPTS, PARAMS)
         check_empty(llm)
         errors = [output.outputs[0].error for output in outputs]
@@ -101,8 +102,8 @@ def test_abort_at_every_stage(alone, which):
             for _ in range(at):
                 llm._step()
             sequence = requests[which].answers[0].sequence
-            seen.add(sequence.state)
-            if at % 2 and sequence.state == "running":
+            seen.add(sequence.status.name.lower())
+            if at % 2 and sequence.status == SequenceStatus.RUNNING:
                 llm._scheduler.preempt(sequence)
                 seen.add("preempted")
             known = [list(answer.sequence.output) for answer in requests[which].answers]
@@ -126,7 +127,8 @@ def test_abort_at_every_stage(alone, which):
 def test_ten_thousand_requests(monkeypatch):
     """All are queued before the first step; those that wait cost a step nothing."""
     looks = []
-    monkeypatch.setattr(stepping, "is_plain", lambda answer: looks.append(answer) or True)
+    look = property(lambda answer: looks.append(answer) or True)
+    monkeypatch.setattr(Answer, "sampled_on_device", look)
     few = SamplingParams(temperature=0, max_tokens=1)
     prompts = [[3 + i % 90, 3 + i // 90 % 90, 5] for i in range(10_000)]
     with engine(num_blocks=300, max_num_batched_tokens=1024) as llm:
@@ -135,7 +137,7 @@ def test_ten_thousand_requests(monkeypatch):
         while not requests[999].finished:
             llm._step()
             steps += 1
-        assert steps <= 16 and len(looks) <= 256 * 2 * steps
+        assert steps <= 16 and len(looks) <= 256 * 3 * steps
         llm._drop(requests[1000:])
         while any(not request.finished for request in requests):
             llm._step()

@@ -220,7 +220,7 @@ def test_warming_up_runs_every_sampling_of_few_rows_and_of_many(monkeypatch):
 
         def note(plan, given, *args):
             seen.update((len(given), a.params.temperature > 0, a.params.top_k > 0) for a in given)
-            tokens.append(sum(plan.counts.values()))
+            tokens.append(sum(plan.num_scheduled_tokens.values()))
             return launch(plan, given, *args)
 
         had = llm._executor._graphs
@@ -250,7 +250,7 @@ def test_a_prefix_is_computed_once(monkeypatch):
         launch = llm._executor.launch
 
         def count(plan, *args):
-            steps.append(sum(plan.counts.values()))
+            steps.append(sum(plan.num_scheduled_tokens.values()))
             return launch(plan, *args)
 
         monkeypatch.setattr(llm._executor, "launch", count)

@@ -295,10 +295,10 @@ def test_requests_that_cannot_be_run_fail_alone():
 
 def test_without_them_a_step_is_not_touched(monkeypatch):
     """Their code is not reached: what is unused costs nothing."""
-    from llmfast.engine import stepping as module
+    from llmfast.engine import core as module
 
     monkeypatch.setattr(module, "score", None)
-    monkeypatch.setattr(module.Steps, "_take_prompts", None)
+    monkeypatch.setattr(module.EngineCore, "_take_prompts", None)
     rows = []
     with engine() as llm:
         own = llm._executor.launch

@@ -7,8 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from block_books import check_books
 from llmfast.engine.block_manager import BlockManager
-from llmfast.engine.chunks import Pace
-from llmfast.engine.request import FINISHED, RUNNING, WAITING, Sequence
+from llmfast.engine.chunking import ChunkSizer
+from llmfast.engine.request import Sequence, SequenceStatus
 from llmfast.engine.scheduler import Scheduler
 from llmfast.errors import UserError
 
@@ -32,37 +32,41 @@ class Cache:
     def plan(self):
         """Schedule, and check everything about the plan."""
         blocks, size, slots = self.blocks, self.blocks.block_size, self.slots
-        waiting = [s for _, s in self.scheduler._waiting if s.state != FINISHED]
+        waiting = [s for _, s in self.scheduler._waiting if s.status != SequenceStatus.FINISHED]
         before = list(self.scheduler.running)
         left = bool(before or waiting)
         plan = self.scheduler.schedule()
-        assert bool(plan.counts) == left
+        assert bool(plan.num_scheduled_tokens) == left
         check_books(blocks, [s.blocks for s in self.scheduler.running])
         budget, chunked = self.scheduler.max_num_batched_tokens, self.scheduler.chunked
-        prompts = {s for s in plan.counts if s not in before or plan.counts[s] > 1}
+        prompts = {
+            s
+            for s in plan.num_scheduled_tokens
+            if s not in before or plan.num_scheduled_tokens[s] > 1
+        }
         if not chunked and prompts:
-            assert prompts == set(plan.counts)
-            assert all(count == s.remaining for s, count in plan.counts.items())
+            assert prompts == set(plan.num_scheduled_tokens)
+            assert all(count == s.remaining for s, count in plan.num_scheduled_tokens.items())
         if chunked or len(prompts) != 1:
-            assert sum(plan.counts.values()) <= budget
+            assert sum(plan.num_scheduled_tokens.values()) <= budget
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         order = [(s.priority, s.arrival) for s in self.scheduler.running]
         assert order == sorted(order)
-        stayed = [s for s in before if s.state == RUNNING]
+        stayed = [s for s in before if s.status == SequenceStatus.RUNNING]
         assert before[: len(stayed)] == stayed and (stayed or not before)
-        for source, target in plan.copies:
+        for source, target in plan.block_copies:
             for offset in range(size):
                 slots[target, offset] = slots.get((source, offset))
         written = {}
-        for sequence, count in plan.counts.items():
-            assert sequence.state == RUNNING and 1 <= count <= sequence.remaining
+        for sequence, count in plan.num_scheduled_tokens.items():
+            assert sequence.status == SequenceStatus.RUNNING and 1 <= count <= sequence.remaining
             assert len(sequence.blocks) * size >= sequence.computed + count
             for place in range(sequence.computed, sequence.computed + count):
                 block = sequence.blocks[place // size]
                 assert written.setdefault(block, sequence) is sequence
                 assert blocks._users[block] == 1 and blocks._content[block] is None
                 slots[block, place % size] = tuple(sequence.tokens[: place + 1])
-        for sequence, count in plan.counts.items():
+        for sequence, count in plan.num_scheduled_tokens.items():
             for place in range(sequence.computed + count):
                 found = slots[sequence.blocks[place // size], place % size]
                 assert found == tuple(sequence.tokens[: place + 1])
@@ -72,7 +76,7 @@ class Cache:
         """Run a step; the sequences that got a token."""
         chosen = []
         plan = self.plan()
-        for sequence, count in plan.counts.items():
+        for sequence, count in plan.num_scheduled_tokens.items():
             self.scheduler.begin(sequence, count)
             self.scheduler.confirm(sequence, sequence.computed)
             if sequence.remaining == 0:
@@ -90,7 +94,7 @@ class Cache:
 
     def run(self, *sequences):
         for step in range(10_000):
-            if all(s.state == FINISHED for s in sequences):
+            if all(s.status == SequenceStatus.FINISHED for s in sequences):
                 return step
             self.step()
         raise AssertionError("never ends")
@@ -116,7 +120,7 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def alive(self):
-        return [s for s in self.sequences if s.state != FINISHED]
+        return [s for s in self.sequences if s.status != SequenceStatus.FINISHED]
 
     @rule(
         data=st.data(),
@@ -149,7 +153,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def a_step_that_raises(self):
-        for sequence in self.cache.plan().counts:
+        for sequence in self.cache.plan().num_scheduled_tokens:
             self.cache.scheduler.preempt(sequence)
 
     @precondition(lambda self: self.alive)
@@ -162,7 +166,9 @@ class Machine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             running = self.cache.scheduler.running
             check_books(self.cache.blocks, [s.blocks for s in running])
-            assert {id(s) for s in running} == {id(s) for s in self.alive if s.state == RUNNING}
+            assert {id(s) for s in running} == {
+                id(s) for s in self.alive if s.status == SequenceStatus.RUNNING
+            }
             assert all(not s.blocks and not s.computed for s in self.alive if s not in running)
 
     def teardown(self):
@@ -316,7 +322,7 @@ def test_a_step_holds_whole_tiles_unless_a_prompt_begins_or_ends(budget, chunks)
 
 
 def test_later_chunks_are_smaller_so_that_steps_take_equally_long():
-    cache = Cache(num_blocks=2100, budget=2049, pace=Pace(16384))
+    cache = Cache(num_blocks=2100, budget=2049, chunk_sizer=ChunkSizer(16384))
     chunks = chunks_of(cache, 8192)
     assert chunks == [2048, 1791, 1535, 1535, 1283]
     start, costs = 0, []
@@ -327,12 +333,12 @@ def test_later_chunks_are_smaller_so_that_steps_take_equally_long():
 
 
 def test_a_chunk_is_never_a_small_part_of_a_step():
-    chunks = chunks_of(Cache(num_blocks=600, budget=101, pace=Pace(10)), 2000)
+    chunks = chunks_of(Cache(num_blocks=600, budget=101, chunk_sizer=ChunkSizer(10)), 2000)
     assert chunks[0] == 100 and min(chunks[1:-1]) == 25
 
 
 def test_what_a_prompt_s_end_leaves_goes_to_the_next():
-    cache = Cache(num_blocks=600, budget=100, pace=Pace(100))
+    cache = Cache(num_blocks=600, budget=100, chunk_sizer=ChunkSizer(100))
     long, short = cache.add([1] * 130), cache.add([2] * 90)
     assert cache.counts(long, short) == [100, 0]
     assert cache.counts(long, short) == [30, 49]  # 30 take as long as 51 without a context
@@ -356,7 +362,7 @@ def test_without_chunks_what_counts_is_what_the_cache_lacks():
     cache = Cache(num_blocks=40, block_size=4, budget=8, chunked=False)
     cache.run(cache.add([1] * 17))
     new, known = cache.add([2] * 5), cache.add([1] * 16 + [5, 6])
-    assert list(cache.plan().counts.items()) == [(new, 5), (known, 2)]
+    assert list(cache.plan().num_scheduled_tokens.items()) == [(new, 5), (known, 2)]
 
 
 def test_without_chunks_decodes_run_while_a_prompt_finds_no_room():
@@ -379,7 +385,11 @@ def test_the_youngest_is_preempted_and_computed_again():
     old, young = cache.add([1], max_tokens=7), cache.add([2], max_tokens=5)
     while not young.preemptions:
         assert cache.counts(old) == [1]  # it is never held up
-    assert (old.state, young.state, young.computed) == (RUNNING, WAITING, 0)
+    assert (old.status, young.status, young.computed) == (
+        SequenceStatus.RUNNING,
+        SequenceStatus.WAITING,
+        0,
+    )
     cache.run(old, young)
     assert young.preemptions == 1 and old.preemptions == 0
     assert len(old.tokens) == 8 and len(young.tokens) == 6
@@ -417,7 +427,7 @@ def test_the_lowest_priority_is_preempted_before_the_youngest():
     assert (old.preemptions, young.preemptions) == (0, 0)
     while not young.preemptions:
         cache.step()
-    assert low.state == WAITING
+    assert low.status == SequenceStatus.WAITING
     cache.run(low, old, young)
     assert old.preemptions == 0 and [len(s.tokens) for s in (low, old, young)] == [8] * 3
     cache.check_empty()
@@ -433,7 +443,7 @@ def test_requests_that_share_a_prefix_being_computed_wait_for_it():
     # the first has its last 8 tokens, the stranger goes past those that wait
     assert cache.counts(first, *others, stranger) == [8, 0, 0, 0, 1]
     plan = cache.plan()
-    assert [plan.counts[s] for s in (first, *others)] == [1, 1, 1, 1]
+    assert [plan.num_scheduled_tokens[s] for s in (first, *others)] == [1, 1, 1, 1]
     assert [s.cached_tokens for s in others] == [16, 16, 16]
 
 
@@ -474,8 +484,8 @@ def test_answers_to_one_prompt_share_it(length, caching):
     if length > 1:
         assert cache.counts(first, *twins) == [length, 0, 0]
     plan = cache.plan()
-    assert [plan.counts[t] for t in twins] == [1, 1]
-    assert len(plan.copies) == (0 if (length - 1) % 4 == 0 else 2)
+    assert [plan.num_scheduled_tokens[t] for t in twins] == [1, 1]
+    assert len(plan.block_copies) == (0 if (length - 1) % 4 == 0 else 2)
     full = (length - 1) // 4
     assert all(t.blocks[:full] == first.blocks[:full] for t in twins)
 

@@ -115,7 +115,7 @@ def test_answers_fit_other_structures(structure, pattern):
 def test_odd_texts_of_a_choice(xgrammar):
     odd = ["\x01\n\t\x7f", "\u00e9\u4e2d\U0001f600", "\\u0041", "'", '"', "]"]
     with engine() as llm:
-        grammars = llm._intake._grammars
+        grammars = llm._processor._grammars
         for text in odd:
             wanted = StructuredOutputsParams(choice=[text, "another"])
             matcher = grammars.matcher(wanted)
@@ -175,7 +175,7 @@ def test_a_schema_is_compiled_once():
         sizes = []
         for structure in ({"json": SCHEMA}, {"json": json.dumps(SCHEMA)}, {"regex": "[ab]{4}"}):
             run(llm, "AB", params(structure))
-            sizes.append(llm._intake._grammars._compiler.get_cache_size_bytes())
+            sizes.append(llm._processor._grammars._compiler.get_cache_size_bytes())
     assert 0 < sizes[0] == sizes[1] < sizes[2]
 
 

@@ -43,7 +43,7 @@ def engines(monkeypatch):
     init, launch = LLM.__init__, LLM._launch
 
     def count(self, plan):
-        made[-1][1].append(dict(plan.counts))
+        made[-1][1].append(dict(plan.num_scheduled_tokens))
         launch(self, plan)
 
     def note(self, model, **options):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections import abc
 from hashlib import blake2b
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
-from .request import Answer, Request, RequestMetrics
-from .request import Sequence as Tokens
+from .request import Answer, Request, RequestMetrics, Sequence
 from .sampling_params import SamplingParams
 from .structured import Grammars, wants_xgrammar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+Prompt = str | abc.Sequence[int] | abc.Mapping[str, Any]
 
 
-class Asked(NamedTuple):
+class ParsedPrompt(NamedTuple):
     """A prompt and what is wanted of it."""
 
     text: str | None  # None if it was given as token ids
@@ -29,7 +28,7 @@ class Asked(NamedTuple):
     priority: int
 
 
-class Intake:
+class InputProcessor:
     """Makes requests; one for each prompt."""
 
     def __init__(
@@ -57,7 +56,9 @@ class Intake:
         self._seeds = random.Random(seed)
         self._count = 0
 
-    def read(self, prompts: Any, params: Any, priority: int | Sequence[int]) -> list[Asked]:
+    def read(
+        self, prompts: Any, params: Any, priority: int | abc.Sequence[int]
+    ) -> list[ParsedPrompt]:
         """The arguments of ``LLM.generate``, prompt by prompt.
 
         Raises:
@@ -78,16 +79,17 @@ class Intake:
         priorities = _as_priorities(priority, len(parts))
         known = [self._tokenize(prompt) for prompt in parts]
         return [
-            Asked(*prompt, *own) for prompt, *own in zip(known, params, priorities, strict=True)
+            ParsedPrompt(*prompt, *own)
+            for prompt, *own in zip(known, params, priorities, strict=True)
         ]
 
-    def make(self, asked: Asked, request_id: str | None = None) -> Request:
+    def make(self, parsed: ParsedPrompt, request_id: str | None = None) -> Request:
         """A request, not checked yet.
 
         Args:
             request_id: None: one is made.
         """
-        text, ids, params, priority = asked
+        text, ids, params, priority = parsed
         most = self.max_model_len
         if params.max_tokens is None:
             most = max(min(most, self.room + 1), len(ids) + 1)  # the last token is never computed
@@ -99,7 +101,7 @@ class Intake:
         answers: list[Answer] = []
         for number in range(params.n):
             parent = answers[0].sequence if answers else None
-            sequence = Tokens(list(ids), len(ids), most, parent, priority=priority)
+            sequence = Sequence(list(ids), len(ids), most, parent, priority=priority)
             own = _seed_of(seed, number)
             answers.append(Answer(number, sequence, params, own, frozenset(stops), bad_words))
         made = str(self._count)
@@ -148,7 +150,7 @@ class Intake:
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None = None
-        if isinstance(prompt, Mapping):
+        if isinstance(prompt, abc.Mapping):
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt:
                 return text, [index(token) for token in prompt["prompt_token_ids"]]
@@ -188,10 +190,10 @@ def end_tokens_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, abc.Mapping)):
         return [prompts]
     parts = list(prompts)
-    if parts and not isinstance(parts[0], (str, Mapping, Sequence)):
+    if parts and not isinstance(parts[0], (str, abc.Mapping, abc.Sequence)):
         try:
             return [[index(token) for token in parts]]
         except TypeError:
@@ -199,8 +201,8 @@ def _as_list(prompts: Any) -> list[Any]:
     return parts
 
 
-def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
+def _as_priorities(priority: int | abc.Sequence[int], count: int) -> list[int]:
+    if not isinstance(priority, abc.Sequence):
         return [index(priority)] * count
     if len(priority) != count:
         raise ValueError(f"LLM: wants as many priorities as prompts, {count}; got {len(priority)}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmfast.engine.chunks import Pace, pace_of
+from llmfast.engine.chunking import ChunkSizer, chunk_sizer_of
 
 
 @pytest.mark.parametrize("parity", [1.0, 300.0, 16000.0])
@@ -18,14 +18,14 @@ def test_as_many_tokens_elsewhere_take_as_long(parity, context, other):
         return sum(1 + (behind + i) / parity for i in range(tokens))
 
     tokens = 200
-    found = Pace(parity).elsewhere(tokens, context, other)
+    found = ChunkSizer(parity).equal_cost_tokens(tokens, context, other)
     one = 1 + (other + found) / parity  # of another token
     assert abs(cost(found, other) - cost(tokens, context)) <= one
 
 
 def test_without_a_parity_all_tokens_are_alike():
-    assert Pace().elsewhere(7, 0, 10**9) == 7
-    assert Pace(100.0).elsewhere(7, 5, 5) == 7
+    assert ChunkSizer().equal_cost_tokens(7, 0, 10**9) == 7
+    assert ChunkSizer(100.0).equal_cost_tokens(7, 5, 5) == 7
 
 
 class Decoder(nn.Module):
@@ -41,16 +41,15 @@ class Decoder(nn.Module):
 
 
 def test_the_parity_of_a_model_is_weights_against_heads():
-    parity = pace_of(Decoder()).parity
+    parity = chunk_sizer_of(Decoder()).attention_parity
     assert parity == 2 * 2 * 64 * 128 / (4 * 64 * 2) / 1.6
-    assert pace_of(Decoder(head_dim=16)).parity == parity / 2
-    assert (
-        pace_of(Decoder(layer_types=["full_attention", "sliding_attention"])).parity == 2 * parity
-    )
+    assert chunk_sizer_of(Decoder(head_dim=16)).attention_parity == parity / 2
+    half = Decoder(layer_types=["full_attention", "sliding_attention"])
+    assert chunk_sizer_of(half).attention_parity == 2 * parity
     released = Decoder()
     for layer in released.layers:
         layer.weight.data = torch.empty(0)
-    assert pace_of(released).parity == parity
+    assert chunk_sizer_of(released).attention_parity == parity
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_the_parity_of_a_model_is_weights_against_heads():
     ],
 )
 def test_windows_and_unknown_sizes_count_for_nothing(config):
-    assert pace_of(Decoder(**config)).parity == math.inf
+    assert chunk_sizer_of(Decoder(**config)).attention_parity == math.inf
     bare = Decoder()
     bare.layers = nn.ModuleList()
-    assert pace_of(bare).parity == math.inf
+    assert chunk_sizer_of(bare).attention_parity == math.inf

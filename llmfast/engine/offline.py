@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from .intake import Prompt
 from .llm import LLM
+from .processor import Prompt
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import abc, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,12 @@ import torch
 
 from ..errors import UserError
 from .executor import Executor, Flight
-from .intake import Intake
 from .logits import limit_scored, score
 from .outputs import Outputs
-from .request import FINISHED, RUNNING, Answer, Request, RequestOutput
-from .request import Sequence as Tokens
-from .sampler import Choice, is_plain
-from .scheduler import Plan, Scheduler
+from .processor import InputProcessor
+from .request import Answer, Request, RequestOutput, Sequence, SequenceStatus
+from .sampler import SampledToken
+from .scheduler import Scheduler, SchedulerOutput
 
 logger = logging.getLogger("llmfast")
 
@@ -31,35 +29,35 @@ _STATUS = {
 
 
 @dataclass(eq=False)
-class _Started:
+class InFlightStep:
     """A step that is on its way."""
 
     flight: Flight
     # of each sequence: its tokens in the cache after the step, and how often it was preempted
-    computed: dict[Tokens, tuple[int, int]]
-    ready: list[Tokens]
+    computed: dict[Sequence, tuple[int, int]]
+    sampled: list[Sequence]
 
 
-class Steps:
+class EngineCore:
     """What :class:`.llm.LLM` does with requests."""
 
     _executor: Executor  # these are LLM's
     _scheduler: Scheduler
-    _intake: Intake
+    _processor: InputProcessor
     _outputs: Outputs
 
     def __init__(self) -> None:
         self._requests: dict[str, Request] = {}  # that are not finished
-        self._owners: dict[Tokens, tuple[Request, Answer]] = {}
+        self._owners: dict[Sequence, tuple[Request, Answer]] = {}
         self._aborted: set[str] = set()
-        self._flights: deque[_Started] = deque()  # steps on their way, oldest first
+        self._in_flight: deque[InFlightStep] = deque()  # steps on their way, oldest first
         self._closed = False
 
     def _add(
         self,
         prompts: Any,
         params: Any,
-        priority: int | Sequence[int] = 0,
+        priority: int | abc.Sequence[int] = 0,
         *,
         streaming: bool,
         request_id: str | None = None,
@@ -72,13 +70,13 @@ class Steps:
         if self._closed:
             raise RuntimeError("LLM: it is closed")
         # raises before anything is queued
-        asked = self._intake.read(prompts, params, priority)
+        parsed = self._processor.read(prompts, params, priority)
         requests = []
-        for each in asked:
-            request = self._intake.make(each, request_id)
+        for each in parsed:
+            request = self._processor.make(each, request_id)
             requests.append(request)
             try:
-                self._intake.check(request, each.params)
+                self._processor.check(request, each.params)
                 for answer in request.answers:
                     self._scheduler.add(answer.sequence)
             except UserError as error:
@@ -92,7 +90,7 @@ class Steps:
                     self._outputs.follow(answer)
         return requests
 
-    def _drop(self, requests: Sequence[Request]) -> None:
+    def _drop(self, requests: abc.Sequence[Request]) -> None:
         """Abort those that are not finished."""
         for request in requests:
             for answer in request.answers:
@@ -109,7 +107,7 @@ class Steps:
         forget: bool = False,
     ) -> None:
         sequence = answer.sequence
-        if sequence.state != FINISHED:
+        if sequence.status != SequenceStatus.FINISHED:
             self._scheduler.finish(sequence, forget=forget)
         self._owners.pop(sequence, None)
         answer.finish_reason, answer.error = reason, error
@@ -139,36 +137,36 @@ class Steps:
             if request is not None:
                 self._drop([request])
         plan = self._scheduler.schedule()
-        if not plan.counts and not self._flights:
+        if not plan.num_scheduled_tokens and not self._in_flight:
             assert not self._requests, "nothing is scheduled and something waits"
             return
         now = time.perf_counter()
-        for sequence in plan.counts:
+        for sequence in plan.num_scheduled_tokens:
             metrics = self._owners[sequence][0].metrics
             if metrics.first_scheduled is None:
                 metrics.first_scheduled = now
                 metrics.cached_tokens = sequence.cached_tokens or 0
         try:
-            if plan.counts:
+            if plan.num_scheduled_tokens:
                 self._launch(plan)
-            ahead = self._ahead() if plan.counts else 0
-            while len(self._flights) > ahead:
+            ahead = self._ahead() if plan.num_scheduled_tokens else 0
+            while len(self._in_flight) > ahead:
                 self._collect()
         except BaseException as error:
             largest = self._largest(plan)
-            self._flights.clear()
+            self._in_flight.clear()
             for sequence in list(self._scheduler.running):
                 self._scheduler.preempt(sequence)
             if not isinstance(error, torch.OutOfMemoryError) or largest is None:
                 raise
             self._fail_for_memory(largest)
 
-    def _largest(self, plan: Plan) -> Tokens | None:
+    def _largest(self, plan: SchedulerOutput) -> Sequence | None:
         """The sequence that runs and has the most tokens in a step; the last of several."""
         running = reversed(self._scheduler.running)
-        return max(running, key=lambda s: plan.counts.get(s, 0), default=None)
+        return max(running, key=lambda s: plan.num_scheduled_tokens.get(s, 0), default=None)
 
-    def _fail_for_memory(self, sequence: Tokens) -> None:
+    def _fail_for_memory(self, sequence: Sequence) -> None:
         """End the request of a sequence that a step had no memory for; the others run again."""
         request, _ = self._owners[sequence]
         error = (
@@ -188,43 +186,43 @@ class Steps:
         if not self._executor.asynchronous:
             return 0
         running = self._scheduler.running  # of those that wait no token is on its way
-        return int(all(is_plain(self._owners[sequence][1]) for sequence in running))
+        return int(all(self._owners[sequence][1].sampled_on_device for sequence in running))
 
-    def _launch(self, plan: Plan) -> None:
+    def _launch(self, plan: SchedulerOutput) -> None:
         scored = limit_scored(plan, self._scheduler.max_num_seqs)
-        ready = [s for s, count in plan.counts.items() if count == s.remaining]
-        answers = [self._owners[sequence][1] for sequence in ready]
-        previous = self._flights[-1].flight if self._flights else None
+        sampled = [s for s, count in plan.num_scheduled_tokens.items() if count == s.remaining]
+        answers = [self._owners[sequence][1] for sequence in sampled]
+        previous = self._in_flight[-1].flight if self._in_flight else None
         flight = self._executor.launch(plan, answers, previous, scored)
         computed = {}
-        for sequence, count in plan.counts.items():
+        for sequence, count in plan.num_scheduled_tokens.items():
             self._scheduler.begin(sequence, count)
             computed[sequence] = (sequence.computed, sequence.preemptions)
-        for sequence in ready:
+        for sequence in sampled:
             sequence.pending += 1
-        self._flights.append(_Started(flight, computed, ready))
+        self._in_flight.append(InFlightStep(flight, computed, sampled))
 
     def _collect(self) -> None:
         """Wait for the oldest step on its way, and give each answer that has one its token."""
-        started = self._flights.popleft()
+        started = self._in_flight.popleft()
         choices = self._executor.collect(started.flight)
         # those that have ended, or lost their blocks, since it was started have no use for it
         alive = {
             sequence
             for sequence, (_, preemptions) in started.computed.items()
-            if sequence.state == RUNNING and sequence.preemptions == preemptions
+            if sequence.status == SequenceStatus.RUNNING and sequence.preemptions == preemptions
         }
         for sequence, (computed, _) in started.computed.items():
             if sequence in alive:
                 self._scheduler.confirm(sequence, computed)
         if started.flight.scored:
             self._take_prompts(started.flight, alive)
-        for sequence, choice in zip(started.ready, choices, strict=True):
-            if sequence in alive and sequence.state == RUNNING:
+        for sequence, choice in zip(started.sampled, choices, strict=True):
+            if sequence in alive and sequence.status == SequenceStatus.RUNNING:
                 sequence.pending -= 1
                 self._take(*self._owners[sequence], choice)
 
-    def _take_prompts(self, flight: Flight, alive: set[Tokens]) -> None:
+    def _take_prompts(self, flight: Flight, alive: set[Sequence]) -> None:
         """Append log-probabilities of prompts."""
         start = 0
         for sequence, count in flight.scored.items():
@@ -245,7 +243,7 @@ class Steps:
                 request.prompt_logprobs.append(self._outputs.logprobs(token, logprob, top))
             sequence.scored = first + count
 
-    def _take(self, request: Request, answer: Answer, choice: Choice) -> None:
+    def _take(self, request: Request, answer: Answer, choice: SampledToken) -> None:
         """Append a token, and see whether the answer ends with it."""
         if choice.error is not None:
             self._finish(request, answer, "error", error=choice.error)
