@@ -33,6 +33,8 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from llmfast_kernels.decode_step import NO_TOKEN
+
 from ..errors import UserError
 from ..model.trace import NotTraced
 from .cache import BLOCK_SIZE
@@ -335,7 +337,7 @@ def device_loop(runner: Runner, new_tokens: int, sampling: Sampling, streamer: A
     for launched in range(1, new_tokens + 1):
         while len(read) and (len(read) >= ahead or launched == new_tokens):
             column = read.next()
-            _refuse(column < 0)
+            _refuse(column < NO_TOKEN)
             columns.append(column)
             if streamer is not None:
                 streamer.put(column)

@@ -62,7 +62,7 @@ class _State:
             return torch.full((rows, *shape), value, dtype=dtype, device=device)
 
         self.tokens = full(0, torch.int64)  # the latest of each row, not in the cache yet
-        self.host_tokens = full(0, torch.int64)  # for the host: token, pad or -status
+        self.host_tokens = full(0, torch.int64)  # for the host: a token, the pad or a failure
         self.context = full(0, torch.int32)  # tokens in the cache; 0: idle
         self.generated = full(0, torch.int32)
         self.first_row = full(0, torch.int64)  # of the rotary tables
@@ -256,10 +256,10 @@ class Runner:
             self._decode(self._plan)
 
     def host_tokens(self) -> torch.Tensor:
-        """int64 [rows]: the tokens of the latest step; the pad of rows that are done.
+        """Return the latest step's tokens, int64 [rows]; rows that are done have the pad.
 
-        A negative number says that the row had no token to choose (NaN or nothing left): minus
-        the status of :func:`llmfast_kernels.sample_tokens`.
+        A number below ``NO_TOKEN`` says that the row had no token to choose, see
+        :func:`llmfast_kernels.end_step`.
         """
         return self._state.host_tokens[: self._rows]
 
@@ -269,8 +269,12 @@ class Runner:
         return self._logits[: self._rows]
 
     def feed(self, tokens: torch.Tensor) -> None:
-        """Answer a step with ``host_samples``: int64 [rows]."""
-        self._state.tokens[: self._rows] = tokens
+        """Answer a step with ``host_samples``: int64 [rows].
+
+        A token outside the vocabulary, such as the pad of a row that is done, runs as token 0.
+        """
+        known = (tokens >= 0) & (tokens < self.model.vocabulary)
+        self._state.tokens[: self._rows] = torch.where(known, tokens, 0)
 
     def end(self) -> None:
         """Let go of the batch: every block is free again, every row idle."""

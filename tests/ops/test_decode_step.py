@@ -1,15 +1,16 @@
-"""Before and after a step: the reference row by row in Python, the kernels against it, exactly."""
+"""begin_step and end_step: the reference row by row in Python, the kernels against it, exactly."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmfast_kernels.decode_step import begin_step, end_step
+from llmfast_kernels.decode_step import NO_TOKEN, begin_step, end_step
 from llmfast_kernels.decode_step.kernel import BLOCK, launch_begin_step, launch_end_step
 from llmfast_kernels.decode_step.reference import begin_step_reference, end_step_reference
 
-BLOCK_SIZE = 16
+BLOCK_SIZE, VOCABULARY = 16, 11
+PADS = [5, -1, VOCABULARY, -3, 2**40]  # one of the vocabulary, and what models without one have
 ROWS = [1, 2, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 1]
 
 each_rows = pytest.mark.parametrize("rows", ROWS)
@@ -28,18 +29,18 @@ def make_state(rows, device, seed=0, max_blocks=5):
     return context, randint(0, 50, rows), table
 
 
-def make_end(rows, device, seed=0, seen=True, stops=(3, -1, 8)):
+def make_end(rows, device, seed=0, seen=True, stops=(3, -1, 8), pad=5):
     gen = torch.Generator().manual_seed(seed)
 
     def randint(low, high, *shape, dtype=torch.int64):
         return torch.randint(low, high, shape, generator=gen, dtype=dtype).to(device)
 
     args = (
-        randint(0, 11, rows),
+        randint(0, VOCABULARY, rows),
         randint(-3, 3, rows, dtype=torch.int32).clamp(min=0),
         randint(-2, 40, rows, dtype=torch.int32).clamp(min=0),
         torch.tensor(stops, device=device, dtype=torch.int64),
-        torch.tensor(5, device=device),
+        torch.tensor(pad, device=device),
     )
     written = {
         "tokens": randint(100, 200, rows),
@@ -48,7 +49,7 @@ def make_end(rows, device, seed=0, seen=True, stops=(3, -1, 8)):
         "generated": randint(0, 9, rows, dtype=torch.int32),
     }
     if seen:
-        written["seen"] = randint(0, 2, rows, 11).bool()
+        written["seen"] = randint(0, 2, rows, VOCABULARY).bool()
     return args, written
 
 
@@ -67,19 +68,23 @@ def test_begin_step_row_by_row(rows):
 
 
 @each_rows
-def test_end_step_row_by_row(rows):
-    (sampled, status, context_len, stops, pad), written = make_end(rows, "cpu")
+@pytest.mark.parametrize("pad", PADS)
+def test_end_step_row_by_row(rows, pad):
+    args, written = make_end(rows, "cpu", pad=pad)
+    sampled, status, context_len = args[:3]
     before = {name: tensor.clone() for name, tensor in written.items()}
-    end_step_reference(sampled, status, context_len, stops, pad, **written)
+    end_step_reference(*args, **written)
     for row in range(rows):
         live = int(context_len[row]) > 0
-        token = int(sampled[row] if live else pad)
+        token = int(sampled[row]) if live else 0
         assert written["tokens"][row] == token
-        failed = live and int(status[row]) != 0
-        assert written["host_tokens"][row] == (-int(status[row]) if failed else token)
-        assert written["context"][row] == (0 if token in (3, 8) else int(context_len[row]))
+        for_host = token if status[row] == 0 else -(2**32) - int(status[row])
+        assert written["host_tokens"][row] == (for_host if live else pad)
+        done = token in (3, 8)
+        assert written["context"][row] == (0 if done else int(context_len[row]))
         assert written["generated"][row] == before["generated"][row] + 1
-        before["seen"][row, token] = True
+        if live:
+            before["seen"][row, token] = True
         assert torch.equal(written["seen"][row], before["seen"][row])
 
 
@@ -95,10 +100,11 @@ def test_begin_kernel_equals_the_reference(rows, device):
 
 
 @each_rows
+@pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("seen", [False, True], ids=["plain", "seen"])
-def test_end_kernel_equals_the_reference(rows, seen, device):
-    args, ours = make_end(rows, device, seen=seen)
-    _, theirs = make_end(rows, device, seen=seen)
+def test_end_kernel_equals_the_reference(rows, seen, pad, device):
+    args, ours = make_end(rows, device, seen=seen, pad=pad)
+    _, theirs = make_end(rows, device, seen=seen, pad=pad)
     launch_end_step(*args, **ours)
     end_step_reference(*args, **theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -126,6 +132,32 @@ def test_a_step_s_kernels_equal_the_references(device, rows, seed, stops, seen):
     launch_end_step(*args, **ours)
     end_step_reference(*args, **theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("run", [launch_end_step, end_step_reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize("pad", PADS)
+def test_idle_rows_leave_seen_and_the_embedding_alone(run, pad, device):
+    """Their pad is for the host; ``seen`` is a window of a tensor whose other bytes must stay."""
+    args, written = make_end(6, device, pad=pad)
+    args[2][:] = torch.tensor([0, 4, 0, 9, 2, 0], dtype=torch.int32)
+    around = torch.zeros(8, VOCABULARY, dtype=torch.bool, device=device)
+    written["seen"] = around[1:7]
+    run(*args, **written)
+    assert written["tokens"][[0, 2, 5]].tolist() == [0, 0, 0]
+    assert written["host_tokens"][[0, 2, 5]].tolist() == [pad] * 3
+    expected = torch.zeros_like(around)
+    expected[[2, 4, 5], args[0][[1, 3, 4]]] = True
+    assert torch.equal(around, expected)
+
+
+def test_a_failed_row_is_told_from_every_pad(device):
+    args, written = make_end(4, device, pad=-1)
+    args[1][:] = torch.tensor([0, 1, 2, 1], dtype=torch.int32)
+    args[2][:] = torch.tensor([7, 7, 7, 0], dtype=torch.int32)
+    end_step(*args, **written)
+    failed = written["host_tokens"] < NO_TOKEN
+    assert failed.tolist() == [False, True, True, False]
+    assert (NO_TOKEN - written["host_tokens"][failed]).tolist() == [1, 2]
 
 
 def test_the_context_may_be_what_is_written(device):

@@ -74,6 +74,34 @@ def test_a_model_that_the_runner_cannot_run_keeps_its_generate(device):
     llmfast.unpatch(model)
 
 
+@pytest.mark.parametrize("how", ["greedy", "penalty", "sampled", "host"])
+@pytest.mark.parametrize("pad", [-1, 101], ids=["pad -1", "pad past the vocabulary"])
+@pytest.mark.parametrize("rows", [3, 5, 6, 7])
+def test_a_pad_that_is_no_token(rows, pad, how, device, started):
+    """In batches that are no bucket, whose idle rows run along, and with rows that end early."""
+    model, twin = shared_pair(device)
+    stops = list(range(1, 101, 7))
+    options = {"max_new_tokens": 12, "eos_token_id": stops, "do_sample": how == "sampled"}
+    if how == "penalty":
+        options["repetition_penalty"] = 1.2
+    if how == "host":
+        options["max_time"] = 1e4
+    inputs = batch(device, padding=tuple(3 * row % 10 for row in range(rows)))
+    torch.manual_seed(5)
+    theirs = twin.generate(**inputs, **options, pad_token_id=0)  # of theirs a pad is embedded
+    torch.manual_seed(5)
+    ours = model.generate(**inputs, **options, pad_token_id=pad)
+    start = inputs["input_ids"].shape[1]
+    assert torch.equal(ours[:, :start], theirs[:, :start])
+    ours, theirs = ours[:, start:], theirs[:, start:]
+    # sampled tokens come from other random numbers than theirs: of these only the pads are known
+    is_stop = torch.isin(ours if how == "sampled" else theirs, torch.tensor(stops, device=device))
+    ended = is_stop.cumsum(1) - is_stop.long() > 0
+    assert ended.any() and ours[ended].eq(pad).all()
+    assert how == "sampled" or torch.equal(ours[~ended], theirs[~ended])
+    assert len(started) == 1
+
+
 ARGUMENTS = {
     "greedy": {},
     "one token": {"max_new_tokens": 1},

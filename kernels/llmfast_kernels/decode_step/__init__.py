@@ -1,5 +1,6 @@
-"""What stands before and after a model in a step of decoding."""
+"""The operations before and after the model in a decoding step."""
 
 from .op import begin_step, end_step
+from .reference import NO_TOKEN
 
-__all__ = ["begin_step", "end_step"]
+__all__ = ["NO_TOKEN", "begin_step", "end_step"]

@@ -1,4 +1,4 @@
-"""Before and after a step of decoding in Triton: some thirty small operations in two launches."""
+"""begin_step and end_step in Triton: one launch each, where PyTorch needs some thirty."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import triton.language as tl
 
 from ..common.launch import CachedLauncher, aligned
 from ..common.pdl import wait_for_inputs
+from .reference import NO_TOKEN
 
-BLOCK = 128  # rows of a program
+BLOCK = 128  # rows per program
+
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -17,9 +20,9 @@ def _begin_step_kernel(
     context_ptr,  # [n_rows]
     first_row_ptr,  # [n_rows]
     block_table_ptr,  # [n_rows, max_blocks]
-    positions_ptr,  # [n_rows], written, as the next two
-    slots_ptr,
-    context_len_ptr,
+    positions_ptr,  # [n_rows], written
+    slots_ptr,  # [n_rows], written
+    context_len_ptr,  # [n_rows], written
     n_rows,
     stride_table,
     BLOCK_SIZE: tl.constexpr,
@@ -30,8 +33,8 @@ def _begin_step_kernel(
     mask = rows < n_rows
     context = tl.load(context_ptr + rows, mask=mask, other=0)
     live = context > 0
-    at = rows.to(tl.int64) * stride_table + context // BLOCK_SIZE
-    block = tl.load(block_table_ptr + at, mask=live, other=0).to(tl.int64)
+    entry = rows.to(tl.int64) * stride_table + context // BLOCK_SIZE
+    block = tl.load(block_table_ptr + entry, mask=live, other=0).to(tl.int64)
     slot = tl.where(live, block * BLOCK_SIZE + context % BLOCK_SIZE, -1)
     first_row = tl.load(first_row_ptr + rows, mask=mask, other=0)
     tl.store(positions_ptr + rows, first_row + context, mask=mask)
@@ -45,12 +48,12 @@ def _end_step_kernel(
     status_ptr,  # [n_rows]
     context_len_ptr,  # [n_rows]
     stop_tokens_ptr,  # [N_STOPS]
-    pad_ptr,  # one
-    tokens_ptr,  # [n_rows], written, as the next
-    host_tokens_ptr,
+    pad_ptr,  # scalar
+    tokens_ptr,  # [n_rows], written
+    host_tokens_ptr,  # [n_rows], written
     context_ptr,  # [n_rows], written
-    generated_ptr,  # [n_rows], counted up
-    seen_ptr,  # [n_rows, n_vocab] of bytes, written where a token was chosen; or None
+    generated_ptr,  # [n_rows], incremented
+    seen_ptr,  # [n_rows, n_vocab] bytes, written at the tokens of live rows; or None
     n_rows,
     stride_seen,
     N_STOPS: tl.constexpr,
@@ -63,19 +66,20 @@ def _end_step_kernel(
     context_len = tl.load(context_len_ptr + rows, mask=mask, other=0)
     live = context_len > 0
     token = tl.load(sampled_ptr + rows, mask=live, other=0)
-    token = tl.where(live, token, tl.load(pad_ptr))
+    pad = tl.load(pad_ptr)
     status = tl.load(status_ptr + rows, mask=live, other=0).to(tl.int64)
     stops = tl.arange(0, BLOCK_STOPS)
     stop = tl.load(stop_tokens_ptr + stops, mask=stops < N_STOPS, other=-1)
     done = tl.max((token[:, None] == stop[None, :]).to(tl.int32), 1) > 0
-    tl.store(host_tokens_ptr + rows, tl.where(status != 0, -status, token), mask=mask)
+    for_host = tl.where(status == 0, token, _NO_TOKEN - status)
+    tl.store(host_tokens_ptr + rows, tl.where(live, for_host, pad), mask=mask)
     tl.store(tokens_ptr + rows, token, mask=mask)
     tl.store(context_ptr + rows, tl.where(done, 0, context_len), mask=mask)
     generated = tl.load(generated_ptr + rows, mask=mask, other=0)
     tl.store(generated_ptr + rows, generated + 1, mask=mask)
     if seen_ptr is not None:
         one = tl.full([BLOCK], 1, tl.uint8)
-        tl.store(seen_ptr + rows.to(tl.int64) * stride_seen + token, one, mask=mask)
+        tl.store(seen_ptr + rows.to(tl.int64) * stride_seen + token, one, mask=live)
 
 
 _begin, _end = (CachedLauncher(k, pdl=True) for k in (_begin_step_kernel, _end_step_kernel))

@@ -1,4 +1,4 @@
-"""Before and after a step of decoding: the contract and the choice of implementation."""
+"""begin_step and end_step: their contracts and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from .reference import begin_step_reference, end_step_reference
 def begin_step(
     context: torch.Tensor, first_row: torch.Tensor, block_table: torch.Tensor, *, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the next token of each row goes in the paged cache, and its position.
+    """Return the position and the cache slot of each row's next token, and the grown context.
 
     Args:
-        context: int32 ``(n_rows,)``, contiguous: tokens of the row in the cache; 0: an idle row.
-        first_row: int64 ``(n_rows,)``, contiguous: of the rotary tables that the row uses.
-        block_table: int32 ``(n_rows, max_blocks)``, rows contiguous: a row's blocks in order. A
-            live row must have the block of its next token; of an idle one nothing is read.
-        block_size: tokens of a block.
+        context: int32 ``(n_rows,)``, contiguous: the row's tokens in the cache; 0: an idle row.
+        first_row: int64 ``(n_rows,)``, contiguous: the row of the rotary tables at position 0.
+        block_table: int32 ``(n_rows, max_blocks)``, contiguous: a row's blocks in order. A live
+            row must have the block of its next token. Entries of an idle row are not followed.
+        block_size: tokens per block.
 
     Returns:
-        ``(positions, slots, context_len)``, new and ``(n_rows,)``: int64, ``first_row + context``;
-        int64, ``block * block_size + offset``, -1 in an idle row; int32, the context with the next
-        token, 0 in an idle row. As a step of :func:`paged_attention` and ``write_kv`` takes them.
+        ``(positions, slots, context_len)``, new tensors ``(n_rows,)``, as :func:`paged_attention`
+        and :func:`write_kv` take them. ``positions``: int64, ``first_row + context``. ``slots``:
+        int64, ``block * block_size + offset``, -1 in an idle row. ``context_len``: int32, the
+        context with the next token, 0 in an idle row.
 
     Raises:
         TypeError: a dtype that is not the one above.
@@ -53,24 +54,27 @@ def end_step(
     generated: torch.Tensor,
     seen: torch.Tensor | None = None,
 ) -> None:
-    """Book the tokens that a step chose, IN PLACE, and end rows that came to a stop token.
+    """Record the sampled tokens IN PLACE, and end the rows that reached a stop token.
 
     **Changes ``tokens``, ``host_tokens``, ``context``, ``generated`` and ``seen``; returns
-    nothing.** A row is live if its ``context_len`` is more than 0. Live rows have the sampled
-    token, idle ones the pad.
+    nothing.** A row is live if its ``context_len`` is greater than 0, else idle.
+
+    The pad is written for the host only. An idle row's entry of ``tokens`` is token 0, so the
+    next step can embed it whatever the pad is.
 
     Args:
-        sampled: int64 ``(n_rows,)``, contiguous as all that follow: what ``sample_tokens`` chose.
-        status: int32 ``(n_rows,)``: its status; 0 is good.
+        sampled: int64 ``(n_rows,)``, contiguous like all that follow: the tokens that
+            :func:`sample_tokens` chose.
+        status: int32 ``(n_rows,)``: their status; 0 is good.
         context_len: int32 ``(n_rows,)``: tokens in the cache now. May be ``context`` itself.
         stop_tokens: int64 ``(n_stops,)``; a negative one stops nothing.
-        pad: int64, no dimension.
-        tokens: int64 ``(n_rows,)``. WRITTEN: each row's token.
-        host_tokens: int64 ``(n_rows,)``. WRITTEN: the token, or in a live row of another status
-            minus the status: what the host reads.
+        pad: int64, zero-dimensional; any number, in the vocabulary or not.
+        tokens: int64 ``(n_rows,)``. WRITTEN: the sampled token, or 0 in an idle row.
+        host_tokens: int64 ``(n_rows,)``, for the host to read. WRITTEN: in a live row the sampled
+            token, or ``NO_TOKEN - status`` if the status is not 0; in an idle row the pad.
         context: int32 ``(n_rows,)``. WRITTEN: ``context_len``, or 0 where the row is done.
-        generated: int32 ``(n_rows,)``. Counted up by 1, in idle rows too.
-        seen: bool ``(n_rows, n_vocab)`` or None. WRITTEN: true at each row's token.
+        generated: int32 ``(n_rows,)``. Incremented by 1, in idle rows too.
+        seen: bool ``(n_rows, n_vocab)`` or None. WRITTEN: true at each live row's token.
 
     Raises:
         TypeError: a dtype that is not the one above.
