@@ -1,8 +1,8 @@
-"""Our attention behind transformers' registries: a mask of key ranges, a function that reads it.
+"""llmfast's attention and mask functions, registered in transformers' interfaces.
 
-transformers asks the mask function once per forward and kind of mask, and passes what it returns
-to the attention function of every layer. Ours returns a :class:`KeyRanges` for the patterns that
-the kernels know; a layer that cannot use it gets from it the mask that the model had before.
+transformers calls the mask function once per forward and kind of mask, and passes the result to
+the attention function of every layer. Ours returns a :class:`KeyRanges` for the patterns that the
+kernels support. A layer that cannot use it builds the model's original mask from it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .swap import Swap, is_supported
 from .verify import MIN_VALUES, Verification, compare, oracle_dtype
 
-# The registered name says which implementation the model had, so no state is needed to find it.
+# The registered name encodes the model's original implementation, so no state is needed for it.
 NAMES = {"sdpa": "llmfast", "eager": "llmfast_eager"}
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
 
 @dataclass
 class KeyRanges:
-    """Which keys each query may attend to, without a matrix of them.
+    """The keys that each query may attend to, as ranges instead of a dense matrix.
 
-    Query i of row b stands at ``query_offset + i`` and attends the keys j with
+    Query i of row b has position ``query_offset + i`` and attends to the keys j with
     ``key_start[b] <= j < key_end[b]``, ``j <= query_offset + i`` and, with a window,
     ``j > query_offset + i - window``.
     """
@@ -47,17 +47,17 @@ class KeyRanges:
     window: int | None
     key_start: torch.Tensor | None  # int32 [B]; None: 0
     key_end: torch.Tensor | None  # int32 [B]; None: key_length
-    make_dense: Callable[[], torch.Tensor | None]  # the mask that the model had before
+    make_dense: Callable[[], torch.Tensor | None]  # builds the model's original mask
     _dense: list[torch.Tensor | None] = field(default_factory=list)
 
-    # transformers takes whatever has four dimensions for a finished mask, and straightens it
+    # transformers passes on any mask of four dimensions, after calling contiguous()
     ndim = 4
 
     def contiguous(self) -> KeyRanges:
         return self
 
     def dense(self) -> torch.Tensor | None:
-        """The mask for the model's original attention, made once for all layers."""
+        """Return the mask for the model's original attention, built once for all layers."""
         if not self._dense:
             self._dense.append(self.make_dense())
         return self._dense[0]
@@ -75,14 +75,14 @@ def make_mask(
     original: str,
     **kwargs: Any,
 ) -> Any:
-    """transformers' mask function: a :class:`KeyRanges`, or what the original one returns.
+    """Build a mask for transformers: a :class:`KeyRanges`, or the original function's result.
 
     Args:
         attention_mask: bool [B, at least the keys so far], False at padding; or None.
-        original: the implementation that the model had.
+        original: the name of the model's original implementation.
         kwargs: passed on to the original mask function.
     """
-    if isinstance(attention_mask, KeyRanges):  # made by an earlier call for the same forward
+    if isinstance(attention_mask, KeyRanges):  # built by an earlier call in the same forward
         return attention_mask
     if isinstance(q_offset, torch.Tensor):
         q_offset = q_offset.clone()  # a static cache advances its own in place, before we read it
@@ -118,9 +118,9 @@ def make_mask(
 
 
 def _causal_window(mask_function: Callable[..., Any]) -> tuple[bool, int | None]:
-    """Whether a mask function is causal with at most a sliding window, and that window.
+    """Return whether a mask function is causal with at most a sliding window, and that window.
 
-    transformers builds the windowed function anew for every mask, so it is known by its parts.
+    transformers builds a new windowed function for every mask, so its parts identify it.
     """
     if mask_function is causal_mask_function:
         return True, None
@@ -137,9 +137,9 @@ def _causal_window(mask_function: Callable[..., Any]) -> tuple[bool, int | None]
 def _padding_ranges(
     mask: torch.Tensor, kv_length: int, kv_offset: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """First valid key and the one behind the last, of each row; None if a row has holes.
+    """Return each row's first valid key and the key after its last; None if a row has holes.
 
-    Two Nones if nothing is padded. Waits for the device, as transformers' own mask does.
+    Returns two Nones if nothing is padded. Synchronizes with the device, as transformers does.
     """
     if mask.ndim != 2:
         return None
@@ -167,15 +167,15 @@ def attention(
     original: str,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """transformers' attention function: ours where it can be used, else the original.
+    """Compute attention for transformers: with our kernel where possible, else the original.
 
     Args:
         query: [B, Hq, Lq, D], rotated; key, value: [B, Hkv, Lk, D] with the cache's tokens.
         attention_mask: a :class:`KeyRanges`, or a mask for the original.
-        original: the implementation that the model had.
+        original: the name of the model's original implementation.
 
     Returns:
-        The output [B, Lq, Hq, D], contiguous, and the original's weights or None.
+        The output [B, Lq, Hq, D], contiguous, and the original's attention weights or None.
     """
     state: AttentionState | None = getattr(module, STATE, None)
     if state is not None and state.calls is not None:
@@ -190,21 +190,21 @@ def attention(
     return _run_original(original, module, query, key, value, mask, *args, **kwargs)
 
 
-STATE = "_llmfast_attention"  # the attribute under which a module carries its AttentionState
+STATE = "_llmfast_attention"  # name of the attribute that holds a module's AttentionState
 
 
 @dataclass
 class AttentionState:
-    """What a patch keeps on a module that calls the attention function."""
+    """State that a patch stores on a module that calls the attention function."""
 
     swap: Swap
-    kept: str | None = None  # why every call goes to the original
-    calls: list[Call] | None = None  # while a patch watches one forward: the calls it saw
+    kept: str | None = None  # the reason why every call runs the original
+    calls: list[Call] | None = None  # the recorded calls, while a patch watches one forward
 
 
 @dataclass
 class Call:
-    """How a module calls the attention function: all that its verification depends on."""
+    """How a module calls the attention function: everything its verification depends on."""
 
     module: nn.Module
     query_heads: int
@@ -212,13 +212,13 @@ class Call:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    window: int | None  # of the mask, which is what the original obeys
+    window: int | None  # the mask's window: the original applies the mask, not the argument
     kwargs: dict[str, Any]
-    refused: str | None  # why ours cannot take such a call
+    refused: str | None  # the reason why our kernel cannot take such a call
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Calls with the same key need one verification."""
+        """The key of the call's verification; calls with equal keys share one."""
         plain = sorted(
             (name, "tensor" if isinstance(value, torch.Tensor) else repr(value))
             for name, value in self.kwargs.items()
@@ -243,13 +243,13 @@ def _describe(
         dtype=query.dtype,
         device=query.device,
         window=mask.window if isinstance(mask, KeyRanges) else None,
-        kwargs={k: v for k, v in kwargs.items() if k in _MATTERS and v is not None},
+        kwargs={k: v for k, v in kwargs.items() if k in _RESULT_ARGUMENTS and v is not None},
         refused=refused,
     )
 
 
 # arguments that change the result; the others describe the forward (positions, use of a cache)
-_MATTERS = ("scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_bias")
+_RESULT_ARGUMENTS = ("scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_bias")
 
 
 def _why_not(
@@ -318,10 +318,10 @@ def _run_original(
 
 @torch.no_grad()
 def verify(call: Call, original: str, swap: Swap) -> Verification:
-    """Compare our attention with the original's on random tensors, for one way of calling it.
+    """Compare our attention with the original on random tensors, for one way of calling it.
 
-    A batch of a whole row, a left-padded and a right-padded one, as a prefill and as a step of
-    one token; long enough to pass the sliding window.
+    The batch has an unpadded, a left-padded and a right-padded row. It runs as a prefill and as a
+    step of one token, both long enough to exceed the sliding window.
     """
     results = [
         _verify_shape(call, original, swap, query_length, key_length)
@@ -340,11 +340,11 @@ def _verify_shape(
     call: Call, original: str, swap: Swap, query_length: int, key_length: int
 ) -> Verification:
     generator = torch.Generator().manual_seed(0)
-    # one token a row: enough rows for the values that :func:`compare` wants
+    # with one token per row, enough rows for the number of values that compare() needs
     batch = max(3, -(-MIN_VALUES // (query_length * call.query_heads * call.head_dim)) + 2)
 
     def randn(heads: int, length: int) -> torch.Tensor:
-        # contiguous tokens with their heads side by side, as the projections lay them
+        # contiguous tokens with adjacent heads, the layout that projections produce
         x = torch.randn(batch, length, heads, call.head_dim, generator=generator)
         return x.to(call.device, call.dtype).transpose(1, 2)
 
@@ -381,7 +381,7 @@ def _verify_shape(
     higher = oracle_dtype(call.dtype)
     precise = tuple(x.to(higher) for x in args)
     oracle = _run_original(original, call.module, *precise, mask.dense(), **kwargs)[0]
-    valid = padding[:, key_length - query_length :]  # a padded query's output is nobody's
+    valid = padding[:, key_length - query_length :]  # the outputs of padded queries are never used
     return compare(ours[valid], theirs.to(ours.dtype)[valid], oracle[valid])
 
 

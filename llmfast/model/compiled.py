@@ -1,7 +1,7 @@
-"""The operations as torch.compile sees them: opaque steps of known shape, no graph breaks.
+"""The operations as custom ops for torch.compile: opaque, of known shape, without graph breaks.
 
-Outside of torch.compile the functions of llmfast_kernels are called as they are; the dispatcher
-would cost each call some ten microseconds of Python.
+Outside torch.compile the functions of llmfast_kernels are called directly, because the dispatcher
+adds about ten microseconds of Python to each call.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _flash_attention(
         key_end=key_end,
         query_offset=offset if offsets is None else offsets,
     )
-    assert isinstance(output, Tensor)  # no log-sum-exp was asked for
+    assert isinstance(output, Tensor)  # no log-sum-exp was requested
     return output
 
 
@@ -116,7 +116,7 @@ def flash_attention(
     key_end: Tensor | None = None,
     query_offset: int | Tensor | None = None,
 ) -> Tensor:
-    """Causal attention, as llmfast_kernels' function of this name."""
+    """Compute causal attention; see :func:`llmfast_kernels.flash_attention`."""
     offset, offsets = query_offset, None
     if isinstance(query_offset, Tensor):
         offset, offsets = None, query_offset

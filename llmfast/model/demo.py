@@ -12,7 +12,7 @@ from .swap import Operations
 
 
 def launchers() -> Operations:
-    """The kernels' own launchers: they take CPU tensors where Triton's interpreter is on."""
+    """Return the kernels' launchers, which take CPU tensors under Triton's interpreter."""
     from llmfast_kernels.activation.kernel import (
         launch_gelu_mul,
         launch_gelu_tanh_mul,
@@ -37,8 +37,8 @@ def verify_first_block(model: PreTrainedModel, token_ids: torch.Tensor) -> Repor
     prompt is compared with the original block's, and the largest difference is noted.
 
     Args:
-        model: float32 or float16, on the CPU with Triton's interpreter on, or on a GPU. Its other
-            blocks are left out while this runs.
+        model: float32 or float16, on a GPU or on the CPU under Triton's interpreter. Its other
+            blocks are removed while this runs.
         token_ids: int64 [1, length].
     """
     backbone = model.base_model

@@ -1,7 +1,7 @@
-"""Norms and gated MLPs: recognised by what they hold, swapped by a forward on the instance.
+"""Norms and gated MLPs: matched by structure, swapped by a forward on the instance.
 
-A matcher says what a module could be; which of the candidates it is, and whether it is one at all,
-is settled by running it. No class name is looked at.
+A matcher lists the candidates for a module. Running the module decides which candidate it is, if
+any. Class names are not looked at.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Candidate:
     """One way to compute a module with an llmfast operation."""
 
     operation: str
-    what: str  # what it would be recognised as, for the report
-    width: int  # of its input's last dimension
-    # a norm's (name of its epsilon, unit_offset); a gated MLP's (gate, up, down), names of layers
+    what: str  # the description in the report
+    width: int  # size of the input's last dimension
+    # norm: (attribute name of epsilon, unit_offset); gated MLP: layer names (gate, up, down)
     roles: tuple[Any, ...]
 
     def bind(self, module: nn.Module, swap: Swap) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A forward for the instance. A partial of a function survives deepcopy and pickling."""
+        """Return a forward for the instance: a partial, which survives deepcopy and pickling."""
         if self.operation == "rms_norm":
             eps_name, unit_offset = self.roles
             return partial(_rms_norm_forward, eps_name, unit_offset, module, swap)
@@ -59,7 +59,7 @@ class Candidate:
 
 
 def norm_candidates(module: nn.Module) -> list[Candidate]:
-    """What a module with one vector of weights and an epsilon could be."""
+    """Return the candidates for a module that holds one weight vector and an epsilon."""
     if not _takes_one_tensor(module) or module._modules or module._buffers:
         return []
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
@@ -85,7 +85,7 @@ def _rms_norm_forward(
 ) -> torch.Tensor:
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     reason = why_not(module, x, weight)
-    # heads that were moved before the tokens, [B, H, L, D], are normalised as they lie in memory
+    # heads transposed to [B, H, L, D] are normalised in their memory layout, without a copy
     heads_first = x.ndim == 4 and not x.is_contiguous()
     rows = x.transpose(1, 2) if heads_first else x
     if reason is None and not has_row_stride(rows):
@@ -100,7 +100,7 @@ def _rms_norm_forward(
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is all there is to a call of it."""
+    """Return whether the module's forward takes exactly one argument."""
     return len(inspect.signature(type(module).forward).parameters) == 2  # self and x
 
 
@@ -108,10 +108,10 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 
 
 def mlp_candidates(module: nn.Module) -> list[Candidate]:
-    """What a module that holds nothing but two or three linear layers could be.
+    """Return the candidates for a module that holds only two or three linear layers.
 
-    A layer is linear if it says how many features go in and out: another library's counts, so that
-    the report can name it. Only torch's own are swapped, see :func:`foreign_layer`.
+    A layer with ``in_features`` counts as linear, also one of another library, so that the report
+    can name it. Only torch's own layers are swapped; see :func:`foreign_layer`.
     """
     if not _takes_one_tensor(module) or module._parameters or module._buffers:
         return []
@@ -134,7 +134,7 @@ def mlp_candidates(module: nn.Module) -> list[Candidate]:
 
 
 def foreign_layer(module: nn.Module) -> str | None:
-    """Which of a module's layers is not plain: quantized or wrapped by another library."""
+    """Describe a layer of the module that is quantized or wrapped by another library, if any."""
     for name, child in module.named_children():
         if hasattr(child, "in_features") and type(child) is not nn.Linear:
             return f"{name} is {type(child).__name__}, not torch.nn.Linear"
@@ -142,9 +142,9 @@ def foreign_layer(module: nn.Module) -> str | None:
 
 
 def _roles(linears: dict[str, Any]) -> Iterator[tuple[str, str | None, str]]:
-    """Which linear layer could be the gate, which the up and which the down projection.
+    """Yield the possible (gate, up, down) assignments of the linear layers.
 
-    ``up`` is None where one layer makes both halves, as in Phi-3.
+    ``up`` is None where one layer computes both halves, as in Phi-3.
     """
     if len(linears) == 3:
         for down in linears:
@@ -173,7 +173,7 @@ def _gated_mlp_forward(
     x: torch.Tensor,
 ) -> torch.Tensor:
     children = module._modules
-    # getattr by name in every call: an adapter put round a layer after the patch is followed
+    # looked up by name in every call, so that an adapter added after the patch is used
     reason = why_not(module, x, getattr(children[gate], "weight", x))
     if reason is not None:
         swap.fell_back(module, reason)
@@ -190,9 +190,9 @@ def _gated_mlp_forward(
 
 
 def probe_input(width: int, weight: torch.Tensor) -> torch.Tensor:
-    """Random rows from tiny to large: a wrong epsilon shows in the first, a wrong sum in the last.
+    """Return random rows of rising magnitude: small ones expose a wrong epsilon, large ones a sum.
 
-    Made by a generator of its own, so the process's random state is left alone.
+    Uses its own generator, so the process's random state does not change.
     """
     rows = max(8, -(-MIN_VALUES // width))
     x = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(0))
@@ -203,10 +203,10 @@ def probe_input(width: int, weight: torch.Tensor) -> torch.Tensor:
 def choose(
     module: nn.Module, candidates: list[Candidate], operations: Operations
 ) -> tuple[Candidate, Verification]:
-    """The candidate nearest to what ``module`` computes on random input, and its verification.
+    """Return the candidate closest to ``module`` on random input, and its verification.
 
-    The choice is made with the reference operations, so that only the chosen kernel is compiled.
-    The oracle is a copy of the module itself, one precision up.
+    The reference operations make the choice, so only the chosen kernel is compiled. The oracle is
+    a copy of the module itself, one precision up.
     """
     x = probe_input(candidates[0].width, next(module.parameters()))
     higher = oracle_dtype(x.dtype)

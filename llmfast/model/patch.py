@@ -32,17 +32,17 @@ _MATCHERS = {"norm": norm_candidates, "activation": mlp_candidates}
 
 @dataclass
 class Patch:
-    """What a patched model carries: enough to undo the patch, also in a copy of the model."""
+    """State of a patched model: everything needed to undo the patch, even in a copy."""
 
     report: Report
     swap: Swap
-    forwards: dict[nn.Module, Any] = field(default_factory=dict)  # that we put on instances
-    watched: list[nn.Module] = field(default_factory=list)  # have an AttentionState
-    configs: list[tuple[nn.Module, PreTrainedConfig]] = field(default_factory=list)  # the old ones
+    forwards: dict[nn.Module, Any] = field(default_factory=dict)  # our instance forwards
+    watched: list[nn.Module] = field(default_factory=list)  # modules with an AttentionState
+    configs: list[tuple[nn.Module, PreTrainedConfig]] = field(default_factory=list)  # originals
 
     def undo(self) -> None:
         for module, ours in self.forwards.items():
-            if vars(module).get("forward") is ours:  # else somebody put another over it
+            if vars(module).get("forward") is ours:  # otherwise another library replaced it
                 del module.forward
         self.undo_attention()
 
@@ -61,7 +61,7 @@ def swap_in(
     families: tuple[str, ...] = FAMILIES,
     strict: bool = False,
 ) -> Report:
-    """Swap the modules of some families for ``operations``; see :func:`llmfast.patch`."""
+    """Swap the modules of the given families for ``operations``; see :func:`llmfast.patch`."""
     refuse(model)
     started = time.perf_counter()
     swap = Swap(operations)
@@ -87,7 +87,7 @@ def swap_in(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; then each module is in the mode that it was in."""
+    """Put the model in evaluation mode for the block; restore each module's mode after it."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -142,7 +142,7 @@ def _modules(model: object) -> Iterator[nn.Module]:
 def families_of(
     ops: str | Iterable[str] | None, device: torch.device, known: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The families that ``ops`` asks for on a device."""
+    """Return the families that ``ops`` selects on a device."""
     if ops is None:
         return () if device.type == "cpu" else known
     if ops == "all":
@@ -209,10 +209,10 @@ def _why_keep(
 def _verify_module(
     module: nn.Module, candidates: list[Candidate], state: Patch
 ) -> Callable[[str, nn.Module], Entry]:
-    """Prove one module; return what to do with it and with each of its twins."""
+    """Verify one module; return the action for it and for all modules with the same key."""
     try:
         best, verification = choose(module, candidates, state.swap.given)
-    except Exception as error:  # whatever it raises, a module that cannot be verified is kept
+    except Exception as error:  # a module whose verification raises anything is kept
         return _keep(f"not verified: {_one_line(error)}")
     if not verification.holds:
         return _keep(f"not what {best.operation} computes", verification)
@@ -285,7 +285,7 @@ def _swap_attention(model: PreTrainedModel, state: Patch, families: tuple[str, .
 
 
 def _watch(model: PreTrainedModel, original: str, state: Patch) -> list[attention.Call]:
-    """Point the model's configs at our attention and see, in one small forward, who calls it."""
+    """Point the model's configs at our attention and record its calls in one small forward."""
     calls: list[attention.Call] = []
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -337,7 +337,7 @@ def _verify_call(
 
 
 def _list_the_rest(model: PreTrainedModel, state: Patch, families: tuple[str, ...]) -> None:
-    """A line for each module that holds tensors, or attends, and that nothing above spoke of."""
+    """Add an entry for every remaining module that holds tensors or computes attention."""
     listed = {entry.name for entry in state.report.entries}
     for name, module in model.named_modules():
         class_name = type(module).__name__

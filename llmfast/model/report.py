@@ -1,4 +1,4 @@
-"""What a patch did to a model: every module swapped or kept, why, and the error found."""
+"""The report of a patch: each module swapped or kept, the reason, and the measured error."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Entry:
-    """One module of the model, and what became of it."""
+    """One module of the model: swapped or kept, and why."""
 
     name: str  # dotted path in the model
     class_name: str
-    operation: str | None  # the llmfast operation it now runs; None: kept as it was
-    reason: str  # why it was kept; for a swapped one, what was recognised
-    error: float | None = None  # relative RMS error of ours against the oracle
-    own_error: float | None = None  # the same of the original module
-    expected: bool = True  # of a kind that llmfast has an operation for
+    operation: str | None  # the llmfast operation it now runs; None: kept unchanged
+    reason: str  # why it was kept; if swapped, what it was recognised as
+    error: float | None = None  # relative RMS error of our operation against the oracle
+    own_error: float | None = None  # the original module's error against the oracle
+    expected: bool = True  # llmfast has an operation for this kind of module
 
     @property
     def swapped(self) -> bool:
@@ -32,23 +32,23 @@ class Entry:
 class Report:
     """The result of :func:`llmfast.patch`. ``print`` it for a table.
 
-    ``fallbacks`` goes on counting while the model runs: how often a call of a swapped module went
-    to the original instead, by (class name, reason).
+    ``fallbacks`` keeps counting while the model runs: the calls of swapped modules that ran the
+    original instead, by (class name, reason).
     """
 
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
-    seconds: float = 0.0  # what the patch took
+    seconds: float = 0.0  # duration of the patch
 
     @property
     def swapped(self) -> int:
-        """How many modules run an llmfast operation."""
+        """The number of modules that run an llmfast operation."""
         return sum(entry.swapped for entry in self.entries)
 
     @property
     def kept(self) -> int:
-        """How many modules of a kind that llmfast has an operation for were left alone."""
+        """The number of modules that were kept although llmfast has an operation for their kind."""
         return sum(entry.expected and not entry.swapped for entry in self.entries)
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Report:
 
 
 def _groups(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries that read alike, together: what was swapped first, what is not our business last."""
+    """Group entries that read alike: swapped ones first, kinds without an operation last."""
     groups: dict[tuple[str, str | None, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.class_name, entry.operation, entry.reason), []).append(entry)

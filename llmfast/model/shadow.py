@@ -1,7 +1,7 @@
-"""A second tree of modules over a model's tensors: to be hooked, pointed elsewhere and rebuilt.
+"""A shadow: a second module tree over a model's tensors that can be hooked and rebuilt freely.
 
-The user's model is not touched by what happens to its shadow, so nothing has to be undone, and the
-two can run at the same time.
+Changes to a shadow do not affect the user's model. Nothing has to be undone, and both can run at
+the same time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def make_shadow(model: M) -> M:
-    """A copy of the module tree that shares every parameter and buffer, without llmfast's swaps.
+    """Return a copy of the module tree that shares every parameter, without llmfast's swaps.
 
-    Parameters added, replaced or loaded in the original are those of the shadow too; modules that
-    hold nothing but buffers are copied, since some change them when called. Hooks of the user are
-    kept. A forward that another library put on an instance is kept; the caller must decide
-    whether it can run with it (:func:`has_foreign_forward`).
+    The copy shares the dictionaries of parameters and buffers, so later changes to the original
+    show in it. Modules that hold only buffers are copied, because some change them when called.
+    User hooks are kept, and so is an instance forward of another library; the caller decides
+    whether it can run with that (:func:`has_foreign_forward`).
     """
     configs: dict[int, Any] = {}
     twins: dict[nn.Module, nn.Module] = {}
@@ -34,7 +34,7 @@ def make_shadow(model: M) -> M:
         if module in twins:
             return twins[module]
         if module._buffers and not module._parameters and not module._modules:
-            # a rotary embedding may replace its frequencies in a forward
+            # a rotary embedding may replace its frequencies during a forward
             twins[module] = copy.deepcopy(module)
             return twins[module]
         twin = twins[module] = object.__new__(type(module))
@@ -59,7 +59,7 @@ def make_shadow(model: M) -> M:
 
 
 def point_attention(shadow: nn.Module, names: dict[str, str]) -> None:
-    """Give the configs of a shadow another implementation of attention: ``names[today's]``."""
+    """Set the attention implementation of a shadow's configs to ``names[current]``."""
     for module in shadow.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and config._attn_implementation in names:
@@ -67,17 +67,17 @@ def point_attention(shadow: nn.Module, names: dict[str, str]) -> None:
 
 
 def has_foreign_forward(model: nn.Module) -> bool:
-    """Whether another library overrode a forward on an instance (offloading, for one)."""
+    """Return whether another library overrode a forward on an instance (offloading, say)."""
     swapped = set(_overridden(model))
     return any("forward" in vars(m) and m not in swapped for m in model.modules())
 
 
-PATCH = "_llmfast_patch"  # the attribute under which a model carries its patch
+PATCH = "_llmfast_patch"  # name of the attribute that holds a model's patch
 _OURS = {PATCH, attention.STATE, "generate"}
 
 
 def _overridden(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward is the one that a patch of ours gave them."""
+    """Return the modules whose forward was set by our patch."""
     state = vars(model).get(PATCH)
     forwards = {} if state is None else state.forwards
     return [module for module, ours in forwards.items() if vars(module).get("forward") is ours]

@@ -1,9 +1,9 @@
-"""What the decoder layers of a model are made of, found by watching one forward.
+"""Describe the parts of a model's decoder layers by watching one forward.
 
-Modules are told apart by what they hold and by when they are called: the linear layers before
-the call of attention make queries, keys and values, the one after it is the output projection, and
-so on. Names of classes and attributes are not looked at. What is concluded here is a guess that a
-verification has to confirm.
+Modules are identified by their contents and by the order of their calls: the linear layers before
+attention compute queries, keys and values, the one after it is the output projection, and so on.
+Names of classes and attributes are not looked at. The description is a guess; verification
+confirms it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from . import attention, shadow
 from .modules import Candidate, attributes, choose, mlp_candidates, norm_candidates
 from .swap import Operations, Swap
 
-TOKENS = 80  # of the watched forward, past a block of the cache; more where a layer is narrow
+TOKENS = 80  # tokens of the watched forward, more than a cache block; narrow layers take more
 
 
 class NotTraced(Exception):
-    """Why a model or a layer cannot be described: one line."""
+    """Raised if a model or layer cannot be described; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Norm:
 
 @dataclass
 class Rotary:
-    """A call of a rotary module: ``module(x, position_ids, *args, **kwargs)`` gave these tables."""
+    """A call ``module(x, position_ids, *args, **kwargs)`` of a rotary module, and its tables."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -55,20 +55,20 @@ class Rotary:
 
 @dataclass
 class Layer:
-    """The parts of a decoder layer in the order of their calls, and what it was called with."""
+    """The parts of a decoder layer in the order of their calls, and the layer's arguments."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: torch.Tensor
     call: attention.Call
-    qkv: list[nn.Linear]  # three layers, or one that makes all
+    qkv: list[nn.Linear]  # three layers, or one merged
     out: nn.Linear
     before: list[Norm]  # before the first linear layer
-    heads: list[Norm]  # between the projections and attention: of q and of k
+    heads: list[Norm]  # between projections and attention: for q and for k
     between: list[Norm]  # between the output projection and the MLP
     after: list[Norm]  # after the MLP
-    gate: list[nn.Linear]  # gate and up, or one that makes both
+    gate: list[nn.Linear]  # gate and up, or one merged
     down: nn.Linear
     activation: str  # the operation: silu_mul, ...
     rotary: Rotary | None
@@ -76,12 +76,12 @@ class Layer:
 
 @dataclass
 class Trace:
-    """A model's layers; the modules are those of a shadow, whose tensors are the model's."""
+    """A model's layers. The modules belong to a shadow, which shares the model's tensors."""
 
     shadow: PreTrainedModel
     layers: list[Layer]
     final_norm: tuple[nn.Module, Norm] | None  # called right after the last layer
-    rotaries: list[Rotary]  # no two the same
+    rotaries: list[Rotary]  # distinct
 
 
 @dataclass
@@ -98,19 +98,19 @@ def trace(model: PreTrainedModel, operations: Operations) -> Trace:
 
     Args:
         model: in evaluation mode; not changed.
-        operations: the operations to verify its norms and gated MLPs with.
+        operations: the operations that norms and gated MLPs are verified with.
 
     Raises:
-        NotTraced: the model, or one of its layers, is not made of what can be described.
+        NotTraced: the model or one of its layers has parts that cannot be described.
     """
     return _describe(*_watch(model, operations), operations)
 
 
 def trace_attention(model: PreTrainedModel) -> tuple[PreTrainedModel, list[attention.Call]]:
-    """A shadow of ``model``, and how each of its modules calls attention, in their order.
+    """Return a shadow of ``model`` and the attention calls of its modules, in order.
 
     Raises:
-        NotTraced: a call is one that ours cannot take, or a module calls more than once.
+        NotTraced: our kernel cannot take a call, or a module calls attention more than once.
     """
     twin, events = _watch(model, Operations())
     calls = [event for event in events if isinstance(event, attention.Call)]
@@ -147,7 +147,7 @@ def _watch(model: PreTrainedModel, operations: Operations) -> tuple[PreTrainedMo
         for handle in handles:
             handle.remove()
         for module in twin.modules():
-            vars(module).pop(attention.STATE, None)  # so that calls go to the original from here
+            vars(module).pop(attention.STATE, None)  # later calls run the original
     return twin, events
 
 
@@ -273,7 +273,7 @@ def _describe_layer(
 def _gated_mlp(
     layer: nn.Module, linears: list[nn.Linear], known: dict[Any, Any], operations: Operations
 ) -> tuple[list[nn.Linear], nn.Linear, str]:
-    """Which of the linear layers are gate and up, which is down, and what is between them."""
+    """Return the gate and up layers, the down layer, and the activation between them."""
     for module in layer.modules():
         children = module._modules
         if {c for c in children.values() if c in linears} != set(linears):
@@ -301,7 +301,7 @@ def _choose(
     if key not in known:
         try:
             best, verification = choose(module, candidates, operations)
-        except Exception as error:  # whatever it raises, it is not what we know
+        except Exception as error:  # a module that raises is not one of the candidates
             raise NotTraced(f"{type(module).__name__}: {type(error).__name__}") from error
         if not verification.holds:
             raise NotTraced(f"{type(module).__name__} is not what {best.operation} computes")
@@ -311,7 +311,7 @@ def _choose(
 
 
 def _rotary_of(enter: _Event, rotaries: list[Rotary]) -> Rotary | None:
-    """The rotary module whose tables the layer was given."""
+    """Return the rotary call whose tables the layer received."""
     given = [v for v in (*enter.args, *enter.kwargs.values()) if _is_pair(v)]
     for rotary in rotaries:
         if any(pair[0] is rotary.tables[0] for pair in given):
@@ -328,7 +328,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _rest(event: _Event) -> dict[str, Any]:
-    """The arguments of a rotary module besides x and position_ids, which are its first two."""
+    """Return a rotary module's keyword arguments other than x and position_ids."""
     first = list(inspect.signature(type(event.module).forward).parameters)[1:3]
     return {name: value for name, value in event.kwargs.items() if name not in first}
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 MIN_VALUES = 4096  # output values that one verification compares at least
-RELATIVE = 2.0  # ours may err this many times as much as the original
-FLOOR_EPS = 4.0  # or this many machine epsilons of the model's dtype, whichever is larger
+RELATIVE = 2.0  # largest allowed ratio of our error to the original's
+FLOOR_EPS = 4.0  # an error of this many machine epsilons of the model's dtype always passes
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Relative RMS errors against the oracle, and whether ours may stand for the original."""
+    """Relative RMS errors against the oracle, and the limit for ours."""
 
     error: float  # ours
     own_error: float  # the original's
@@ -77,7 +77,7 @@ def compare(ours: torch.Tensor, original: torch.Tensor, oracle: torch.Tensor) ->
     if ours.numel() < MIN_VALUES:
         raise ValueError(f"verify: at least {MIN_VALUES} values wanted, got {ours.numel()}")
     own = relative_rms(original, oracle)
-    # a float64 model of transformers computes its norms in float32 all the same
+    # a float64 model of transformers still computes its norms in float32
     dtype = torch.float32 if ours.dtype == torch.float64 else ours.dtype
     limit = max(RELATIVE * own, FLOOR_EPS * torch.finfo(dtype).eps)
     return Verification(relative_rms(ours, oracle), own, limit)
