@@ -57,8 +57,13 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """List the public names, whether or not they have been imported."""
+    return sorted((*__all__, "__version__"))
+
+
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers take seconds."""
+    """Import a public name on first use: torch and transformers take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'llmfast' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)
