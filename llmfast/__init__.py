@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .engine.request import CompletionOutput, RequestOutput
     from .engine.sampling_params import SamplingParams, StructuredOutputsParams
-    from .model.load import Loaded, load
+    from .loading.load import Loaded, load
     from .model.report import Report
     from .patching import patch, patched, unpatch
-    from .quantization.checkpoint import save_quantized
-    from .quantization.driver import Quantized, quantize
+    from .quantization.driver import quantize
+    from .quantization.save import save_quantized
     from .runner.warmup import warmup
+    from .weights.quantized import Quantized
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,17 +42,17 @@ _HOMES = {
     "AsyncLLM": ".engine.async_llm",
     "LLM": ".engine.llm",
     "CompletionOutput": ".engine.request",
-    "Loaded": ".model.load",
-    "Quantized": ".quantization.driver",
+    "Loaded": ".loading.load",
+    "Quantized": ".weights.quantized",
     "Report": ".model.report",
     "RequestOutput": ".engine.request",
     "SamplingParams": ".engine.sampling_params",
     "StructuredOutputsParams": ".engine.sampling_params",
-    "load": ".model.load",
+    "load": ".loading.load",
     "patch": ".patching",
     "patched": ".patching",
     "quantize": ".quantization.driver",
-    "save_quantized": ".quantization.checkpoint",
+    "save_quantized": ".quantization.save",
     "unpatch": ".patching",
     "warmup": ".runner.warmup",
 }

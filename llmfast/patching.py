@@ -16,10 +16,10 @@ from .model.patch import evaluating, families_of, refuse, swap_in, swap_out
 from .model.report import Report
 from .model.swap import Operations
 from .model.trace import NotTraced
-from .quantization.attached import detach
-from .quantization.choice import choose_weights
-from .quantization.driver import Quantized
-from .quantization.released import reacquire
+from .quantization.select import select_weights
+from .weights.model_weights import detach
+from .weights.packed_linear import restore_dense
+from .weights.quantized import Quantized
 
 GENERATE = "generate"
 
@@ -87,7 +87,7 @@ def patch(
     modules = tuple(family for family in wanted if family in MODULES)
     with torch.inference_mode(False):  # what is made here outlives the mode
         try:
-            attached = choose_weights(model, weights, group_size, method, calibration)
+            attached = select_weights(model, weights, group_size, method, calibration)
             report = swap_in(model, Operations(), families=modules, strict=strict)
             report.notes += attached
             if GENERATE in wanted:
@@ -138,7 +138,7 @@ def unpatch(model: PreTrainedModel) -> None:
     swap_out(model)
     detach(model)  # first, so that nothing is dequantized only to be replaced
     give_back(model)
-    reacquire(model)  # of a copy, which has no runner
+    restore_dense(model)  # of a copy, which has no runner
 
 
 @contextmanager

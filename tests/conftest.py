@@ -20,7 +20,7 @@ def device() -> torch.device:
 def embedded():  # type: ignore[no-untyped-def]
     """In float32 on the CPU. A test that changes the model must change it back, or deepcopy it."""
     import llmfast
-    from llmfast.model.embedded import INSTALL, embedded_model_path
+    from llmfast.loading.embedded import INSTALL, embedded_model_path
 
     if embedded_model_path() is None:
         pytest.skip(f"the embedded model is not installed: {INSTALL}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..model.embedded import INSTALL, embedded_model_path
+from ..loading.embedded import INSTALL, embedded_model_path
 
 PACKAGES = ("torch", "triton", "transformers", "gguf")
 MISSING = "not installed"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..measure.quality import Progress, Quality
     from ..measure.results import Run
     from ..model.report import Report
-    from ..quantization.driver import Quantized
+    from ..weights.quantized import Quantized
 
 EMBEDDED_NAME = "smollm2-135m"
 WEIGHTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -230,9 +230,9 @@ def _twin(model: Any, apart: bool = False) -> Any:
 
 def _put(model: Any, found: Quantized) -> None:
     """Give the model's parameters the dequantized values, for good."""
-    from ..quantization.driver import replaced_by
+    from ..weights.model_weights import replacements
 
-    for _, parameter, make in replaced_by("eval", model, found):
+    for _, parameter, make in replacements("eval", model, found):
         parameter.data = make()
 
 
@@ -322,9 +322,9 @@ def _slug(name: str | None) -> str:
 
 
 def _weights(model: Any) -> str:
-    from ..quantization.attached import is_rounded, label_of, weights_of
+    from ..weights.model_weights import is_requantizable, label_of, quantized_weights_of
 
-    if is_rounded(model) and (carried := weights_of(model)):
+    if not is_requantizable(model) and (carried := quantized_weights_of(model)):
         return label_of(carried)
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
     return WEIGHTS.get(name, name)

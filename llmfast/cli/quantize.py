@@ -13,7 +13,8 @@ from ..errors import UserError
 from . import ui
 
 if TYPE_CHECKING:
-    from ..quantization.driver import Progress, Quantized
+    from ..quantization.driver import Progress
+    from ..weights.quantized import Quantized
 
 # the options that quantize and eval share
 WEIGHTS = typer.Option(metavar="int4|int8", help="What to round the linear layers to.")
@@ -70,9 +71,9 @@ class Choice:
             UserError: a model without decoder layers.
         """
         from ..quantization.driver import WEIGHTS
-        from ..quantization.forecast import forecast
+        from ..quantization.estimate import estimate
 
-        return forecast(
+        return estimate(
             model,
             bits=WEIGHTS[self.weights],
             group_size=self.group_size or None,
@@ -97,9 +98,9 @@ class Choice:
         import llmfast
 
         from ..measure.texts import read_text
-        from ..quantization.attached import is_rounded
+        from ..weights.model_weights import is_requantizable
 
-        if is_rounded(model):
+        if not is_requantizable(model):
             raise UserError("the model has quantized weights already; give the one they came from")
         ids = None
         if self.method != "nearest":
@@ -173,7 +174,7 @@ def quantize_command(
             step(what, done, total)
 
         found = choice.find(loaded.model, loaded.tokenizer, tell, work)
-    for name, why in found.plain.items():
+    for name, why in found.fallbacks.items():
         ui.note(f"{name}: {why}")
     with ui.progress(f"Writing {out}"):
         import llmfast

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..model.load import Loaded
+    from ..loading.load import Loaded
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended: 128 + SIGINT
 CLOSED_PIPE = 141  # 128 + SIGPIPE

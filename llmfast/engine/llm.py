@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..model.load import load
+from ..loading.load import load
 from ..model.patch import refuse
-from ..quantization.attached import detach
-from ..quantization.choice import choose_weights
-from ..quantization.driver import Quantized
+from ..quantization.select import select_weights
 from ..runner.cache import BLOCK_SIZE
+from ..weights.model_weights import detach
+from ..weights.quantized import Quantized
 from .block_manager import BlockManager
 from .chunking import chunk_sizer_of
 from .core import EngineCore
@@ -120,7 +120,7 @@ class LLM(EngineCore):
             )
         try:
             refuse(model)
-            choose_weights(model, weights, group_size)
+            select_weights(model, weights, group_size)
         except UserError as error:
             raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
         self._rounded = None if weights is None else model

@@ -13,7 +13,7 @@ import torch
 from ..engine.llm import LLM
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
-from ..model.embedded import INSTALL, embedded_model_path
+from ..loading.embedded import INSTALL, embedded_model_path
 
 CLOCKED_STEPS = 50  # in a workload of a hundred tokens or more nobody ends in so many
 TRACED_STEPS = 200
@@ -138,8 +138,8 @@ class Text:
     """
 
     def __init__(self) -> None:
-        from ..model.gguf_file import GgufFile
-        from ..model.gguf_tokenizer import load_tokenizer
+        from ..loading.gguf_file import GgufFile
+        from ..loading.gguf_tokenizer import load_tokenizer
 
         path = embedded_model_path()
         if path is None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
-from ..quantization.attached import label_of, weights_of
+from ..weights.model_weights import label_of, quantized_weights_of
 from .record import make_row
 from .results import CEILING_CASE, Row, format_case
 from .shapes import DTYPE_NAMES, Source
@@ -194,7 +194,7 @@ def measure_decode(
     prompts = {case: _prompts(model, case) for case in cases}
     with _taken_over(model, weights) as takeover:
         if takeover.blocks is not None and takeover.blocks.packed_bytes:
-            found.packed = label_of(weights_of(model) or {})
+            found.packed = label_of(quantized_weights_of(model) or {})
         for case in cases:
             say(f"{case}: llmfast")
             with _noting(found, OURS, case):

@@ -18,7 +18,7 @@ from ..engine.llm import LLM
 from ..engine.request import RequestOutput
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
-from ..quantization.attached import label_of, weights_of
+from ..weights.model_weights import label_of, quantized_weights_of
 from .busy import Observed, Text, observe
 from .decode import OURS, Measured, Progress
 from .record import make_row
@@ -375,7 +375,7 @@ def options_for(longest: int, given: dict[str, Any] | None) -> dict[str, Any]:
 def label_weights(found: Measured, model: Any, options: dict[str, Any] | None) -> None:
     """Name the weights that an engine was asked to round, in cases that are added from now on."""
     if (options or {}).get("weights"):
-        found.model["weights"] = label_of(weights_of(model) or {})
+        found.model["weights"] = label_of(quantized_weights_of(model) or {})
 
 
 def vocabulary_of(model: Any) -> int:

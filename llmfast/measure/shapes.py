@@ -138,7 +138,7 @@ class Source:
         if self.shape is not None:
             model = random_model(self.shape, device, dtype)
         else:
-            from ..model.load import load
+            from ..loading.load import load
 
             model = load(self.model, device=device, dtype=dtype).model
         from transformers import GenerationConfig

@@ -1,1 +1,1 @@
-"""Hugging Face modules: load, match, verify, swap, restore."""
+"""Hugging Face modules: match, verify, swap, restore."""

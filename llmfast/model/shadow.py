@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..errors import UserError
 from . import attention
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,3 +82,9 @@ def _overridden(model: nn.Module) -> list[nn.Module]:
     state = vars(model).get(PATCH)
     forwards = {} if state is None else state.forwards
     return [module for module, ours in forwards.items() if vars(module).get("forward") is ours]
+
+
+def check_unpatched(what: str, model: nn.Module) -> None:
+    """Raise UserError, beginning with ``what``, if ``llmfast.patch`` has changed the model."""
+    if PATCH in vars(model):  # it may compute with merged copies of its weights
+        raise UserError(f"{what}: the model is patched; call llmfast.unpatch(model) first")

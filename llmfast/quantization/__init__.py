@@ -1,1 +1,1 @@
-"""Weights in 4 or 8 bits: the neutral form, checkpoint formats, and methods that find the codes."""
+"""Quantization: methods that find codes, the driver over a model's layers, and saving."""

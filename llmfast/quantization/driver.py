@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..model.shadow import PATCH
+from ..model.shadow import check_unpatched
+from ..weights.model_weights import replacements
+from ..weights.quantized import Quantized, QuantizedWeight
 from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
-from .folds import Fold, find_folds
 from .methods import (
     AwqSettings,
     GptqSettings,
@@ -24,36 +23,16 @@ from .methods import (
     awq_round,
     awq_scales,
     gptq,
-    nearest,
+    round_to_nearest,
 )
-from .weights import QuantizedWeight
-from .work import WorkFolder, fingerprint_of
+from .resume import WorkFolder, fingerprint_of
+from .scale_folding import ScaleFold, find_scale_folds
 
 WEIGHTS = {"int4": 4, "int8": 8}
 METHODS = ("nearest", "gptq", "awq")
 PROBE_TOKENS = 32  # of the forward on which AWQ's folds are verified
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What became of a model's weights.
-
-    ``weights``: the quantized weights by the name of their linear layer. ``folded``: other
-    parameters that have to be replaced along with them, by name (AWQ: norms, biases). ``plain``:
-    linear layers for which the method could not do all of its work, each with what and why.
-    """
-
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    folded: dict[str, torch.Tensor] = field(default_factory=dict)
-    plain: dict[str, str] = field(default_factory=dict)
-
-    def add(self, prefix: str, layer: Quantized) -> None:
-        """Take over what became of the layer ``prefix``, whose names are within the layer."""
-        self.weights.update({f"{prefix}.{name}": w for name, w in layer.weights.items()})
-        self.folded.update({f"{prefix}.{name}": value for name, value in layer.folded.items()})
-        self.plain.update({f"{prefix}.{name}": why for name, why in layer.plain.items()})
 
 
 @torch.no_grad()
@@ -146,7 +125,7 @@ def _rounded(
         found = None if finished is None else finished.load(index, torch.device("cpu"))
         if found is None:
             parts = linears(layer).items()
-            found = Quantized({name: nearest(part.weight, scheme) for name, part in parts})
+            found = Quantized({name: round_to_nearest(part.weight, scheme) for name, part in parts})
             if finished is not None:
                 finished.save(index, found)
         yield found
@@ -189,7 +168,7 @@ def _calibrated(
             if method == "gptq":
                 found = _gptq_layer(layer, statistics, scheme, gptq_settings)
             else:
-                folds = find_folds(layer, probe.hidden, probe.calls[index])
+                folds = find_scale_folds(layer, probe.hidden, probe.calls[index])
                 found = _awq_layer(layer, folds, statistics, scheme, awq_settings)
             del statistics
             if finished is not None:
@@ -215,45 +194,8 @@ def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
         yield
 
 
-def replaced_by(
-    what: str, module: nn.Module, found: Quantized
-) -> list[tuple[str, nn.Parameter, Callable[[], torch.Tensor]]]:
-    """The parameters of ``module`` that ``found`` replaces: name, parameter, and a function that
-    makes the new value, in the parameter's dtype and on its device.
-
-    Raises:
-        UserError: a name or a shape that is not the module's; it begins with ``what``.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    result: list[tuple[str, nn.Parameter, Callable[[], torch.Tensor]]] = []
-    for layer, w in found.weights.items():
-        parameter = _parameter(what, parameters, f"{layer}.weight", w.shape)
-        result.append((f"{layer}.weight", parameter, partial(_dequantized, w, parameter)))
-    for name, value in found.folded.items():
-        parameter = _parameter(what, parameters, name, tuple(value.shape))
-        result.append((name, parameter, partial(value.to, parameter, copy=True)))
-    return result
-
-
-def _dequantized(w: QuantizedWeight, parameter: nn.Parameter) -> torch.Tensor:
-    return w.to(parameter.device).dequantize(parameter.dtype)
-
-
 def _values(what: str, module: nn.Module, found: Quantized) -> dict[nn.Parameter, torch.Tensor]:
-    return {parameter: make() for _, parameter, make in replaced_by(what, module, found)}
-
-
-def _parameter(
-    what: str, parameters: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]
-) -> nn.Parameter:
-    parameter = parameters.get(name)
-    if parameter is None:
-        raise UserError(f"{what}: the model has no parameter {name!r}")
-    if tuple(parameter.shape) != shape:
-        raise UserError(
-            f"{what}: {name!r} has shape {tuple(parameter.shape)} in the model; got {shape}"
-        )
-    return parameter
+    return {parameter: make() for _, parameter, make in replacements(what, module, found)}
 
 
 @contextmanager
@@ -292,14 +234,14 @@ def _gptq_layer(
         if name in weights:
             found.weights[name] = weights[name]
         else:
-            found.weights[name] = nearest(part.weight, scheme)
-            found.plain[name] = "no token of the calibration reached it"
+            found.weights[name] = round_to_nearest(part.weight, scheme)
+            found.fallbacks[name] = "no token of the calibration reached it"
     return found
 
 
 def _awq_layer(
     layer: nn.Module,
-    folds: list[Fold],
+    folds: list[ScaleFold],
     statistics: dict[str, InputStatistics],
     scheme: Scheme,
     settings: AwqSettings | None,
@@ -329,21 +271,17 @@ def _awq_layer(
                 found.folded[full] = fold.divided(name, before, s).to(parameter.dtype)
     for name, weight in weights.items():
         if name not in statistics:
-            found.weights[name] = nearest(weight, scheme)
-            found.plain[name] = "no token of the calibration reached it"
+            found.weights[name] = round_to_nearest(weight, scheme)
+            found.fallbacks[name] = "no token of the calibration reached it"
             continue
         found.weights[name] = awq_round(
             weight, statistics[name], scheme, settings, scales=scales.get(name)
         )
         if name not in scales:
-            found.plain[name] = "clipped only: no module before it takes the inverse of the scales"
+            found.fallbacks[name] = (
+                "clipped only: no module before it takes the inverse of the scales"
+            )
     return found
-
-
-def check_unpatched(what: str, model: nn.Module) -> None:
-    """Raise UserError, beginning with ``what``, if ``llmfast.patch`` has changed the model."""
-    if PATCH in vars(model):  # it may compute with merged copies of its weights
-        raise UserError(f"{what}: the model is patched; call llmfast.unpatch(model) first")
 
 
 def _check_model(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
-from .weights import FLOATS, QuantizedWeight, check_bits, check_group_size
+from ..weights.quantized import FLOATS, QuantizedWeight, check_bits, check_group_size
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class InputStatistics:
         return self._magnitude / max(self.tokens, 1)
 
 
-def nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
+def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round each weight ``[n, k]`` to the nearest code; scales from each group's extremes.
 
     Symmetric: the largest magnitude stands half a step beyond the last code. With zero points:
@@ -314,11 +314,11 @@ def awq_scales(
     gram = statistics.gram.to(device)
     w = torch.cat(checked)
     # rows are rounded each by itself, so the layers can be tried as one
-    best, least = torch.ones(k, device=device), _output_error(w, nearest(w, scheme), gram)
+    best, least = torch.ones(k, device=device), _output_error(w, round_to_nearest(w, scheme), gram)
     for alpha in settings.alphas:
         s = magnitude.clamp(min=1e-4) ** alpha
         s /= (s.max() * s.min()).sqrt()
-        rounded = nearest(w * s, scheme).dequantize() / s
+        rounded = round_to_nearest(w * s, scheme).dequantize() / s
         error = _squared_error(w - rounded, gram)
         if error < least:
             best, least = s, error

@@ -19,7 +19,7 @@ from llmfast_kernels.norm import reference as norm
 from llmfast_kernels.rope.reference import rope_write_kv_reference
 
 from ..model.trace import Norm
-from ..quantization.packed import PackedWeight
+from ..weights.packed import PackedWeight
 from .cache import PagedCache
 from .rope import RopeTable
 from .step import Step

@@ -21,8 +21,8 @@ from ..model.verify import (
     precise_copy,
     relative_rms,
 )
-from ..quantization.packed import PackedWeight, side_by_side
-from ..quantization.weights import QuantizedWeight
+from ..weights.packed import PackedWeight, side_by_side
+from ..weights.quantized import QuantizedWeight
 from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
 from .cache import BLOCK_SIZE, PagedCache
 from .merge import MergedLinears

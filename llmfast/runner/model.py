@@ -14,9 +14,9 @@ from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
 from ..model.verify import Verification
-from ..quantization.attached import packed_weights_of
-from ..quantization.released import reacquire, release
-from ..quantization.weights import QuantizedWeight
+from ..weights.model_weights import weights_to_pack
+from ..weights.packed_linear import offload_dense, restore_dense
+from ..weights.quantized import QuantizedWeight
 from .blocks import BlockOperations, Linear, Run
 from .build import Blocks, build_blocks
 from .cache import PagedCache
@@ -78,9 +78,9 @@ def make_step_model(model: PreTrainedModel) -> StepModel:
     Raises:
         NotTraced: neither computes what the model does.
     """
-    reacquire(model)
+    restore_dense(model)
     try:
-        blocks = BlockModel(model, weights=packed_weights_of(model, model.device))
+        blocks = BlockModel(model, weights=weights_to_pack(model, model.device))
         if model.device.type in RELEASED:
             blocks.release()
         return blocks
@@ -159,10 +159,10 @@ class BlockModel:
 
     def release(self) -> None:
         """Give back the user's dense weights that packed ones stand for, until :meth:`restore`."""
-        release(self._users, self.built.parts, self._weights)
+        offload_dense(self._users, self.built.parts, self._weights)
 
     def restore(self) -> None:
-        reacquire(self._users)
+        restore_dense(self._users)
         self.built.restore()
 
     def describe(self) -> str:

@@ -14,7 +14,7 @@ import llmfast
 from llmfast.cli import demo, interpreted, ui
 from llmfast.cli.main import app
 from llmfast.errors import UserError
-from llmfast.model.embedded import INSTALL, embedded_model_path
+from llmfast.loading.embedded import INSTALL, embedded_model_path
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import llmfast
 from llmfast.cli import env
 from llmfast.cli.main import app
-from llmfast.model.embedded import INSTALL, embedded_model_path
+from llmfast.loading.embedded import INSTALL, embedded_model_path
 from llmfast.model.patch import MIN_CAPABILITY
 
 

@@ -24,7 +24,7 @@ from llmfast.cli import generate, ui
 from llmfast.cli.main import app
 from llmfast.cli.stream import TextStream
 from llmfast.errors import UserError
-from llmfast.model.embedded import INSTALL, embedded_model_path
+from llmfast.loading.embedded import INSTALL, embedded_model_path
 
 CONTEXT = 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

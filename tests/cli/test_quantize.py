@@ -12,8 +12,8 @@ from llmfast.cli.main import app
 from llmfast.cli.quantize import Choice
 from llmfast.errors import UserError
 from llmfast.measure.results import parse_case, read
-from llmfast.quantization.attached import weights_of
 from llmfast.quantization.driver import quantize, simulate
+from llmfast.weights.model_weights import quantized_weights_of
 from tiny_models import make, tokens
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
@@ -56,11 +56,11 @@ def test_a_folder_is_quantized_and_loads(method, folder, capsys):
     loaded = llmfast.load(out, device="cpu").model
     with simulate(model, found):
         assert torch.equal(logits(loaded), logits(model))
-    assert len(weights_of(loaded)) == 14
+    assert len(quantized_weights_of(loaded)) == 14
 
 
 def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
-    from llmfast.quantization import checkpoint
+    from llmfast.quantization import save
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -69,7 +69,7 @@ def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
     work = folder.with_name(".out.work")
     command = ("quantize", folder, "--out", out, "--group-size", "32", "--device", "cpu")
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(save, "save_file", full)
         code, stdout, err = run(capsys, *command)
     assert code == 2 and stdout == "" and not out.exists()
     assert err.splitlines()[-1].endswith("cannot be written: No space left on device")

@@ -13,8 +13,8 @@ from llmfast.errors import UserError
 from llmfast.quantization import driver
 from llmfast.quantization.decoder import capture, decoder_layers, gathering, linears, run_layer
 from llmfast.quantization.driver import quantize, simulate
-from llmfast.quantization.folds import find_folds
-from llmfast.quantization.methods import GptqSettings, Scheme, gptq, nearest
+from llmfast.quantization.methods import GptqSettings, Scheme, gptq, round_to_nearest
+from llmfast.quantization.scale_folding import find_scale_folds
 
 METHODS = ["nearest", "gptq", "awq"]
 IDS = tiny_models.tokens(8, 64)
@@ -95,10 +95,10 @@ def test_nearest_is_nearest_of_every_weight():
     model = tiny_models.make()
     found = quantize(model, weights="int8", group_size=None)
     for name, w in found.weights.items():
-        plain = nearest(model.get_submodule(name).weight, Scheme(8, None))
+        plain = round_to_nearest(model.get_submodule(name).weight, Scheme(8, None))
         assert torch.equal(w.codes, plain.codes) and torch.equal(w.scales, plain.scales)
         assert w.bits == 8 and w.group_size == w.shape[1]
-    assert not found.folded and not found.plain
+    assert not found.folded and not found.fallbacks
 
 
 def test_gptq_is_better_than_nearest():
@@ -151,7 +151,7 @@ def test_what_awq_can_fold(kind: str, dtype: torch.dtype):
     before = state(model)
     _, layers = decoder_layers(model)
     captured = capture(model, layers, IDS[:1, :32])
-    folds = find_folds(layers[0], captured.hidden, captured.calls[0])
+    folds = find_scale_folds(layers[0], captured.hidden, captured.calls[0])
     short = [
         (tuple(name.split(".")[-1] for name in fold.consumers), fold.producer.split(".")[-1])
         for fold in folds
@@ -185,8 +185,8 @@ def test_awq_without_rounding_is_the_same_model(kind: str):
 
 def test_awq_says_what_it_could_only_clip():
     found = quantize(tiny_models.make("Phi3"), method="awq", group_size=32, calibration=IDS)
-    assert {name.split(".")[-1] for name in found.plain} == {"o_proj", "down_proj"}
-    assert all("inverse of the scales" in why for why in found.plain.values())
+    assert {name.split(".")[-1] for name in found.fallbacks} == {"o_proj", "down_proj"}
+    assert all("inverse of the scales" in why for why in found.fallbacks.values())
 
 
 def test_a_text_is_cut_into_sequences():

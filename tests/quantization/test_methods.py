@@ -12,7 +12,7 @@ from llmfast.quantization.methods import (
     awq_round,
     awq_scales,
     gptq,
-    nearest,
+    round_to_nearest,
 )
 
 N, K, TOKENS = 24, 256, 1024
@@ -55,7 +55,7 @@ def test_statistics_are_means_over_tokens():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_nearest_is_no_code_away_from_the_best(bits, group_size, symmetric):
     w = weight()
-    q = nearest(w, Scheme(bits, group_size, symmetric))
+    q = round_to_nearest(w, Scheme(bits, group_size, symmetric))
     assert q.bits == bits and q.group_size == (group_size or K) and q.symmetric == symmetric
     assert q.scales.dtype == torch.float16
     scales = q.scales.double()[:, q.group_of_input()]
@@ -74,9 +74,9 @@ def test_nearest_scales_are_the_groups_extremes():
     w = torch.zeros(2, 64)
     w[0, :32] = torch.linspace(-7.5, 3, 32)
     w[0, 32:] = torch.linspace(-1, 2.75, 32)
-    sym = nearest(w, Scheme(4, 32))
+    sym = round_to_nearest(w, Scheme(4, 32))
     assert sym.scales[0].tolist() == [1.0, torch.tensor(2.75 / 7.5).half().item()]
-    asym = nearest(w, Scheme(4, 32, symmetric=False))
+    asym = round_to_nearest(w, Scheme(4, 32, symmetric=False))
     assert asym.scales[0].tolist() == [torch.tensor(10.5 / 15).half().item(), 0.25]
     assert asym.zeros is not None and asym.zeros[0].tolist() == [11, 4]
     assert bool((asym.dequantize()[1] == 0).all())  # a group of zeros stays zero
@@ -86,7 +86,7 @@ def test_what_lies_on_the_grid_stays():
     g = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 16, (4, 64), generator=g).float()
     codes[:, 0], codes[:, 1] = 0, 15
-    q = nearest((codes - 5) * 0.25, Scheme(4, None, symmetric=False))
+    q = round_to_nearest((codes - 5) * 0.25, Scheme(4, None, symmetric=False))
     assert torch.equal(q.codes.float(), codes)
     assert torch.equal(q.dequantize(), (codes - 5) * 0.25)
 
@@ -107,7 +107,7 @@ def test_gptq_has_less_output_error_than_nearest(settings, group_size, symmetric
     scheme = Scheme(4, group_size, symmetric)
     q = gptq(w, statistics(x), scheme, settings)
     ours = output_error(w, q.dequantize(), x)
-    theirs = output_error(w, nearest(w, scheme).dequantize(), x)
+    theirs = output_error(w, round_to_nearest(w, scheme).dequantize(), x)
     assert ours < 0.6 * theirs  # 0.27 to 0.52 here; a wrong sign gives more than 1
     moved = settings.act_order and not settings.static_groups and group_size is not None
     assert (q.g_idx is not None) == moved
@@ -119,7 +119,7 @@ def one_by_one(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.
     After each column the inverse Hessian of the remaining ones is found anew.
     """
     w = w.double().clone()
-    scales = nearest(w, scheme).scales.double()[:, 0]
+    scales = round_to_nearest(w, scheme).scales.double()[:, 0]
     rounded = torch.empty_like(w)
     for j in range(w.shape[1]):
         rounded[:, j] = ((w[:, j] / scales + 8).round().clamp(0, 15) - 8) * scales
@@ -157,14 +157,14 @@ def test_gptq_with_independent_inputs_is_nearest():
     w = weight(8, 64)
     for settings in (GptqSettings(act_order=False), GptqSettings()):
         q = gptq(w, found, Scheme(4, 32), settings)
-        assert torch.equal(q.dequantize(), nearest(w, Scheme(4, 32)).dequantize())
+        assert torch.equal(q.dequantize(), round_to_nearest(w, Scheme(4, 32)).dequantize())
 
 
 def test_gptq_rounds_inputs_that_were_never_seen_to_nearest():
     x = inputs()
     x[:, 64:128] = 0
     w, scheme = weight(), Scheme(4, 64)
-    q, plain = gptq(w, statistics(x), scheme), nearest(w, scheme)
+    q, plain = gptq(w, statistics(x), scheme), round_to_nearest(w, scheme)
     assert torch.equal(q.codes[:, 64:128], plain.codes[:, 64:128])
     assert not torch.equal(q.codes[:, :64], plain.codes[:, :64])
 
@@ -174,7 +174,7 @@ def test_gptq_of_fewer_tokens_than_inputs_is_finite():
     w = weight()
     q = gptq(w, statistics(x), Scheme())
     assert output_error(w, q.dequantize(), x) < output_error(
-        w, nearest(w, Scheme()).dequantize(), x
+        w, round_to_nearest(w, Scheme()).dequantize(), x
     )
 
 
@@ -184,8 +184,8 @@ def test_awq_has_less_output_error_than_nearest(symmetric):
     scheme = Scheme(4, 64, symmetric)
     s = awq_scales([w[:16], w[16:]], statistics(x), scheme)
     assert s.shape == (K,) and bool((s > 0).all())
-    ours = output_error(w, nearest(w * s, scheme).dequantize() / s, x)
-    assert ours < 0.8 * output_error(w, nearest(w, scheme).dequantize(), x)
+    ours = output_error(w, round_to_nearest(w * s, scheme).dequantize() / s, x)
+    assert ours < 0.8 * output_error(w, round_to_nearest(w, scheme).dequantize(), x)
 
 
 def test_awq_never_takes_factors_that_are_worse():
@@ -206,7 +206,7 @@ def test_awq_factors_that_must_be_shared_are():
 def test_awq_clips_where_that_is_better(symmetric, group_size):
     w, x = weight(), inputs()
     scheme, found = Scheme(4, group_size, symmetric), statistics(x)
-    theirs = output_error(w, nearest(w, scheme).dequantize(), x)
+    theirs = output_error(w, round_to_nearest(w, scheme).dequantize(), x)
     assert output_error(w, awq_round(w, found, scheme).dequantize(), x) < 0.8 * theirs
     s = awq_scales([w], found, scheme)
     both = awq_round(w * s, found, scheme, scales=s)
@@ -216,7 +216,7 @@ def test_awq_clips_where_that_is_better(symmetric, group_size):
 def test_awq_without_clips_is_nearest():
     w, scheme = weight(), Scheme(4, 64, symmetric=False)
     q = awq_round(w, statistics(inputs()), scheme, AwqSettings(clips=(1.0,)))
-    assert torch.equal(q.dequantize(), nearest(w, scheme).dequantize())
+    assert torch.equal(q.dequantize(), round_to_nearest(w, scheme).dequantize())
 
 
 def test_every_group_takes_the_clip_that_is_best_for_its_part_of_the_output():
@@ -245,11 +245,15 @@ def test_every_group_takes_the_clip_that_is_best_for_its_part_of_the_output():
     [
         (lambda: Scheme(bits=3), ValueError, ["bits must be 4 or 8", "3"]),
         (lambda: Scheme(scale_dtype=torch.float64), ValueError, ["scale_dtype", "float64"]),
-        (lambda: nearest(weight(), Scheme(4, 48)), ValueError, ["32, 64, 128", "48"]),
-        (lambda: nearest(weight(2, 96), Scheme()), ValueError, ["64 does not divide the 96"]),
-        (lambda: nearest(weight()[0], Scheme()), ValueError, ["matrix", "(256,)"]),
-        (lambda: nearest(weight() / 0, Scheme()), UserError, ["infinity or NaN"]),
-        (lambda: nearest(weight() * 1e6, Scheme()), UserError, ["too large", "float16"]),
+        (lambda: round_to_nearest(weight(), Scheme(4, 48)), ValueError, ["32, 64, 128", "48"]),
+        (
+            lambda: round_to_nearest(weight(2, 96), Scheme()),
+            ValueError,
+            ["64 does not divide the 96"],
+        ),
+        (lambda: round_to_nearest(weight()[0], Scheme()), ValueError, ["matrix", "(256,)"]),
+        (lambda: round_to_nearest(weight() / 0, Scheme()), UserError, ["infinity or NaN"]),
+        (lambda: round_to_nearest(weight() * 1e6, Scheme()), UserError, ["too large", "float16"]),
         (lambda: gptq(weight(), InputStatistics(K), Scheme()), UserError, ["no token"]),
         (lambda: gptq(weight(), statistics(inputs(64)), Scheme()), ValueError, ["256", "64"]),
         (lambda: gptq(weight(), statistics(inputs() / 0), Scheme()), UserError, ["activations"]),

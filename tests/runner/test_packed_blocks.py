@@ -6,13 +6,13 @@ from torch import nn
 
 import llmfast_kernels
 from llmfast.model.trace import NotTraced
-from llmfast.quantization.driver import Quantized, quantize, simulate
+from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.methods import GptqSettings
-from llmfast.quantization.packed import PackedWeight
-from llmfast.quantization.weights import QuantizedWeight
 from llmfast.runner.blocks import BlockOperations
 from llmfast.runner.check import run_sequences
 from llmfast.runner.model import BlockModel
+from llmfast.weights.packed import PackedWeight
+from llmfast.weights.quantized import Quantized, QuantizedWeight
 from tiny_models import make, tokens
 
 IDS = tokens(8, 64)

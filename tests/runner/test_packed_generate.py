@@ -9,8 +9,8 @@ import torch
 import llmfast
 from generating import batch
 from llmfast.errors import UserError
-from llmfast.quantization.attached import attach, weights_of
 from llmfast.quantization.driver import quantize, simulate
+from llmfast.weights.model_weights import attach, quantized_weights_of
 from llmfast_kernels.linear.reference import int4_linear_reference
 from tiny_models import make, tokens
 
@@ -60,7 +60,7 @@ def test_generate_is_that_of_the_simulated_model(kind):
     assert memory["weights"] == dense_bytes + takeover.blocks.packed_bytes
     llmfast.unpatch(model)
     assert_is(model, before)
-    assert weights_of(model) is None and torch.equal(logits(model), dense)
+    assert quantized_weights_of(model) is None and torch.equal(logits(model), dense)
     llmfast.patch(model, ops="generate")  # and again without
     assert model.generate.args[1].blocks.packed_bytes == 0
 
@@ -121,7 +121,7 @@ def test_a_copy_is_unpatched_by_itself():
     twin = copy.deepcopy(model)
     llmfast.unpatch(twin)
     assert_is(twin, before)
-    assert weights_of(model) is not None
+    assert quantized_weights_of(model) is not None
     llmfast.unpatch(model)
     assert_is(model, before)
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
@@ -180,7 +180,7 @@ def test_what_cannot_be_done_leaves_the_model_as_it_was(options, says):
     with pytest.raises(UserError, match=says):
         llmfast.patch(model, **options)
     assert_is(model, before)
-    assert weights_of(model) is None and "generate" not in vars(model)
+    assert quantized_weights_of(model) is None and "generate" not in vars(model)
 
 
 def test_weights_of_another_model_are_refused():
@@ -206,7 +206,7 @@ def test_a_patch_that_fails_late_puts_the_weights_back(monkeypatch):
     with pytest.raises(RuntimeError, match="late"):
         llmfast.patch(model, ops="generate", weights="int4", group_size=32)
     assert_is(model, before)
-    assert weights_of(model) is None
+    assert quantized_weights_of(model) is None
 
 
 def test_an_attachment_that_is_interrupted_leaves_the_model_alone(monkeypatch):
@@ -225,5 +225,5 @@ def test_an_attachment_that_is_interrupted_leaves_the_model_alone(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         attach(model, found)
     monkeypatch.undo()
-    assert len(moved) == 3 and weights_of(model) is None
+    assert len(moved) == 3 and quantized_weights_of(model) is None
     assert_is(model, before)

@@ -9,9 +9,9 @@ import torch
 import llmfast
 from generating import batch
 from llmfast.errors import UserError
-from llmfast.quantization.attached import attach, carry
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.runner import model as step_model
+from llmfast.weights.model_weights import attach, set_quantized
 from tiny_models import make, tokens
 
 # on the CPU, where dense weights are faster and kept, they are given back for these tests alone
@@ -160,7 +160,7 @@ def test_weights_that_a_model_was_loaded_with_come_back():
     with torch.no_grad():
         for name, w in found.weights.items():
             model.get_parameter(f"{name}.weight").copy_(w.dequantize())
-    carry(model, found.weights)
+    set_quantized(model, found.weights)
     before = state(model)
     llmfast.patch(model, ops="generate", weights="own")
     assert held(model) < sum(value.nbytes for value in before.values())
@@ -199,13 +199,13 @@ def test_the_engine_s_cache_goes_before_dense_weights_come_back(monkeypatch):
     model = make("Llama")
     before = state(model)
     llm = llmfast.LLM(model, max_num_seqs=2, weights="int4", group_size=32)
-    cache, reacquire, seen = llm._executor.cache, step_model.reacquire, []
+    cache, restore_dense, seen = llm._executor.cache, step_model.restore_dense, []
 
     def watched(model):
         seen.append((len(cache.keys), llm._executor._graphs))
-        reacquire(model)
+        restore_dense(model)
 
-    monkeypatch.setattr(step_model, "reacquire", watched)
+    monkeypatch.setattr(step_model, "restore_dense", watched)
     assert cache.keys
     llm.close()
     assert seen == [(0, None)]

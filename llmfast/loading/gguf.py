@@ -24,7 +24,7 @@ from .gguf_tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from ..quantization.weights import QuantizedWeight
+    from ..weights.quantized import QuantizedWeight
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
 READABLE = (*QUANTIZED, "F16", "BF16", "F32")
@@ -73,9 +73,9 @@ def load_gguf(
     model.model.rotary_emb = type(rotary)(config=config).to(device)
     weights_in_file = GgufWeights(file, names, config)
     if len(weights_in_file):
-        from ..quantization.attached import carry
+        from ..weights.model_weights import set_quantized
 
-        carry(model, weights_in_file, again=True)
+        set_quantized(model, weights_in_file, requantizable=True)
     return model.eval(), tokenizer
 
 
@@ -97,7 +97,7 @@ class GgufWeights(Mapping[str, "QuantizedWeight"]):
         return vars(self) | {"_file": None}  # an open file cannot be pickled
 
     def __getitem__(self, layer: str) -> QuantizedWeight:
-        from ..quantization.formats import from_gguf
+        from ..weights.formats import from_gguf
 
         name = self._tensors[layer]
         if self._file is None:

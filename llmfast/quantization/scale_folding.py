@@ -23,7 +23,7 @@ MAX_ERROR = 1e-3  # relative, of float32 output; a wrong guess is wrong by a ten
 
 
 @dataclass(frozen=True)
-class Fold:
+class ScaleFold:
     """Linear layers with one input, and the module that makes it. Names are within the layer."""
 
     consumers: tuple[str, ...]
@@ -46,7 +46,7 @@ class Fold:
 
 
 @torch.no_grad()
-def find_folds(layer: nn.Module, hidden: torch.Tensor, call: Call) -> list[Fold]:
+def find_scale_folds(layer: nn.Module, hidden: torch.Tensor, call: Call) -> list[ScaleFold]:
     """The folds of ``layer``, in the order in which their consumers are called.
 
     Args:
@@ -95,7 +95,7 @@ def _watch(
 
 def _candidates(
     layer: nn.Module, x: torch.Tensor, consumers: list[str], outputs: dict[str, torch.Tensor]
-) -> Iterator[Fold]:
+) -> Iterator[ScaleFold]:
     k = x.shape[-1]
     modules = dict(layer.named_modules())
     names = tuple(consumers)
@@ -107,8 +107,8 @@ def _candidates(
             and parameters.keys() <= {"weight", "bias"}
             and all(value.shape == (k,) for value in parameters.values())
         ):
-            yield Fold(names, name)
-            yield Fold(names, name, unit_offset=True)
+            yield ScaleFold(names, name)
+            yield ScaleFold(names, name, unit_offset=True)
     heads = {getattr(module, "head_dim", None) for module in modules.values()}
     for name, part in linears(layer).items():
         rows = part.out_features
@@ -116,16 +116,16 @@ def _candidates(
             continue
         column = torch.arange(k, device=x.device)
         if rows == k:
-            yield Fold(names, name, row=column)
+            yield ScaleFold(names, name, row=column)
             continue
         for size in sorted(head for head in heads if isinstance(head, int)):
             if rows % size == 0:  # several heads read one head of values
                 head = column // size // (k // rows)
-                yield Fold(names, name, row=head * size + column % size)
+                yield ScaleFold(names, name, row=head * size + column % size)
 
 
 def _holds(
-    layer: nn.Module, fold: Fold, hidden: torch.Tensor, call: Call, right: torch.Tensor
+    layer: nn.Module, fold: ScaleFold, hidden: torch.Tensor, call: Call, right: torch.Tensor
 ) -> bool:
     """Whether dividing and multiplying by random factors leaves the layer's output as it is."""
     modules = dict(layer.named_modules())

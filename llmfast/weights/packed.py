@@ -12,7 +12,7 @@ from llmfast_kernels import int4_linear, int8_linear, pack_int4, pack_int8
 from llmfast_kernels.linear.int4_layout import dequantize_int4
 from llmfast_kernels.linear.reference import dequantize_int8
 
-from .weights import QuantizedWeight
+from .quantized import QuantizedWeight
 
 # by the bits of codes, what multiplies with them
 OPERATIONS: Mapping[int, Callable[..., torch.Tensor]] = {4: int4_linear, 8: int8_linear}

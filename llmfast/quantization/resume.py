@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,13 +15,10 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ..errors import UserError
-from .weights import QuantizedWeight
-
-if TYPE_CHECKING:
-    from .driver import Quantized
+from ..weights.quantized import Quantized, QuantizedWeight
 
 _FINGERPRINT = "fingerprint.json"
-_FORMAT = "1"  # of the files, and of what the methods find: raise it when either changes
+_FORMAT = "2"  # of the files, and of what the methods find: raise it when either changes
 _SAMPLES = 64  # of each parameter's values, evenly spaced
 _TENSORS = ("codes", "scales", "zeros", "minima", "g_idx")
 
@@ -57,15 +54,13 @@ class WorkFolder:
 
     def load(self, index: int, device: torch.device) -> Quantized | None:
         """What became of a layer; None if it is not finished."""
-        from .driver import Quantized
-
         try:
             with safe_open(self._file(index), framework="pt", device=str(device)) as file:
                 layer = json.loads(file.metadata()["layer"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError):  # not there, or cut short by a crash
             return None
-        found = Quantized(plain=layer["plain"])
+        found = Quantized(fallbacks=layer["fallbacks"])
         for name, form in layer["weights"].items():
             parts = {key: tensors.get(f"weights/{name}/{key}") for key in _TENSORS}
             codes = parts.pop("codes")
@@ -99,7 +94,7 @@ class WorkFolder:
                     tensor = tensor[:, 0::2] | tensor[:, 1::2] << 4
                 if tensor is not None:
                     tensors[f"weights/{name}/{key}"] = tensor.contiguous()
-        layer = {"weights": forms, "folded": list(found.folded), "plain": found.plain}
+        layer = {"weights": forms, "folded": list(found.folded), "fallbacks": found.fallbacks}
         path = self._file(index)
         part = path.with_suffix(".part")
         try:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llmfast.errors import UserError
-from llmfast.quantization import driver, work
+from llmfast.quantization import driver, resume
 from llmfast.quantization.driver import quantize
 from llmfast.quantization.methods import GptqSettings
 from tiny_models import make, tokens
@@ -21,7 +21,7 @@ each_choice = pytest.mark.parametrize("choice", CHOICES, ids=lambda c: c["method
 
 
 def assert_same(found, wanted):
-    assert found.weights.keys() == wanted.weights.keys() and found.plain == wanted.plain
+    assert found.weights.keys() == wanted.weights.keys() and found.fallbacks == wanted.fallbacks
     for name, w in wanted.weights.items():
         got = found.weights[name]
         assert (got.bits, got.group_size) == (w.bits, w.group_size)
@@ -57,7 +57,9 @@ def test_it_goes_on_where_it_stopped(choice, tmp_path, monkeypatch):
     assert sorted(p.name for p in folder.glob("layer*")) == [
         f"layer-{i:04}.safetensors" for i in range(2)
     ]
-    name = {"nearest": "nearest", "gptq": "_gptq_layer", "awq": "_awq_layer"}[choice["method"]]
+    name = {"nearest": "round_to_nearest", "gptq": "_gptq_layer", "awq": "_awq_layer"}[
+        choice["method"]
+    ]
     worked, own = [], getattr(driver, name)
     monkeypatch.setattr(driver, name, lambda *args: worked.append(args[0]) or own(*args))
     seen = []
@@ -108,7 +110,7 @@ def test_other_work_is_refused(tmp_path):
 
 
 def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
-    model, folder, own = make("Llama"), tmp_path / "work", work.save_file
+    model, folder, own = make("Llama"), tmp_path / "work", resume.save_file
 
     def full(tensors, path, **options):
         own(tensors, path, **options)
@@ -117,7 +119,7 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
 
     wanted = quantize(model, group_size=32)
     with monkeypatch.context() as patched:
-        patched.setattr(work, "save_file", full)
+        patched.setattr(resume, "save_file", full)
         with pytest.raises(UserError, match="cannot be used: No space left on device; layers"):
             quantize(model, group_size=32, work=folder)
     names = sorted(path.name for path in folder.iterdir())

@@ -190,10 +190,10 @@ def _check_found(source: Path | str, missing: Collection[str]) -> None:
 
 
 def _is_read_here(config: Any) -> bool:
-    from ..quantization.checkpoint import METHODS
+    from .checkpoint import READABLE_METHODS
 
     found = getattr(config, "quantization_config", None)
-    return isinstance(found, dict) and found.get("quant_method") in METHODS
+    return isinstance(found, dict) and found.get("quant_method") in READABLE_METHODS
 
 
 def _load_quantized(
@@ -205,9 +205,9 @@ def _load_quantized(
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from ..quantization.attached import carry
-    from ..quantization.checkpoint import load_folder
-    from ..quantization.driver import Quantized, replaced_by
+    from ..weights.model_weights import replacements, set_quantized
+    from ..weights.quantized import Quantized
+    from .checkpoint import load_folder
 
     quantization_config = config.quantization_config
     del config.quantization_config  # what transformers builds then is the dense model
@@ -228,8 +228,8 @@ def _load_quantized(
     _check_found(folder, found["missing_keys"])
     if lost := biases & set(found["unexpected_keys"]):
         raise UserError(f"{folder}: {min(lost)!r} has no place in {kind.__name__}")
-    replaced_by(str(folder), model, Quantized(weights))  # names and shapes are the model's
-    carry(model, weights)
+    replacements(str(folder), model, Quantized(weights))  # names and shapes are the model's
+    set_quantized(model, weights)
     return cast("PreTrainedModel", model)
 
 

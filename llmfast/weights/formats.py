@@ -14,10 +14,11 @@ from collections.abc import Mapping
 
 import torch
 
-from .weights import QuantizedWeight, check_bits
+from .quantized import QuantizedWeight, check_bits
 
 # column of a run of eight that each four bits of an AWQ word hold, lowest first
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PACK_QUANTIZED = "pack-quantized"  # the format of compressed-tensors that is read and written
 GGUF_BLOCK = 32
 # bytes of a block: the float16 scale, the minimum where there is one, the codes
 GGUF_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import llmfast
 from llmfast.errors import UserError
-from llmfast.model.embedded import embedded_model_path
-from llmfast.model.gguf import READABLE
-from llmfast.model.gguf_file import GgufFile
+from llmfast.loading.embedded import embedded_model_path
+from llmfast.loading.gguf import READABLE
+from llmfast.loading.gguf_file import GgufFile
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 Write = Callable[..., Path]

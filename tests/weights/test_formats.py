@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfast.model.embedded import INSTALL, embedded_model_path
-from llmfast.model.gguf_file import GgufFile
-from llmfast.quantization.formats import (
+from llmfast.loading.embedded import INSTALL, embedded_model_path
+from llmfast.loading.gguf_file import GgufFile
+from llmfast.weights.formats import (
     from_awq,
     from_compressed_tensors,
     from_gguf,
@@ -21,7 +21,7 @@ from llmfast.quantization.formats import (
     to_gguf,
     to_gptq,
 )
-from llmfast.quantization.weights import QuantizedWeight
+from llmfast.weights.quantized import QuantizedWeight
 
 SIZES = st.sampled_from([32, 64, 128, None])
 

@@ -10,17 +10,18 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.patch import evaluating
-from .attached import (
+from ..weights.model_weights import (
     EVERYWHERE,
     NOWHERE,
     attach,
-    is_rounded,
-    packed_weights_of,
-    use_own,
-    weights_of,
+    is_requantizable,
+    quantized_weights_of,
+    use_checkpoint_weights,
+    weights_to_pack,
 )
-from .driver import WEIGHTS, Quantized, quantize
-from .forecast import Forecast, forecast
+from ..weights.quantized import Quantized
+from .driver import WEIGHTS, quantize
+from .estimate import Estimate, estimate
 
 # with eight bits one scale an output loses little, and any number of inputs can have it
 GROUP_SIZE = {"int4": 64, "int8": None}
@@ -28,14 +29,14 @@ OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # of a model that was loaded 
 NUMBERS = {4: "four", 8: "eight"}
 
 
-def choose_weights(
+def select_weights(
     model: PreTrainedModel,
     weights: str | Quantized | None,
     group_size: int | str | None = "auto",
     method: str = "nearest",
     calibration: torch.Tensor | None = None,
 ) -> list[str]:
-    """Let the model carry the weights that are asked for, until :func:`.attached.detach`.
+    """Let the model carry the weights that are asked for, until :func:`.model_weights.detach`.
 
     What they will save is printed to stderr before the work starts.
 
@@ -51,19 +52,19 @@ def choose_weights(
             already; nothing is changed then.
     """
     if isinstance(weights, str) and weights in OWN:
-        use_own(model, OWN[weights])
+        use_checkpoint_weights(model, OWN[weights])
         weights = None
     if weights is None:
-        own = weights_of(model)
+        own = quantized_weights_of(model)
         if own is None:
             return []
         text = f"weights: {len(own)} linear layers were loaded quantized"
-        if not packed_weights_of(model, model.device):
+        if not weights_to_pack(model, model.device):
             text += ", and run dequantized"
             if model.device.type == "cpu":
                 text += ": on the CPU that is faster (weights='own' has them in their own bits)"
         return [f"{text}."]
-    if is_rounded(model):
+    if not is_requantizable(model):
         raise UserError("patch: weights: this model has quantized weights already")
     if isinstance(weights, str):
         if weights not in WEIGHTS:
@@ -77,7 +78,7 @@ def choose_weights(
                     f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
                 )
             group_size = GROUP_SIZE[weights]
-        told = partial(forecast, model, bits=WEIGHTS[weights], group_size=group_size)
+        told = partial(estimate, model, bits=WEIGHTS[weights], group_size=group_size)
         dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
         with evaluating(model):
             weights = quantize(
@@ -92,7 +93,7 @@ def choose_weights(
     elif weights.weights:
         w = next(iter(weights.weights.values()))
         group = w.group_size if w.groups > 1 else None
-        _say(forecast(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
+        _say(estimate(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
     attach(model, weights)
     kinds = sorted({w.bits for w in weights.weights.values()})
     return [
@@ -101,7 +102,7 @@ def choose_weights(
     ]
 
 
-def _say(told: Forecast) -> None:
+def _say(told: Estimate) -> None:
     """To stderr: a library's log is not shown unless somebody asks for it."""
     for line in told.lines():
         print(f"llmfast: {line}", file=sys.stderr)

@@ -8,9 +8,9 @@ import torch
 
 import llmfast
 from llmfast.errors import UserError
-from llmfast.quantization.attached import attach, weights_of
 from llmfast.quantization.driver import quantize
 from llmfast.runner.check import run_sequences
+from llmfast.weights.model_weights import attach, quantized_weights_of
 
 IDS = torch.arange(3, 35)
 KINDS = ["Q4_0", "Q4_1", "Q8_0"]
@@ -35,7 +35,7 @@ def logits(model):
 def test_a_model_carries_what_its_parameters_were_made_of(kind, load):
     """Rows of q and k in transformers' order, with their scales and minima."""
     model = load(kind)
-    weights = weights_of(model)
+    weights = quantized_weights_of(model)
     names = {f"{name}.weight" for name in weights}
     decoder = {n for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     assert names == decoder and len(names) == len(list(weights)) > 0
@@ -47,7 +47,7 @@ def test_a_model_carries_what_its_parameters_were_made_of(kind, load):
 
 @pytest.mark.parametrize("kind", ["F16", "F32"])
 def test_plain_files_carry_none(kind, load):
-    assert weights_of(load(kind)) is None
+    assert quantized_weights_of(load(kind)) is None
 
 
 @each_kind
@@ -96,19 +96,19 @@ def test_on_the_cpu_nothing_is_multiplied_in_its_own_bits_by_default(load):
 def test_copies_and_pickles_carry_them_too(load):
     model = load("Q8_0")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len(weights_of(twin)) == len(weights_of(model))
-        for name, w in weights_of(twin).items():
+        assert len(quantized_weights_of(twin)) == len(quantized_weights_of(model))
+        for name, w in quantized_weights_of(twin).items():
             assert torch.equal(w.dequantize(), twin.get_parameter(f"{name}.weight"))
 
 
 def test_weights_of_a_file_may_be_rounded_anew(load):
     model = load("Q8_0")
-    before, own = logits(model), weights_of(model)
+    before, own = logits(model), quantized_weights_of(model)
     llmfast.patch(model, ops="generate", weights="int4", group_size=32)
-    assert all(w.bits == 4 for w in weights_of(model).values())
+    assert all(w.bits == 4 for w in quantized_weights_of(model).values())
     assert not torch.equal(logits(model), before)
     llmfast.unpatch(model)
-    assert torch.equal(logits(model), before) and weights_of(model) is own
+    assert torch.equal(logits(model), before) and quantized_weights_of(model) is own
     attach(model, quantize(model, group_size=32))  # those that were attached may not
     with pytest.raises(UserError, match="has quantized weights already"):
         llmfast.patch(model, weights="int4")
@@ -116,7 +116,7 @@ def test_weights_of_a_file_may_be_rounded_anew(load):
 
 def test_the_embedded_model_carries_its_210_layers(embedded):
     model = embedded.model
-    weights = weights_of(model)
+    weights = quantized_weights_of(model)
     assert len(weights) == 210
     for name in ("model.layers.7.self_attn.k_proj", "model.layers.29.mlp.down_proj"):
         w = weights[name]

@@ -8,15 +8,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llmfast
-import llmfast.quantization.checkpoint as checkpoint
 from generating import batch, tokenizer
 from llmfast.errors import UserError
-from llmfast.quantization.attached import weights_of
-from llmfast.quantization.checkpoint import save_quantized
-from llmfast.quantization.driver import Quantized, quantize, simulate
-from llmfast.quantization.formats import to_awq, to_gptq
+from llmfast.quantization import save
+from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.methods import GptqSettings
-from llmfast.quantization.weights import QuantizedWeight
+from llmfast.quantization.save import save_quantized
+from llmfast.weights.formats import to_awq, to_gptq
+from llmfast.weights.model_weights import quantized_weights_of
+from llmfast.weights.quantized import Quantized, QuantizedWeight
 from tiny_models import make, tokens
 
 IDS = tokens(2, 20)
@@ -113,7 +113,7 @@ def test_a_folder_gives_the_reference_s_logits(name, tmp_path):
     assert not loaded.model.training and loaded.model.dtype == torch.float32
     assert loaded.tokenizer("a").input_ids == tokenizer()("a").input_ids
     assert seen[-1] == ("loading weights", 14, 14)
-    read = weights_of(loaded.model)
+    read = quantized_weights_of(loaded.model)
     assert read.keys() == found.weights.keys()
     for layer, w in found.weights.items():
         assert torch.equal(read[layer].codes, w.codes)
@@ -153,7 +153,7 @@ def test_patch_runs_a_loaded_folder_in_its_own_bits(name, tmp_path):
         wanted = model.generate(**batch(device), **GREEDY)
     assert torch.equal(loaded.generate(**batch(device), **GREEDY), wanted)
     llmfast.unpatch(loaded)
-    assert weights_of(loaded) is not None  # they are the model's own
+    assert quantized_weights_of(loaded) is not None  # they are the model's own
     with pytest.raises(UserError, match="has quantized weights already"):
         llmfast.patch(loaded, weights="int4")
 
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
 
     model = make("Llama")
     found = quantize(model, group_size=32)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(save, "save_file", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         save_quantized(model, tokenizer(), found, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -255,7 +255,7 @@ def test_an_interrupt_leaves_no_folder(tmp_path, monkeypatch):
 
     model = make("Llama")
     found = quantize(model, group_size=32)
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(save, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_quantized(model, tokenizer(), found, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from .packed import PackedWeight
-from .weights import QuantizedWeight
+from .quantized import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class _Multiply(torch.autograd.Function):
 
 
 @torch.no_grad()
-def release(
+def offload_dense(
     model: nn.Module, parts: Mapping[str, PackedWeight], weights: Mapping[str, QuantizedWeight]
 ) -> None:
     """Give back the dense weights of linear layers.
@@ -96,17 +96,17 @@ def release(
 
 
 @torch.no_grad()
-def reacquire(model: nn.Module) -> None:
-    """Give the layers of ``model`` that :func:`release` has changed dense weights again."""
+def restore_dense(model: nn.Module) -> None:
+    """Give the layers of ``model`` that :func:`offload_dense` has changed dense weights again."""
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, _Forward):
             forward.module.weight.data = forward.dense()
-            forget(module)
+            remove_override(module)
 
 
-def forget(module: nn.Module) -> None:
-    """Undo :func:`release` for one layer, but for its weight, which the caller has set."""
+def remove_override(module: nn.Module) -> None:
+    """Undo :func:`offload_dense` for one layer, but for its weight, which the caller has set."""
     if isinstance(vars(module).get("forward"), _Forward):
         del module.forward
         for key, hook in list(module._state_dict_hooks.items()):

@@ -34,7 +34,7 @@ MANY_TOKENS = 256  # from here on 16-bit weights were faster, or as fast: docs/o
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Estimate:
     """Bytes of the decoder's linear layers, and what a step at batch 1 reads of all weights."""
 
     layers: int
@@ -87,9 +87,9 @@ class Forecast:
         return f"{steps} slower than in 16 bits."
 
 
-def forecast(
+def estimate(
     model: PreTrainedModel, *, bits: int, group_size: int | None, symmetric: bool = True
-) -> Forecast:
+) -> Estimate:
     """Count what :func:`llmfast.quantize` with these choices will make of ``model``.
 
     Raises:
@@ -105,7 +105,7 @@ def forecast(
         packed += n * (columns + groups * (2 if symmetric else 3))
     step = sum(parameter.nbytes for parameter in model.parameters()) - _only_looked_up(model)
     gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
-    return Forecast(
+    return Estimate(
         len(parts), dense, packed, step, step - dense + packed, model.device, gpu, model.dtype, bits
     )
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from llmfast.quantization.packed import PackedWeight, side_by_side
-from llmfast.quantization.weights import QuantizedWeight
+from llmfast.weights.packed import PackedWeight, side_by_side
+from llmfast.weights.quantized import QuantizedWeight
 
 KINDS = ["symmetric", "zeros", "minima"]
 each_kind = pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmfast.quantization.weights import QuantizedWeight
+from llmfast.weights.quantized import QuantizedWeight
 
 
 def make(**changes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -125,6 +125,28 @@ class QuantizedWeight:
             minima=move(self.minima),
             g_idx=move(self.g_idx),
         )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model's quantized weights, and what replaces other parameters along with them.
+
+    Args:
+        weights: quantized weights by the names of their linear layers.
+        folded: new values of other parameters, by name: norms and biases that AWQ has scaled.
+        fallbacks: linear layers for which the method could not do all of its work, each with the
+            reason.
+    """
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    folded: dict[str, torch.Tensor] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    def add(self, prefix: str, layer: Quantized) -> None:
+        """Add the result of the decoder layer ``prefix``; its names are relative to that layer."""
+        self.weights.update({f"{prefix}.{name}": w for name, w in layer.weights.items()})
+        self.folded.update({f"{prefix}.{name}": value for name, value in layer.folded.items()})
+        self.fallbacks.update({f"{prefix}.{name}": why for name, why in layer.fallbacks.items()})
 
 
 def check_bits(what: str, bits: int) -> None:

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM, T5Config
 
 import llmfast
 from llmfast.errors import UserError
-from llmfast.model import embedded as embedded_module
-from llmfast.model import load as load_module
+from llmfast.loading import embedded as embedded_module
+from llmfast.loading import load as load_module
 
 IDS = torch.arange(3, 19)[None]
 Write = Callable[..., Path]

@@ -1,0 +1,1 @@
+"""Loading: GGUF files, Hugging Face folders and ids, and the embedded model."""

@@ -1,0 +1,1 @@
+"""Weights: quantized and packed forms, checkpoint formats, and the weights that a model carries."""
