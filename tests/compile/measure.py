@@ -1,9 +1,9 @@
-"""Compile every variant for its targets, without a GPU, and print what each takes, as JSON.
+"""Compile every variant for its targets, without a GPU, and print its resources as JSON.
 
     python tests/compile/measure.py             # {"triton": version, "taken": {...}, ...}
     python tests/compile/measure.py --update    # and write resources.json for this Triton
 
-A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can be compiled.
+It runs in a process of its own: nothing compiles under TRITON_INTERPRET=1, which the tests set.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.backends.nvidia
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _lines(record: dict[str, dict[str, dict[str, int]]]) -> str:
-    """JSON with a line for each variant, so that a difference shows what grew."""
+    """Format the record with one variant per line, so a diff shows what grew."""
     versions = []
     for version, taken in sorted(record.items()):
         lines = (
@@ -85,21 +85,18 @@ def _lines(record: dict[str, dict[str, dict[str, int]]]) -> str:
 
 
 def measure(variant: Variant, target: str) -> dict[str, int]:
-    """Bytes of stack and of shared memory; on AMD the count of spilled registers too."""
+    """Return the bytes of stack and shared memory; on AMD the number of spilled registers too."""
     module, name = variant.kernel.split(":")
     function = getattr(importlib.import_module(module), name)
     driver.set_active(_Driver(_gpu_target(target)))
     source = GluonASTSource if function.is_gluon() else ASTSource
+    arguments = _Arguments(variant, function.arg_names)
     compiled = triton.compile(
         source(
             function,
-            dict(_types(variant, function.arg_names)),
-            constexprs=variant.constexprs,
-            attrs={
-                (position,): [["tt.divisibility", 16]]
-                for position, argument in enumerate(function.arg_names)
-                if variant.signature.get(argument, "").endswith(":16")
-            },
+            arguments.types,
+            constexprs=arguments.constants,
+            attrs=arguments.attributes,
         ),
         target=_gpu_target(target),
         options={
@@ -118,17 +115,41 @@ def measure(variant: Variant, target: str) -> dict[str, int]:
     }
 
 
-def _types(variant: Variant, arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """The signature in the kernel's order, as ASTSource takes it; a name too many is a mistake."""
-    unknown = (variant.signature.keys() | variant.constexprs.keys()) - set(arguments)
-    missing = set(arguments) - (variant.signature.keys() | variant.constexprs.keys())
-    if unknown or missing:
-        raise ValueError(f"{variant.kernel} has no argument {unknown} and lacks {missing}")
-    for argument in arguments:
-        if argument in variant.constexprs:
-            yield argument, "constexpr"
-        else:
-            yield argument, variant.signature[argument].removesuffix(":16")
+class _Arguments:
+    """A variant's arguments in the kernel's order, as ASTSource takes them."""
+
+    def __init__(self, variant: Variant, names: list[str]) -> None:
+        """
+        Raises:
+            ValueError: the kernel has an argument that the variant lacks, or the other way round.
+        """
+        given = variant.signature.keys() | variant.constexprs.keys()
+        if given != set(names):
+            unknown, missing = given - set(names), set(names) - given
+            raise ValueError(f"{variant.kernel} has no argument {unknown} and lacks {missing}")
+        self.constants: dict[tuple[int, ...], object] = {}
+        self.attributes: dict[tuple[int, ...], list[list[object]]] = {}
+        self.types = {
+            name: self._type(variant.signature[name], (position,))
+            if name in variant.signature
+            else self._constant(variant.constexprs[name], (position,))
+            for position, name in enumerate(names)
+        }
+
+    def _type(self, kind: Any, path: tuple[int, ...]) -> Any:
+        """Return the type without its suffix, of a NamedTuple one of its members' types."""
+        if isinstance(kind, tuple):
+            members = (self._type(member, (*path, i)) for i, member in enumerate(kind))
+            return type(kind)(*members)
+        if not isinstance(kind, str):
+            return self._constant(kind, path)
+        if kind.endswith(":16"):
+            self.attributes[path] = [["tt.divisibility", 16]]
+        return kind.removesuffix(":16")
+
+    def _constant(self, value: object, path: tuple[int, ...]) -> str:
+        self.constants[path] = value
+        return "constexpr"
 
 
 def _gpu_target(target: str) -> GPUTarget:
@@ -138,7 +159,7 @@ def _gpu_target(target: str) -> GPUTarget:
 
 
 class _Driver:
-    """Stands for a GPU's driver where there is none: kernels ask it for their target."""
+    """A stand-in for a GPU's driver, which kernels ask for their target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target

@@ -1,10 +1,11 @@
-"""One kernel as it is compiled for the record: the unit of the compile gate, plain data."""
+"""One compilation of the compile gate, as plain data: a kernel, its argument types, its launch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-# shared memory that one program may use, bytes; sm_86, sm_89 and sm_120 have the least of all
+# shared memory that one program may use, bytes; sm_86, sm_89 and sm_120 have the least
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_90": 227 * 1024,
@@ -16,17 +17,18 @@ SHARED_LIMIT_EVERYWHERE = 99 * 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel, the types of its arguments and its launch. One compilation for each target.
+    """A kernel with the types of its arguments and its launch; compiled once for each target.
 
     Attributes:
         name: unique, for example ``"norm/add_rms_norm bf16 4096"``; the record's key with the
             target after it.
         kernel: where the kernel is, ``"llmfast_kernels.norm.kernel:_rms_norm_kernel"``.
         signature: the type of each argument that is not in ``constexprs``, in any order:
-            ``"*bf16"``, ``"i32"``, ``"fp32"``. ``":16"`` at the end says that the pointer or
-            number is divisible by 16, as Triton finds at a launch with aligned tensors:
-            ``"*bf16:16"``.
-        constexprs: the value of every ``tl.constexpr``, and None for a tensor that is absent.
+            ``"*bf16"``, ``"i32"``, ``"fp32"``. A suffix ``":16"`` says that the pointer or number
+            is divisible by 16, as Triton finds at a launch with aligned tensors: ``"*bf16:16"``.
+            An argument that is a NamedTuple has one of its type here, whose members are such types,
+            or constants as Triton makes them: None for an absent tensor, 1 for a stride of 1.
+        constexprs: the value of every ``tl.constexpr``, and None for an absent tensor.
         targets: keys of ``SHARED_LIMIT``.
         everywhere: the launch is meant for every GPU from sm_80 on, so its shared memory must fit
             the smallest of them, not only the target's own.
@@ -35,7 +37,7 @@ class Variant:
 
     name: str
     kernel: str
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[Any, ...]]
     constexprs: dict[str, object]
     num_warps: int
     targets: tuple[str, ...]
