@@ -45,4 +45,4 @@ bench: setup
 	$(BIN)/python -m pytest bench
 
 bench-docs: setup
-	$(BIN)/llmfast bench docs
+	$(BIN)/python bench/tools docs

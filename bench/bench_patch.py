@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from llmfast.measure.record import make_row
+from llmfast.measure.figures import make_row
 from llmfast.measure.results import format_case
 from llmfast.measure.shapes import random_model
 from llmfast.measure.stats import Estimate

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmfast
-from llmfast.measure.record import make_row
+from llmfast.measure.figures import make_row
 from llmfast.measure.results import format_case
 from llmfast.measure.shapes import config_of
 from llmfast.measure.stats import Estimate

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from llmfast.measure.environment import capture_env, gpu_folder
-from llmfast.measure.record import Recorder, make_row
+from llmfast.measure.figures import make_row
 from llmfast.measure.results import format_case, parse_case
 from llmfast.measure.suites import SUITES
 from llmfast.measure.timing import Failure, Impl, Timing, copy_bandwidth, copy_bytes, time_in_graph
+from recorder import Recorder
 
 ROOT = Path(__file__).parents[1]
 OURS = "llmfast"

@@ -1,29 +1,27 @@
-"""``llmfast bench decode``: tokens a second, beside transformers and beside what memory allows."""
+"""``llmfast bench decode``: decoding speed beside transformers and the memory roofline."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
-from . import ui
+from . import options
+from .bench_common import Output, check_weights, parse_numbers, run_bench
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from ..measure.decode import Case, Measured
+    from ..measure.decode import Case
+    from ..measure.figures import BenchResult, Progress
     from ..measure.results import Env, Row
+    from ..measure.shapes import Source
 
 PEERS = ("transformers", "none")
-_WEIGHTS = ("int4-g32", "int4-g64", "int4-g128", "int8", "int8-g32", "int8-g64", "int8-g128")
-_COLUMNS = {  # of the table: a metric's title, and how its figure is written
+_COLUMNS = {  # of the table: a metric's title and its number format
     "tok_per_s": ("tok/s", ",.1f"),
     "ms_per_step": ("ms/step", ",.3f"),
     "roofline_share": ("roofline", ".1%"),
@@ -36,8 +34,8 @@ roofline: the time to read weights and cache at the copy's speed, over the time 
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one call of ``llmfast bench decode`` asks for. None: not given."""
+class DecodeOptions:
+    """The options of one call of ``llmfast bench decode``. None: not given."""
 
     shape: str | None = None
     model: str | None = None
@@ -47,21 +45,19 @@ class Request:
     repeats: int = 3
     peers: str = "transformers"
     starts: int = 0
-    json_path: str | None = None
-    results: Path | None = None
-    commit: str | None = None
     dtype: str | None = None
     weights: str | None = None
+    output: Output = field(default_factory=Output)
 
     def check(self) -> None:
-        """Refuse what cannot be measured, before anything is imported or loaded.
+        """Refuse options that cannot be measured, before anything is imported or loaded.
 
         Raises:
             UserError: an option outside its range.
         """
         for name, text in (("--batch", self.batch), ("--prompt", self.prompt)):
             if text is not None:
-                numbers(name, text)
+                parse_numbers(name, text)
         if self.tokens is not None and self.tokens < 2:
             raise UserError(f"--tokens must be at least 2, got {self.tokens}")
         if self.repeats < 1:
@@ -71,37 +67,23 @@ class Request:
         if self.peers not in PEERS:
             raise UserError(f"--peers must be {' or '.join(PEERS)}, got {self.peers!r}")
         check_weights(self.weights)
-        check_json(self.json_path)
+        self.output.check()
 
     def cases(self, *, gpu: bool) -> list[Case]:
-        """Every batch with every prompt. Without a GPU a batch of 1 takes long enough."""
+        """Return every batch with every prompt. Without a GPU the default is a batch of 1."""
         from ..measure.decode import Case, usual_tokens
 
-        batches = numbers("--batch", self.batch or ("1,8,32,128" if gpu else "1"))
+        batches = parse_numbers("--batch", self.batch or ("1,8,32,128" if gpu else "1"))
         return [
             Case(batch, prompt, self.tokens or usual_tokens(batch))
-            for prompt in numbers("--prompt", self.prompt)
+            for prompt in parse_numbers("--prompt", self.prompt)
             for batch in batches
         ]
 
 
 def decode_command(
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Random weights in the shape of llama-3.1-8b, qwen3-8b, qwen3-0.6b, mistral-7b "
-            "or smollm2-135m.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR-OR-HUB-ID",
-            help="A folder, a GGUF file or a model of the Hugging Face Hub.",
-            show_default="the embedded model",
-        ),
-    ] = None,
+    shape: options.Shape = None,
+    model: options.Model = None,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -126,165 +108,93 @@ def decode_command(
             "empty and as many with it filled."
         ),
     ] = 0,
-    json_path: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE|-", help="Merge the figures into a results file."),
-    ] = None,
-    results: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The same, into DIR/decode.json.")
-    ] = None,
-    commit: Annotated[
-        str | None,
-        typer.Option(help="Commit of the sources, where the checkout has no history to ask."),
-    ] = None,
+    json_path: options.Json = None,
+    results: options.Results = None,
+    commit: options.Commit = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="bf16|fp16|fp32",
-            help="Of the weights and the cache.",
+            help="Type of the weights and the cache.",
             show_default="bf16 for a shape on a GPU, else the model's own",
         ),
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="int4-gN|int8|int8-gN",
-            help="Round the decoder's linear layers to four or eight bits first, in groups of N "
-            "inputs: 32, 64 or 128; int8: one scale an output.",
-        ),
-    ] = None,
+    weights: options.RoundedWeights = None,
 ) -> None:
     """Measure decoding: tokens a second, share of the memory roofline, memory, first token.
 
     Three ways in one process, greedy, on the same random prompts:
     llmfast's runner itself, model.generate through llmfast.patch, and transformers' own.
     """
+    output = Output(json_path, results, commit)
     bench_decode(
-        Request(
-            shape,
-            model,
-            batch,
-            prompt,
-            tokens,
-            repeats,
-            peers,
-            starts,
-            json_path,
-            results,
-            commit,
-            dtype,
-            weights,
+        DecodeOptions(
+            shape, model, batch, prompt, tokens, repeats, peers, starts, dtype, weights, output
         )
     )
 
 
-def bench_decode(request: Request) -> Measured:
-    """Measure what is asked for, print a table and write the figures.
+def bench_decode(options: DecodeOptions) -> BenchResult:
+    """Measure, print a table and write the figures.
 
     Raises:
-        UserError: a request that cannot be met.
+        UserError: an option outside its range, or a model that cannot be measured.
     """
-    request.check()
+    options.check()
     from ..measure.shapes import Source
 
-    source = Source(request.shape, request.model, request.dtype)
-    source.check()
-    with ui.progress("Importing") as step, quiet_transformers():
+    cases: list[Case] = []
+
+    def measure(source: Source, progress: Progress) -> BenchResult:
         import torch
 
         from ..measure.decode import measure_decode
-        from ..measure.environment import capture_env
 
-        gpu = torch.cuda.is_available()
-        cases = request.cases(gpu=gpu)
-        found = measure_decode(
+        cases.extend(options.cases(gpu=torch.cuda.is_available()))
+        return measure_decode(
             source,
             cases,
-            repeats=request.repeats,
-            peers=request.peers != "none",
-            starts=request.starts,
-            weights=request.weights,
-            progress=step,
+            repeats=options.repeats,
+            peers=options.peers != "none",
+            starts=options.starts,
+            weights=options.weights,
+            progress=progress,
         )
-        env = capture_env(commit=request.commit)
-    for note in found.notes:
-        ui.note(f"not measured: {note}")
-    if not gpu:
-        ui.note(
-            "there is no GPU here: these are figures of PyTorch's CPU operations, with no graphs, "
-            "and say nothing about llmfast's speed"
-        )
-    from rich.console import Console
 
-    console = Console(stderr=request.json_path == "-")
-    console.print(_table(found, cases, env))
-    for row in found.rows:
-        if row.metric == "start_to_first_token_s":
-            console.print(_start(row))
-    write_figures(found, env, "decode", request.json_path, request.results)
-    return found
+    def show(console: Console, result: BenchResult, env: Env) -> None:
+        console.print(_table(result, cases, env))
+        for row in result.rows:
+            if row.metric == "start_to_first_token_s":
+                console.print(_start(row))
+
+    source = Source(options.shape, options.model, options.dtype)
+    return run_bench("decode", source, options.output, measure, show)
 
 
-def check_weights(weights: str | None) -> None:
+def _table(result: BenchResult, cases: list[Case], env: Env) -> Table:
+    """Return a table of medians: one line for each implementation of a case.
+
+    The ± column is half of the interval of the first metric.
     """
-    Raises:
-        UserError: ``--weights`` names no form.
-    """
-    if weights not in (None, *_WEIGHTS):
-        raise UserError(f"--weights must be {', '.join(_WEIGHTS)}; got {weights!r}")
-
-
-def check_json(path: str | None) -> None:
-    """
-    Raises:
-        UserError: ``--json`` names a file in a folder that is not there.
-    """
-    if path not in (None, "-") and not Path(str(path)).parent.is_dir():
-        raise UserError(f"--json: there is no folder {Path(str(path)).parent}")
-
-
-@contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Its own bars would be drawn over ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """``"1,8,32"`` as numbers of at least 1, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{option} must be numbers of at least 1 with commas between, got {text!r}")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
-def _table(found: Measured, cases: list[Case], env: Env) -> Table:
-    """A line for each way of running a case: medians, and half of the first one's interval."""
     from rich.table import Table
 
-    from ..measure.decode import OURS, PEER, THROUGH
+    from ..measure.decode import VIA_GENERATE
+    from ..measure.figures import OURS, PEER
 
     where, caption = "the CPU", None
-    if found.bandwidth is not None:
-        where = f"{env.gpu}, whose copies reach {found.bandwidth.value:,.0f} GB/s"
+    if result.bandwidth is not None:
+        where = f"{env.gpu}, whose copies reach {result.bandwidth.value:,.0f} GB/s"
         caption = _CAPTION
-    name, weights, _ = found.model.values()
+    name, weights, _ = result.model.values()
     table = Table(
-        title=f"{name}, {found.packed or weights}, on {where}",
+        title=f"{name}, {result.packed or weights}, on {where}",
         caption=caption,
         title_justify="left",
         caption_justify="left",
         box=None,
         padding=(0, 2, 0, 0),
     )
-    rows = {(row.case, row.impl, row.metric): row for row in found.rows}
+    rows = {(row.case, row.impl, row.metric): row for row in result.rows}
     columns = {m: c for m, c in _COLUMNS.items() if any(m == key[2] for key in rows)}
     titles = [title for title, _ in columns.values()]
     table.add_column("batch x prompt", justify="right")
@@ -294,11 +204,11 @@ def _table(found: Measured, cases: list[Case], env: Env) -> Table:
     for case in cases:
         for who, key, impl in (
             ("runner", case.key, OURS),
-            ("generate", {**case.key, **THROUGH}, OURS),
-            (PEER if found.packed is None else f"{PEER}, {weights}", case.key, PEER),
+            ("generate", {**case.key, **VIA_GENERATE}, OURS),
+            (PEER if result.packed is None else f"{PEER}, {weights}", case.key, PEER),
         ):
-            ran = found.case(impl, key)
-            here = {m: row for m in columns if (row := rows.get((ran, impl, m))) is not None}
+            name = result.case(impl, key)
+            here = {m: row for m in columns if (row := rows.get((name, impl, m))) is not None}
             if not here:
                 continue
             cells = [
@@ -318,24 +228,3 @@ def _start(row: Row) -> str:
         f"process start to first token, Triton's cache {cache}: {row.value:.1f} s "
         f"({row.low:.1f} to {row.high:.1f})"
     )
-
-
-def write_figures(
-    found: Measured, env: Env, suite: str, json_path: str | None, results: Path | None
-) -> None:
-    """Merge what was measured into a file (``-``: print it), and into ``results/<suite>.json``."""
-    from ..measure.environment import run_id
-    from ..measure.results import Run, merge, to_data, validate
-
-    run = Run(run_id(env), env, tuple(found.rows))
-    if json_path == "-":
-        data: dict[str, Any] = to_data((run,))
-        validate(data, suite=suite)
-        print(json.dumps(data, indent=1))
-    elif json_path is not None:
-        merge(Path(json_path), run, suite=suite)
-        print(json_path, file=sys.stderr)
-    if results is not None:
-        path = results / f"{suite}.json"
-        merge(path, run)
-        print(path, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``llmfast bench serve``: requests that arrive over time, and two scenarios of a policy each."""
+"""``llmfast bench serve``: requests that arrive over time, and two scenarios."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .bench_serving import (
-    Commit,
-    Json,
-    MaxSeqs,
-    Model,
-    Request,
-    Results,
-    Seed,
-    Shape,
-    Temperature,
-    check_workload,
-    run_bench,
-)
+from . import options
+from .bench_common import Output
+from .bench_engine import EngineBenchOptions, check_workload, run_engine_bench
 
 if TYPE_CHECKING:
-    from ..measure.decode import Measured, Progress
+    from ..measure.figures import BenchResult, Progress
     from ..measure.shapes import Source
 
-_DEFAULTS: dict[str, dict[str, Any]] = {  # of each scenario: the options that it has
+_DEFAULTS: dict[str, dict[str, Any]] = {  # options of each scenario
     "rates": {
         "rates": "1,2,4,8",
         "requests": 128,
@@ -49,13 +39,14 @@ _CHUNKED_BUDGET = 2048  # tokens of a step
 
 
 def _default(name: str) -> str:
-    found = {scenario: options[name] for scenario, options in _DEFAULTS.items() if name in options}
+    """Describe the defaults of one option for the help: ``rates 128, prefix 64``."""
+    found = {scenario: own[name] for scenario, own in _DEFAULTS.items() if name in own}
     return ", ".join(f"{scenario} {value}" for scenario, value in found.items())
 
 
 def serve_command(
-    shape: Shape = None,
-    model: Model = None,
+    shape: options.Shape = None,
+    model: options.Model = None,
     scenario: Annotated[
         str,
         typer.Option(
@@ -114,8 +105,8 @@ def serve_command(
         int | None,
         typer.Option(help="Requests that run when they arrive.", show_default=_default("running")),
     ] = None,
-    temperature: Temperature = 0.6,
-    seed: Seed = 0,
+    temperature: options.WorkloadTemperature = 0.6,
+    seed: options.WorkloadSeed = 0,
     repeats: Annotated[
         int | None,
         typer.Option(
@@ -123,24 +114,24 @@ def serve_command(
             show_default=_default("repeats"),
         ),
     ] = None,
-    max_num_seqs: MaxSeqs = None,
+    max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: Annotated[
         int | None,
         typer.Option(
-            help="As of LLM; of long-prompts, with chunks.",
+            help="As for LLM; for long-prompts, of the engine with chunks.",
             show_default=f"4096, long-prompts {_CHUNKED_BUDGET}",
         ),
     ] = None,
-    json_path: Json = None,
-    results: Results = None,
-    commit: Commit = None,
+    json_path: options.Json = None,
+    results: options.Results = None,
+    commit: options.Commit = None,
 ) -> None:
     """Measure requests that arrive over time, and what their readers wait.
 
     Arrivals are a Poisson process at each of the rates, through AsyncLLM. --scenario prefix and
     long-prompts measure the prefix cache and chunked prefill beside engines without.
     """
-    own = _options(
+    chosen = _scenario_options(
         scenario,
         {
             "rates": rates,
@@ -154,75 +145,68 @@ def serve_command(
             "repeats": repeats,
         },
     )
-    request = Request(
-        "serve", shape, model, own.pop("repeats"), max_num_seqs, max_num_batched_tokens, json_path,
-        results, commit,
+    own = EngineBenchOptions(
+        "serve", shape, model, chosen.pop("repeats"), max_num_seqs, max_num_batched_tokens,
+        output=Output(json_path, results, commit),
     )  # fmt: skip
-    workload = check_workload(own["requests"], own["input"], own["output"], temperature, seed)
+    workload = check_workload(
+        chosen["requests"], chosen["input"], chosen["output"], temperature, seed
+    )
     if scenario == "rates":
-        sweep = _rates(own["rates"])
+        rates_per_s = _parse_rates(chosen["rates"])
     else:
-        own |= {"temperature": temperature, "seed": seed, **_single(workload)}
+        chosen |= {"temperature": temperature, "seed": seed, **_single_lengths(workload)}
 
-    def measure(source: Source, progress: Progress) -> Measured:
-        from ..measure import scenarios, serving
+    def measure(source: Source, progress: Progress) -> BenchResult:
+        from ..measure import scenarios, serve
+        from ..measure import workload as workloads
 
-        options = request.options
+        engine = own.engine_options
+        common: dict[str, Any] = {
+            "repeats": own.repeats, "options": engine, "progress": progress
+        }  # fmt: skip
         if scenario == "rates":
-            return serving.measure_serve(
-                source,
-                serving.Workload(**workload),
-                sweep,
-                repeats=request.repeats,
-                options=options,
-                progress=progress,
-            )
+            load = workloads.Workload(**workload)
+            return serve.measure_serve(source, load, rates_per_s, **common)
         if scenario == "prefix":
-            return scenarios.measure_prefix(
-                source,
-                scenarios.SharedPrefix(**own),
-                repeats=request.repeats,
-                options=options,
-                progress=progress,
-            )
-        budget = options.pop("max_num_batched_tokens", _CHUNKED_BUDGET)
+            return scenarios.measure_prefix(source, scenarios.SharedPrefix(**chosen), **common)
+        budget = engine.pop("max_num_batched_tokens", _CHUNKED_BUDGET)
         return scenarios.measure_long_prompts(
-            source,
-            scenarios.LongPrompts(**own),
-            budget=budget,
-            repeats=request.repeats,
-            options=options,
-            progress=progress,
+            source, scenarios.LongPrompts(**chosen), budget=budget, **common
         )
 
-    run_bench(request, measure)
+    run_engine_bench(own, measure)
 
 
-def _options(scenario: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The scenario's options, with its defaults.
+def _scenario_options(scenario: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the scenario's options: those that are given, and defaults.
 
     Raises:
         UserError: no such scenario, an option that it does not have, or one outside its range.
     """
     if scenario not in _DEFAULTS:
         raise UserError(f"--scenario must be one of {', '.join(_DEFAULTS)}; got {scenario!r}")
-    options = dict(_DEFAULTS[scenario])
+    chosen = dict(_DEFAULTS[scenario])
     for name, value in given.items():
         if value is None:
             continue
-        if name not in options:
+        if name not in chosen:
             raise UserError(f"--{name} is not an option of --scenario {scenario}")
-        options[name] = value
+        chosen[name] = value
     for name in ("prefix", "long", "running"):
-        if options.get(name, 1) < 1:
-            raise UserError(f"--{name} must be at least 1, got {options[name]}")
-    if not 0 <= options.get("every", 0) < math.inf:
-        raise UserError(f"--every must be 0 or more seconds, got {options['every']}")
-    return options
+        if chosen.get(name, 1) < 1:
+            raise UserError(f"--{name} must be at least 1, got {chosen[name]}")
+    if not 0 <= chosen.get("every", 0) < math.inf:
+        raise UserError(f"--every must be 0 or more seconds, got {chosen['every']}")
+    return chosen
 
 
-def _single(workload: dict[str, Any]) -> dict[str, int]:
-    """Lengths of a scenario that has no ranges."""
+def _single_lengths(workload: dict[str, Any]) -> dict[str, int]:
+    """Return the lengths of a scenario that has no ranges.
+
+    Raises:
+        UserError: a range.
+    """
     found = {}
     for name in ("input", "output"):
         low, high = workload[name]
@@ -232,7 +216,12 @@ def _single(workload: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def _rates(text: str) -> list[float]:
+def _parse_rates(text: str) -> list[float]:
+    """Parse ``"1,2.5,inf"`` as rates above 0, each once.
+
+    Raises:
+        UserError: it is something else.
+    """
     rates: list[float] = []
     for part in text.split(","):
         try:

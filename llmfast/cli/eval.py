@@ -292,7 +292,7 @@ def _swapped(report: Report) -> str:
 
 def _run(quality: Quality, request: Request, text: str, weights: str, reference: str) -> Run:
     from ..measure.environment import capture_env, run_id
-    from ..measure.record import make_row
+    from ..measure.figures import make_row
     from ..measure.results import Run, format_case
 
     sizes = {"text": _slug(text), "tokens": request.tokens, "window": request.window}

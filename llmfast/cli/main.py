@@ -90,7 +90,9 @@ app.command("demo")(demo_command)
 app.command("eval")(eval_command)
 app.command("quantize")(quantize_command)
 app.command("tune")(tune_command)
-app.add_typer(bench_app, name="bench", help="Run benchmarks and render their results.")
+app.add_typer(
+    bench_app, name="bench", help="Measure whole models: decoding, and the engine under load."
+)
 
 
 def main() -> None:

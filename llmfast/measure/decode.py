@@ -1,7 +1,7 @@
-"""How fast a model decodes: the runner, ``model.generate`` through ``patch``, and transformers.
+"""Decoding speed of the runner, of ``model.generate`` through ``patch``, and of transformers.
 
-All in one process, on the same random prompts, greedy. A run is clocked where its caller sees it:
-from the call, with the prompts on the device, to each token's arrival on the host.
+All three run in one process, greedy, on the same random prompts. The clock runs from the call, with
+the prompts on the device, to the arrival of each token on the host.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +24,20 @@ import torch
 
 from ..errors import UserError
 from ..weights.model_weights import label_of, quantized_weights_of
-from .record import make_row
-from .results import CEILING_CASE, Row, format_case
-from .shapes import DTYPE_NAMES, Source
+from .figures import OURS, PEER, BenchResult, Progress, no_progress
+from .prepare import context_length, prepare, vocabulary_size, weight_options
+from .results import CEILING_CASE
+from .shapes import Source
 from .stats import Estimate, median_estimate
-from .timing import copy_bandwidth, copy_bytes
 
 if TYPE_CHECKING:
     from ..runner.generate import Takeover
     from ..runner.runner import Runner
 
-OURS, PEER = "llmfast", "transformers"
-THROUGH = {"through": "generate"}  # in the case of model.generate on a patched model
+VIA_GENERATE = {"through": "generate"}  # in the case of model.generate on a patched model
 WARM_UP_ROWS, WARM_UP_TOKENS = 8, 4  # of the first run, which compiles and captures
-PEER_TOKENS = 16  # transformers' own pace is that of its Python: a token takes as long as the next
-PEER_SECONDS = 20.0  # of one case; there is at least one run
-
-Progress = Callable[[str, int, int], None]  # what is done now, runs done, runs in all
+PEER_TOKENS = 16  # transformers' step time is that of its Python code: it does not change
+PEER_SECONDS = 20.0  # limit of one case; at least one run is made
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Case:
 
     @property
     def key(self) -> dict[str, int]:
-        """Its part of a case in a results file; the usual number of tokens goes without saying."""
+        """The pairs of a results file's case. The usual number of tokens is left out."""
         key = {"batch": self.batch, "prompt": self.prompt}
         if self.tokens != usual_tokens(self.batch):
             key["new"] = self.tokens
@@ -64,48 +61,8 @@ class Case:
 
 
 def usual_tokens(batch: int) -> int:
-    """Tokens a row: enough for a steady figure in a second or so."""
+    """Return the tokens per row that give a steady figure in about a second."""
     return 64 if batch >= 128 else 128
-
-
-@dataclass
-class Measured:
-    """What came of a measurement."""
-
-    model: dict[str, str]  # the case's part that says what was run
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what could not be measured, and why
-    bandwidth: Estimate | None = None  # of a copy, in GB/s
-    packed: str | None = None  # ours ran with such weights instead of the model's
-
-    def case(self, impl: str, key: dict[str, Any]) -> str:
-        packed = {} if self.packed is None or impl != OURS else {"weights": self.packed}
-        return format_case(self.model | packed | key)
-
-    def add(
-        self, impl: str, key: dict[str, Any], metric: str, figure: Estimate, repeats: int
-    ) -> None:
-        self.rows.append(make_row(self.case(impl, key), impl, metric, figure, repeats))
-
-    def add_times(
-        self,
-        impl: str,
-        key: dict[str, Any],
-        case: Case,
-        times: list[Times],
-        step_bytes: float | None = None,
-    ) -> None:
-        step = median_estimate([t.step for t in times])
-        figures = {
-            "tok_per_s": step.map(lambda s: case.batch / s),
-            "ms_per_step": step.map(lambda s: s * 1e3),
-            "ttft_ms": median_estimate([t.first * 1e3 for t in times]),
-        }
-        if self.bandwidth is not None and step_bytes is not None:
-            least = step_bytes / (self.bandwidth.value * 1e9)
-            figures["roofline_share"] = step.map(lambda s: least / s)
-        for metric, figure in figures.items():
-            self.add(impl, key, metric, figure, len(times))
 
 
 @dataclass(frozen=True)
@@ -113,30 +70,54 @@ class Times:
     """Seconds of one run."""
 
     first: float  # from the call to the first tokens
-    step: float  # a step after that
+    step: float  # of each later step, on average
 
 
-class Clock:
-    """A streamer that notes when tokens come."""
+class TokenClock:
+    """A streamer that records when tokens arrive."""
 
     def __init__(self, *, gets_prompt: bool) -> None:
         self.started = time.perf_counter()
-        self.came: list[float] = []
+        self.received_at: list[float] = []
         self._is_prompt = gets_prompt
 
     def put(self, tokens: torch.Tensor) -> None:
+        """Record the arrival of one token per row."""
         if not self._is_prompt:
-            self.came.append(time.perf_counter())
+            self.received_at.append(time.perf_counter())
         self._is_prompt = False
 
     def end(self) -> None:
-        pass
+        """Do nothing: the last token was recorded by ``put``."""
 
     def times(self, tokens: int) -> Times:
-        if len(self.came) != tokens:
-            raise RuntimeError(f"wanted {tokens} tokens a row, got {len(self.came)}")
-        first, last = self.came[0], self.came[-1]
+        """Return the times of a run that must have made ``tokens`` tokens per row."""
+        if len(self.received_at) != tokens:
+            raise RuntimeError(f"wanted {tokens} tokens a row, got {len(self.received_at)}")
+        first, last = self.received_at[0], self.received_at[-1]
         return Times(first - self.started, (last - first) / (tokens - 1))
+
+
+def add_times(
+    result: BenchResult,
+    impl: str,
+    key: dict[str, Any],
+    case: Case,
+    times: list[Times],
+    step_bytes: float | None = None,
+) -> None:
+    """Append the rows of a case's runs; the roofline's share if bandwidth and bytes are known."""
+    step = median_estimate([t.step for t in times])
+    figures = {
+        "tok_per_s": step.map(lambda s: case.batch / s),
+        "ms_per_step": step.map(lambda s: s * 1e3),
+        "ttft_ms": median_estimate([t.first * 1e3 for t in times]),
+    }
+    if result.bandwidth is not None and step_bytes is not None:
+        least = step_bytes / (result.bandwidth.value * 1e9)
+        figures["roofline_share"] = step.map(lambda s: least / s)
+    for metric, figure in figures.items():
+        result.add(impl, key, metric, figure, len(times))
 
 
 def measure_decode(
@@ -147,81 +128,69 @@ def measure_decode(
     peers: bool = True,
     starts: int = 0,
     weights: str | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Measured:
-    """Measure every case, and ``starts`` starts of a process of its own with a cold kernel cache.
+    progress: Progress = no_progress,
+) -> BenchResult:
+    """Measure every case, and ``starts`` process starts with a cold and a filled kernel cache.
 
-    A case that fails for want of memory is noted, and the others go on. With ``weights``
-    (``int4-g64``, ``int8-g128``, ``int8`` of one scale an output, and their like) the linear layers
-    of the decoder are rounded to nearest; starts and ``peers`` are of the weights as they are.
+    A case that runs out of memory is noted, and the others continue. With ``weights`` (such as
+    ``int4-g64``, ``int8-g128``, or ``int8`` with one scale per output) the decoder's linear layers
+    are rounded to nearest. Starts and peers use the model's own weights.
 
     Raises:
         UserError: the runner does not run this model, a case is longer than its context, or no
             case could be measured.
     """
     cases = list(cases)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     done, total = 0, 2 * starts + len(cases) * (2 if peers else 1) + 1
 
-    def say(what: str) -> None:
+    def report(what: str) -> None:
         nonlocal done
         progress(what, done, total)
         done += 1
 
-    found = Measured(source.case)
     start_seconds: dict[str, list[float]] = {"cold": [], "warm": []}
-    for _ in range(starts):  # first, while this process holds no memory of the GPU
+    for _ in range(starts):  # first, while this process holds no GPU memory
         with tempfile.TemporaryDirectory(prefix="llmfast-") as folder:
-            for start in start_seconds:
-                say(f"Starting a process, kernel cache {start}")
-                seconds = seconds_to_first_token(source, cases[0].prompt, Path(folder))
-                start_seconds[start].append(seconds)
-    say(f"Preparing the model on {device}")
-    if device.type == "cuda":
-        copy = copy_bandwidth()
-        found.bandwidth = copy.per_second(copy_bytes())
-        row = make_row(CEILING_CASE, "torch", "gb_per_s", found.bandwidth, copy.rounds)
-        found.rows.append(row)
-    model = source.make(device)
-    dtype = DTYPE_NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
-    found.model |= {"weights": dtype, "kv": dtype}
+            for start, seconds in start_seconds.items():
+                report(f"Starting a process, kernel cache {start}")
+                seconds.append(seconds_to_first_token(source, cases[0].prompt, Path(folder)))
+    result, model = prepare(source, lambda what, _done, _total: report(what))
     if starts:
-        for start, seconds_each in start_seconds.items():
+        for start, seconds in start_seconds.items():
             key = {"batch": 1, "prompt": cases[0].prompt, "start": start}
-            estimate = median_estimate(seconds_each)
-            found.add(OURS, key, "start_to_first_token_s", estimate, starts)
+            result.add(OURS, key, "start_to_first_token_s", median_estimate(seconds), starts)
     _check_context(model, cases)
     prompts = {case: _prompts(model, case) for case in cases}
-    with _taken_over(model, weights) as takeover:
+    with _patched(model, weights) as takeover:
         if takeover.blocks is not None and takeover.blocks.packed_bytes:
-            found.packed = label_of(quantized_weights_of(model) or {})
+            result.packed = label_of(quantized_weights_of(model) or {})
         for case in cases:
-            say(f"{case}: llmfast")
-            with _noting(found, OURS, case):
-                _measure_ours(found, model, takeover, case, prompts[case], repeats)
+            report(f"{case}: llmfast")
+            with _note_failure(result, OURS, case):
+                _measure_ours(result, model, takeover, case, prompts[case], repeats)
     if peers:
         for case in cases:
-            say(f"{case}: transformers")
-            with _noting(found, PEER, case):
+            report(f"{case}: transformers")
+            with _note_failure(result, PEER, case):
                 times = _peer_times(model, prompts[case], case, repeats)
-                found.add_times(PEER, case.key, case, times)
-    if all(row.case == CEILING_CASE for row in found.rows):
-        raise UserError(f"nothing could be measured: {'; '.join(found.notes)}")
-    return found
+                add_times(result, PEER, case.key, case, times)
+    if all(row.case == CEILING_CASE for row in result.rows):
+        raise UserError(f"nothing could be measured: {'; '.join(result.notes)}")
+    return result
 
 
 # ------------------------------------------------------------------------- one implementation
 
 
 def _measure_ours(
-    found: Measured,
+    result: BenchResult,
     model: Any,
     takeover: Takeover,
     case: Case,
     prompts: torch.Tensor,
     repeats: int,
 ) -> None:
-    """The runner driven directly, and ``model.generate`` on the same runner, in turn."""
+    """Measure the runner driven directly and ``model.generate`` on the same runner, in turn."""
     from ..runner.runner import Runner
 
     assert takeover.blocks is not None
@@ -231,27 +200,27 @@ def _measure_ours(
     runner = Runner(takeover.blocks, max_rows=case.batch, max_length=case.prompt + case.tokens)
     takeover.runner = runner
     try:
-        # the rows past the first few bring one token each: they take part in the graph alone
+        # rows beyond the first few have one token each: they only take part in the graph
         lengths = [case.prompt if row < WARM_UP_ROWS else 1 for row in range(case.batch)]
         short = torch.cat([row[:n] for row, n in zip(prompts, lengths, strict=True)])
         _run(runner, short, lengths, min(WARM_UP_TOKENS, case.tokens))
-        direct, through = [], []
+        direct, generated = [], []
         for index in range(repeats):
             direct.append(_run(runner, prompts.flatten(), [case.prompt] * case.batch, case.tokens))
-            if index == 0 and cuda:  # generate is the same runner's: nothing is added by it
+            if index == 0 and cuda:  # generate runs on the same runner: it allocates nothing more
                 peak = torch.cuda.max_memory_allocated(model.device)
                 weights = _held_bytes(model) + takeover.blocks.packed_bytes
                 over = (peak - weights - runner.cache.nbytes) / 2**30
                 exact = Estimate(over, over, over)
-                found.add(OURS, case.key, "peak_over_weights_cache_gib", exact, 1)
-            if index > 0 or repeats == 1:  # one run less: a large batch's prompts take seconds
-                through.append(_generate(model, prompts, case.tokens).times(case.tokens))
+                result.add(OURS, case.key, "peak_over_weights_cache_gib", exact, 1)
+            if index > 0 or repeats == 1:  # one run less: prefill of a large batch takes seconds
+                generated.append(_generate(model, prompts, case.tokens).times(case.tokens))
     finally:
         runner.close()
         takeover.runner = None
     saved = takeover.blocks.dense_bytes - takeover.blocks.packed_bytes
-    found.add_times(OURS, case.key, case, direct, bytes_per_step(model, case) - saved)
-    found.add_times(OURS, case.key | THROUGH, case, through)
+    add_times(result, OURS, case.key, case, direct, bytes_per_step(model, case) - saved)
+    add_times(result, OURS, case.key | VIA_GENERATE, case, generated)
 
 
 def _run(runner: Runner, ids: torch.Tensor, lengths: list[int], tokens: int) -> Times:
@@ -261,7 +230,7 @@ def _run(runner: Runner, ids: torch.Tensor, lengths: list[int], tokens: int) -> 
 
     greedy = Sampling()
     _synchronize(runner.device)
-    clock = Clock(gets_prompt=False)
+    clock = TokenClock(gets_prompt=False)
     try:
         runner.start(ids, lengths, tokens, greedy)
         device_loop(runner, tokens, greedy, clock)
@@ -270,9 +239,9 @@ def _run(runner: Runner, ids: torch.Tensor, lengths: list[int], tokens: int) -> 
     return clock.times(tokens)
 
 
-def _generate(model: Any, prompts: torch.Tensor, tokens: int) -> Clock:
+def _generate(model: Any, prompts: torch.Tensor, tokens: int) -> TokenClock:
     _synchronize(model.device)
-    clock = Clock(gets_prompt=True)
+    clock = TokenClock(gets_prompt=True)
     model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
@@ -296,8 +265,8 @@ def _peer_times(model: Any, prompts: torch.Tensor, case: Case, repeats: int) -> 
 
 
 @contextmanager
-def _taken_over(model: Any, weights: str | None = None) -> Iterator[Takeover]:
-    """``model`` patched, its ``generate`` the runner's; with ``weights`` on rounded ones.
+def _patched(model: Any, weights: str | None = None) -> Iterator[Takeover]:
+    """Patch ``model`` so that the runner runs its ``generate``, on rounded ``weights`` if given.
 
     Raises:
         UserError: the runner does not run this model.
@@ -306,15 +275,10 @@ def _taken_over(model: Any, weights: str | None = None) -> Iterator[Takeover]:
 
     from ..runner.generate import takeover_of
 
-    # on the CPU patch swaps nothing unless it is told to
+    # on the CPU patch swaps nothing by default
     ops = None if model.device.type == "cuda" else "generate"
-    if weights is None:
-        report = llmfast.patch(model, ops=ops)
-    else:
-        rounded, _, group = weights.partition("-g")
-        report = llmfast.patch(
-            model, ops=ops, weights=rounded, group_size=int(group) if group else "auto"
-        )
+    rounded = {} if weights is None else weight_options(weights)
+    report = llmfast.patch(model, ops=ops, **rounded)
     try:
         takeover = takeover_of(model)
         if takeover is None:
@@ -327,23 +291,23 @@ def _taken_over(model: Any, weights: str | None = None) -> Iterator[Takeover]:
 
 
 @contextmanager
-def _noting(found: Measured, impl: str, case: Case) -> Iterator[None]:
-    """A case that does not fit is noted, not raised."""
+def _note_failure(result: BenchResult, impl: str, case: Case) -> Iterator[None]:
+    """Note a case that does not fit in memory instead of raising."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError) as error:
-        found.notes.append(f"{impl}, {case}: {str(error).splitlines()[0]}")
+        result.notes.append(f"{impl}, {case}: {str(error).splitlines()[0]}")
     _release_memory()
 
 
-# ------------------------------------------------------------------------------- what a step reads
+# ------------------------------------------------------------------------- the bytes of a step
 
 
 def bytes_per_step(model: Any, case: Case) -> float:
-    """What a step must read at the least: the weights once, and each row's keys and values.
+    """Count the bytes that a step must read: all weights once, and each row's keys and values.
 
-    Of the input embedding a step reads a few rows, which are left out, unless it is the head too.
-    A layer with a sliding window reads that window. Taken in the middle of the steps.
+    The input embedding is left out unless it is the head too: a step reads a few of its rows. A
+    layer with a sliding window reads that window. The context is that of the middle step.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = _weight_bytes(model) - (0 if head is embedding else embedding.nbytes)
@@ -355,7 +319,7 @@ def bytes_per_step(model: Any, case: Case) -> float:
 
 
 def _windows(config: Any) -> list[float]:
-    """Of each layer; infinite where it attends to everything."""
+    """Return each layer's sliding window in tokens; infinity for full attention."""
     window = getattr(config, "sliding_window", None) or math.inf
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else math.inf for kind in kinds]
@@ -366,20 +330,19 @@ def _weight_bytes(model: Any) -> int:
 
 
 def _held_bytes(model: Any) -> int:
-    """Of parameters, as far as there is memory behind them."""
+    """Count the parameters' bytes that are allocated; shared storage counts once."""
     storages = (parameter.untyped_storage() for parameter in model.parameters())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _prompts(model: Any, case: Case) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     shape = (case.batch, case.prompt)
-    return torch.randint(vocabulary, shape, generator=generator).to(model.device)
+    return torch.randint(vocabulary_size(model), shape, generator=generator).to(model.device)
 
 
 def _check_context(model: Any, cases: Iterable[Case]) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     for case in cases:
         if context and case.prompt + case.tokens > context:
             raise UserError(
@@ -399,16 +362,20 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------- a process
+# ------------------------------------------------------------------------- process starts
 
 
 def seconds_to_first_token(source: Source, prompt: int, triton_cache: Path) -> float:
-    """Seconds from the start of a new process to its first token, imports and all."""
-    asked = [json.dumps(asdict(source)), str(prompt)]
+    """Time a new process from its start, imports included, to its first token, in seconds.
+
+    Raises:
+        UserError: the process failed.
+    """
+    arguments = [json.dumps(asdict(source)), str(prompt)]
     started = time.time()
     done = subprocess.run(
-        [sys.executable, "-m", "llmfast.measure.decode", *asked],
-        env=os.environ | {"TRITON_CACHE_DIR": str(triton_cache)},  # Triton's own way to be told
+        [sys.executable, "-m", "llmfast.measure.decode", *arguments],
+        env=os.environ | {"TRITON_CACHE_DIR": str(triton_cache)},  # Triton's own setting
         capture_output=True,
         text=True,
     )
@@ -419,11 +386,11 @@ def seconds_to_first_token(source: Source, prompt: int, triton_cache: Path) -> f
 
 
 def answer_once(source: Source, prompt: int) -> float:
-    """Make the model, patch it and generate; the wall clock's time of the first token."""
+    """Make the model, patch it and generate; return the wall-clock time of the first token."""
     model = source.make(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with _taken_over(model):
+    with _patched(model):
         clock = _generate(model, _prompts(model, Case(1, prompt, 2)), 2)
-        ago = time.perf_counter() - clock.came[0]
+        ago = time.perf_counter() - clock.received_at[0]
         return time.time() - ago
 
 

@@ -1,4 +1,4 @@
-"""Two cases that a policy is for: prompts that begin alike, and long prompts beside answers."""
+"""Two serving scenarios: shared prefixes, and long prompts that arrive during decoding."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from ..engine.async_llm import AsyncLLM
 from ..engine.llm import LLM
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
-from .decode import OURS, Measured, Progress
-from .serving import LAST_TOKEN, Timeline, options_for, prepare, read, timed, vocabulary_of
+from .figures import OURS, BenchResult, Progress, no_progress
+from .prepare import vocabulary_size
+from .serve import read_answer
 from .shapes import Source
 from .stats import median_estimate, percentile
+from .workload import LAST_TOKEN, Timeline, engine_options, prepare_engine_model, time_generate
 
 LONG_OUTPUT = 32  # tokens of the answer to a long prompt
-_SETTLED = 8  # outputs of each running request before the first long prompt: none waits to begin
+_SETTLED = 8  # outputs of each running request before the first long prompt: all prefills are over
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Requests that are sent at once, whose prompts begin alike."""
+    """Requests that are sent at once, and whose prompts share a prefix."""
 
     requests: int = 64
     prefix: int = 2048  # tokens that all prompts begin with
-    input: int = 64  # of each prompt's own
+    input: int = 64  # further tokens of each prompt
     output: int = 16
     temperature: float = 0.6
     seed: int = 0
 
     def draw(self, vocabulary: int, again: int) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Prompts and parameters; other numbers ``again`` give another prefix."""
+        """Draw prompts and parameters; another ``again`` gives another prefix."""
         rng = random.Random(f"prefix {self.seed} {again}")
         prefix = _random_tokens(rng, vocabulary, self.prefix)
         prompts = [
@@ -46,7 +48,7 @@ class SharedPrefix:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Its part of a case in a results file."""
+        """The pairs of a results file's case."""
         return {
             "scenario": "prefix",
             "requests": self.requests,
@@ -58,19 +60,19 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class LongPrompts:
-    """Requests that are being answered while long prompts arrive, one every few seconds."""
+    """Requests that decode while long prompts arrive, one every few seconds."""
 
     requests: int = 8  # with long prompts
-    long: int = 8192  # tokens of each of these
-    every: float = 2.0  # seconds
-    running: int = 32  # requests that are being answered
-    input: int = 512  # tokens of each of their prompts
-    output: int = 4096  # tokens of their answers at most: they end with the last long prompt's
+    long: int = 8192  # tokens of each long prompt
+    every: float = 2.0  # seconds between long prompts
+    running: int = 32  # requests that decode
+    input: int = 512  # prompt tokens of each request that decodes
+    output: int = 4096  # their answer tokens at most: they are aborted after the last long prompt
     temperature: float = 0.6
     seed: int = 0
 
     def draw(self, vocabulary: int, again: int) -> tuple[list[list[int]], list[list[int]]]:
-        """The running requests' prompts, and the long ones."""
+        """Draw the prompts of the running requests, and the long prompts."""
         rng = random.Random(f"long prompts {self.seed} {again}")
         short = [_random_tokens(rng, vocabulary, self.input) for _ in range(self.running)]
         long = [_random_tokens(rng, vocabulary, self.long) for _ in range(self.requests)]
@@ -78,7 +80,7 @@ class LongPrompts:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Its part of a case in a results file."""
+        """The pairs of a results file's case."""
         return {
             "scenario": "long-prompts",
             "running": self.running,
@@ -95,36 +97,39 @@ def measure_prefix(
     *,
     repeats: int = 3,
     options: dict[str, Any] | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Measured:
-    """The mean time to first token, with the prefix cache and without.
+    progress: Progress = no_progress,
+) -> BenchResult:
+    """Measure the mean time to first token, with the prefix cache and without.
 
-    It is counted in the engine, from ``generate`` queueing the request to its token on the host.
-    One engine after another over the same model and the same prompts; each answers prompts of
-    another prefix first, which is not counted.
+    The engine counts it, from ``generate`` queueing a request to its first token on the host. Both
+    engines use the same model and prompts, one after the other. Each first answers prompts with
+    another prefix, which do not count.
 
     Args:
-        repeats: each with a prefix of its own, which no cache knows.
+        repeats: runs, each with a prefix of its own, which no cache knows.
         options: of :class:`llmfast.LLM`.
 
     Raises:
         UserError: the model cannot be run, its context is too short, or a request failed.
     """
     prompt = scenario.prefix + scenario.input
-    found, model = prepare(source, prompt, scenario.output, progress)
+    result, model = prepare_engine_model(source, prompt, scenario.output, progress)
     for caching in (True, False):
         name = "on" if caching else "off"
         means = []
-        given = {**options_for(prompt + scenario.output, options), "enable_prefix_caching": caching}
+        given = {
+            **engine_options(prompt + scenario.output, options),
+            "enable_prefix_caching": caching,
+        }
         with LLM(model, **given) as llm:
             for again in range(-1, repeats):
                 progress(f"Prefix cache {name}", max(again, 0), repeats)
-                _, outputs = timed(llm, *scenario.draw(vocabulary_of(model), again))
+                _, outputs = time_generate(llm, *scenario.draw(vocabulary_size(model), again))
                 times = [output.metrics.time_to_first_token or 0.0 for output in outputs]
                 means.append(statistics.mean(times) * 1e3)
         key = {**scenario.key, "prefix_cache": name}
-        found.add(OURS, key, "ttft_mean_ms", median_estimate(means[1:]), repeats)
-    return found
+        result.add(OURS, key, "ttft_mean_ms", median_estimate(means[1:]), repeats)
+    return result
 
 
 def measure_long_prompts(
@@ -134,25 +139,24 @@ def measure_long_prompts(
     budget: int,
     repeats: int = 1,
     options: dict[str, Any] | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Measured:
-    """What those that are being answered wait for long prompts, in chunks and prefill-first.
+    progress: Progress = no_progress,
+) -> BenchResult:
+    """Measure how long prompts delay running requests, with chunked prefill and prefill-first.
 
-    One engine after another over the same model and the same prompts, through ``AsyncLLM``; a
-    long prompt is answered first, which is not counted. :func:`summarize` says what the metrics
-    are.
+    Both engines use the same model and prompts, one after the other, through ``AsyncLLM``. Each
+    first answers one long prompt, which does not count. :func:`summarize` defines the metrics.
 
     Args:
-        budget: ``max_num_batched_tokens`` of the engine with chunks.
+        budget: ``max_num_batched_tokens`` of the engine with chunked prefill.
 
-    Other arguments and errors are those of :func:`measure_prefix`; UserError too if an answer
-    that should be running ends before the last long prompt's.
+    Other arguments and errors are those of :func:`measure_prefix`; UserError too if a running
+    request ends before the last long prompt's answer.
     """
     sizes = max((scenario.input, scenario.output), (scenario.long, LONG_OUTPUT), key=sum)
-    found, model = prepare(source, *sizes, progress)
+    result, model = prepare_engine_model(source, *sizes, progress)
     for policy in ("chunked", "prefill-first"):
         key = {**scenario.key, "policy": policy}
-        given = options_for(sum(sizes), options)
+        given = engine_options(sum(sizes), options)
         if policy == "chunked":
             key["budget"] = given["max_num_batched_tokens"] = budget
         else:
@@ -160,14 +164,14 @@ def measure_long_prompts(
         llm = AsyncLLM(model, **given)
         try:
             samples = asyncio.run(
-                _all_rounds(llm, scenario, vocabulary_of(model), repeats, policy, progress)
+                _all_rounds(llm, scenario, vocabulary_size(model), repeats, policy, progress)
             )
         finally:
             llm.close()
         for metric in samples[0]:
             figures = [sample[metric] for sample in samples]
-            found.add(OURS, key, metric, median_estimate(figures), repeats)
-    return found
+            result.add(OURS, key, metric, median_estimate(figures), repeats)
+    return result
 
 
 async def _all_rounds(
@@ -190,19 +194,22 @@ async def _all_rounds(
 async def _round(
     llm: AsyncLLM, scenario: LongPrompts, vocabulary: int, again: int
 ) -> tuple[list[Timeline], list[Timeline]]:
-    """The running requests' timelines, up to the end of the last long one, and the long ones'."""
+    """Return the timelines of the running requests and of the long prompts.
+
+    The running requests are aborted when the last long prompt is answered.
+    """
     short, long = scenario.draw(vocabulary, again)
     params = _params(scenario.temperature, scenario.output)
     running = [Timeline(time.perf_counter()) for _ in short]
     tasks = [
-        asyncio.create_task(read(llm, prompt, params, line))
-        for prompt, line in zip(short, running, strict=True)
+        asyncio.create_task(read_answer(llm, prompt, params, timeline))
+        for prompt, timeline in zip(short, running, strict=True)
     ]
     try:
-        while not all(len(line.came) >= _SETTLED for line in running):
+        while not all(len(timeline.received_at) >= _SETTLED for timeline in running):
             await asyncio.wait(tasks, timeout=0.005)
             _require_running(tasks, scenario)
-        lines = await _send_every(
+        timelines = await _send_every(
             llm, long, _params(scenario.temperature, LONG_OUTPUT), scenario.every
         )
         _require_running(tasks, scenario)
@@ -210,13 +217,13 @@ async def _round(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return running, lines
+    return running, timelines
 
 
 def _require_running(tasks: Sequence[asyncio.Task[None]], scenario: LongPrompts) -> None:
     for task in tasks:
         if task.done():
-            task.result()  # raises what it raised
+            task.result()  # raises the task's own error, if it has one
             raise UserError(
                 f"an answer of {scenario.output} tokens ended before the last long prompt was "
                 "answered; raise --output"
@@ -230,9 +237,9 @@ async def _send_every(
 
     async def read_at(prompt: list[int], at: float) -> Timeline:
         await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
-        line = Timeline(time.perf_counter())
-        await read(llm, prompt, params, line)
-        return line
+        timeline = Timeline(time.perf_counter())
+        await read_answer(llm, prompt, params, timeline)
+        return timeline
 
     return await asyncio.gather(
         *(read_at(prompt, number * seconds) for number, prompt in enumerate(prompts))
@@ -240,26 +247,28 @@ async def _send_every(
 
 
 def summarize(running: Sequence[Timeline], long: Sequence[Timeline]) -> dict[str, float]:
-    """The metrics of long prompts that arrive while requests are being answered.
+    """Return the metrics of long prompts that arrive while other requests decode.
 
-    ``itl_p50_ms`` and ``itl_p99_ms`` are of the running requests' gaps between two outputs, of
-    those gaps that overlap the time from a long prompt's sending to its first token.
-    ``ttft_p50_ms`` is of the long prompts. ``out_tok_per_s`` counts the tokens of all requests
-    from the first long prompt's sending to the last one's last token.
+    - ``itl_p50_ms``, ``itl_p99_ms``: percentiles of the running requests' gaps between two
+      outputs. A gap counts if it overlaps the time from a long prompt's sending to its first token.
+    - ``ttft_p50_ms``: median time to first token of the long prompts.
+    - ``out_tok_per_s``: tokens of all requests, from the first long prompt's sending to the last
+      one's last token.
     """
-    waits = [(line.sent, line.came[0]) for line in long]
+    waits = [(line.sent_at, line.received_at[0]) for line in long]
     gaps = [
         after - before
         for line in running
-        for before, after in pairwise(line.came)
+        for before, after in pairwise(line.received_at)
         if any(before < end and start < after for start, end in waits)
     ]
-    start, end = min(line.sent for line in long), max(line.came[-1] for line in long)
+    start = min(line.sent_at for line in long)
+    end = max(line.received_at[-1] for line in long)
     tokens = sum(line.tokens_between(start, end) for line in (*running, *long))
     return {
         "itl_p50_ms": percentile(gaps, 0.5) * 1e3,
         "itl_p99_ms": percentile(gaps, 0.99) * 1e3,
-        "ttft_p50_ms": percentile([line.first for line in long], 0.5) * 1e3,
+        "ttft_p50_ms": percentile([line.time_to_first_token for line in long], 0.5) * 1e3,
         "out_tok_per_s": tokens / (end - start),
     }
 

@@ -9,11 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 from llmfast.cli import bench_decode
-from llmfast.cli.bench_decode import Request
+from llmfast.cli.bench_decode import DecodeOptions
 from llmfast.cli.main import app
 from llmfast.errors import UserError
 from llmfast.measure import decode, shapes
-from llmfast.measure.decode import Case, Measured
+from llmfast.measure.decode import Case
+from llmfast.measure.figures import BenchResult
 from llmfast.measure.results import read
 from llmfast.measure.stats import Estimate
 
@@ -74,12 +75,12 @@ def test_json_on_stdout_is_all_that_is_there(tiny):
 
 def test_a_gpu_s_table_has_the_roofline_and_names_what_failed(monkeypatch, capsys):
     def measure(source, cases, **options):
-        found = Measured({"shape": "qwen3-8b", "weights": "bf16", "kv": "bf16"})
+        found = BenchResult({"shape": "qwen3-8b", "weights": "bf16", "kv": "bf16"})
         found.bandwidth = Estimate(3019.0, 3000.0, 3020.0)
         times = [decode.Times(0.05, step) for step in (0.009, 0.01, 0.011)]
         case = cases[0]
-        found.add_times("llmfast", case.key, case, times, 24e9)
-        found.add_times("transformers", case.key, case, times)
+        decode.add_times(found, "llmfast", case.key, case, times, 24e9)
+        decode.add_times(found, "transformers", case.key, case, times)
         memory = Estimate(0.8, 0.8, 0.8)
         found.add("llmfast", case.key, "peak_over_weights_cache_gib", memory, 1)
         start = {"batch": 1, "prompt": 512, "start": "cold"}
@@ -89,7 +90,7 @@ def test_a_gpu_s_table_has_the_roofline_and_names_what_failed(monkeypatch, capsy
 
     monkeypatch.setattr(decode, "measure_decode", measure)
     monkeypatch.setenv("COLUMNS", "80")
-    bench_decode.bench_decode(Request(shape="qwen3-8b", batch="32"))
+    bench_decode.bench_decode(DecodeOptions(shape="qwen3-8b", batch="32"))
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines() if " x 512 " in line]
     shares = ["3,200.0", "±10.1%", "10.000", "79.5%", "50.0", "0.80"]
@@ -111,14 +112,14 @@ def test_the_table_of_packed_weights(tiny, peers):
 
 
 def test_the_usual_cases_are_those_of_the_published_figures():
-    assert Request().cases(gpu=True) == [
+    assert DecodeOptions().cases(gpu=True) == [
         Case(1, 512, 128),
         Case(8, 512, 128),
         Case(32, 512, 128),
         Case(128, 512, 64),
     ]
-    assert Request().cases(gpu=False) == [Case(1, 512, 128)]
-    assert Request(batch="2, 2,4", prompt="16,32", tokens=9).cases(gpu=True) == [
+    assert DecodeOptions().cases(gpu=False) == [Case(1, 512, 128)]
+    assert DecodeOptions(batch="2, 2,4", prompt="16,32", tokens=9).cases(gpu=True) == [
         Case(2, 16, 9),
         Case(4, 16, 9),
         Case(2, 32, 9),
@@ -182,6 +183,6 @@ def test_bars_of_transformers_are_off_only_while_it_measures(tiny, monkeypatch):
 
     monkeypatch.setattr(decode, "measure_decode", measure)
     with pytest.raises(UserError, match="enough"):
-        bench_decode.bench_decode(Request(shape=tiny))
+        bench_decode.bench_decode(DecodeOptions(shape=tiny))
     assert seen == [False]
     assert logging.is_progress_bar_enabled()

@@ -12,6 +12,8 @@ pytest_plugins = "pytester"
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bench").glob("bench_*.py"))
+SETTINGS = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
+SETTINGS += ["-o", f"pythonpath={ROOT / 'bench/tools'}"]
 
 # a clock in place of the GPU: 2 us for ours, 4 us for every peer, and one that fails
 FAKES = """
@@ -79,7 +81,7 @@ def test_every_command_names_a_file_that_is_there():
 def test_bench_op_records_each_metric_of_the_suite(pytester):
     pytester.makeconftest((ROOT / "bench/conftest.py").read_text() + FAKES)
     (pytester.path / "bench_it.py").write_text(CASES)
-    options = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
+    options = [*SETTINGS]
     result = pytester.runpytest_subprocess(
         *options, "bench_it.py", "--results", "out", "--commit", "f00"
     )
@@ -120,7 +122,7 @@ def test_without_a_gpu_the_benchmarks_skip_with_the_reason(pytester):
     hide = "\ntorch.cuda.is_available = lambda: False\n"
     pytester.makeconftest((ROOT / "bench/conftest.py").read_text() + hide)
     (pytester.path / "bench_it.py").write_text(CASES)
-    options = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-rs"]
+    options = [*SETTINGS, "-rs"]
     result = pytester.runpytest_subprocess(*options, "bench_it.py")
     result.assert_outcomes(skipped=3)
     result.stdout.fnmatch_lines(["*times a GPU: needs a CUDA device*"])

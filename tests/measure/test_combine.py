@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from combine import combine_folders, combine_runs
 from llmfast.errors import UserError
-from llmfast.measure.combine import combine_folders, combine_runs, main
 from llmfast.measure.results import Row, read, write
 
 
@@ -48,7 +48,7 @@ def test_commits_may_differ_where_that_is_said_and_are_all_named(three, env):
     assert run.env.commit == f"{env.commit}+other"
 
 
-def test_folders_are_combined_into_the_results(three, tmp_path, make_run, make_row, capsys):
+def test_folders_are_combined_into_the_results(three, tmp_path, make_run, make_row):
     folders = [tmp_path / run.id for run in three]
     for folder, run in zip(folders, three, strict=True):
         write(folder / "norm.json", (run,))
@@ -56,21 +56,20 @@ def test_folders_are_combined_into_the_results(three, tmp_path, make_run, make_r
     old = make_row(1.0, case="tokens=99")
     write(into / "norm.json", (make_run(old, id="old"),))
 
-    assert main([*map(str, folders), "--into", str(into)]) == 0
-    assert capsys.readouterr().out.split() == [str(into / "norm.json")]
+    assert combine_folders(folders, into) == [into / "norm.json"]
     kept, combined = read(into / "norm.json")
     assert kept.rows == (old,)
     assert combined == combine_runs(three)
 
 
-def test_folders_that_do_not_fit_leave_the_results_alone(three, tmp_path, capsys):
+def test_folders_that_do_not_fit_leave_the_results_alone(three, tmp_path):
     folders = [tmp_path / run.id for run in three[:2]]
     for folder, run in zip(folders, three[:2], strict=True):
         write(folder / "norm.json", (run,))
     write(folders[0] / "activation.json", (three[0],))
     into = tmp_path / "h100"
-    assert main([*map(str, folders), "--into", str(into)]) == 2
-    assert "activation.json: cannot be read" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"activation\.json: cannot be read"):
+        combine_folders(folders, into)
     assert not into.exists()
 
     write(folders[1] / "activation.json", (three[0], replace(three[1], rows=(three[1].rows[1],))))

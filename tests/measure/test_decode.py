@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 import tiny_models
 from llmfast.errors import UserError
 from llmfast.measure import decode, shapes
-from llmfast.measure.decode import Case, Clock, Measured, bytes_per_step, measure_decode
+from llmfast.measure.decode import Case, TokenClock, bytes_per_step, measure_decode
+from llmfast.measure.figures import BenchResult
 from llmfast.measure.results import parse_case
 from llmfast.measure.shapes import SHAPES, Source
 from llmfast.measure.stats import Estimate
@@ -167,7 +168,7 @@ def test_a_sliding_window_is_all_that_its_layer_reads(kind, changes, windows):
 def test_a_clock_leaves_the_prompt_out(monkeypatch):
     ticks = iter([10.0, 11.0, 11.5, 12.0])
     monkeypatch.setattr(decode.time, "perf_counter", lambda: next(ticks))
-    clock = Clock(gets_prompt=True)
+    clock = TokenClock(gets_prompt=True)
     for _ in range(4):
         clock.put(torch.zeros(1))
     assert clock.times(3) == decode.Times(first=1.0, step=0.5)
@@ -176,9 +177,10 @@ def test_a_clock_leaves_the_prompt_out(monkeypatch):
 
 
 def test_figures_follow_from_the_times():
-    found = decode.Measured({"shape": "x"}, bandwidth=Estimate(3000.0, 2990.0, 3010.0))
+    found = BenchResult({"shape": "x"}, bandwidth=Estimate(3000.0, 2990.0, 3010.0))
     times = [decode.Times(0.02, step) for step in (0.004, 0.005, 0.008)]
-    found.add_times("llmfast", {"batch": 8, "prompt": 512}, Case(8, 512, 128), times, 12e9)
+    case = Case(8, 512, 128)
+    decode.add_times(found, "llmfast", {"batch": 8, "prompt": 512}, case, times, 12e9)
     got = {row.metric: (row.value, row.low, row.high, row.repeats) for row in found.rows}
     assert got == {
         "tok_per_s": (1600.0, 1000.0, 2000.0, 3),
@@ -243,13 +245,13 @@ def test_every_way_is_measured_in_one_process(tiny, monkeypatch):
 
 
 def test_four_bit_weights_are_the_runner_s_and_the_peer_has_its_own(tiny, monkeypatch):
-    reads, own = [], Measured.add_times
+    reads, own = [], decode.add_times
 
-    def add_times(self, impl, key, case, times, step_bytes=None):
+    def add_times(result, impl, key, case, times, step_bytes=None):
         reads.append(step_bytes)
-        own(self, impl, key, case, times, step_bytes)
+        own(result, impl, key, case, times, step_bytes)
 
-    monkeypatch.setattr(Measured, "add_times", add_times)
+    monkeypatch.setattr(decode, "add_times", add_times)
     case = Case(1, 20, 5)
     found = measure_decode(tiny, [case], repeats=1, weights="int4-g32")
     assert {(row.impl, parse_case(row.case)["weights"]) for row in found.rows} == {

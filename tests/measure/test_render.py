@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from llmfast.errors import UserError
-from llmfast.measure.render import render
 from llmfast.measure.results import write
+from render import render
 
 
 @pytest.fixture

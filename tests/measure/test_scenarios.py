@@ -9,9 +9,9 @@ from llmfast.engine.llm import LLM
 from llmfast.errors import UserError
 from llmfast.measure import scenarios, shapes
 from llmfast.measure.scenarios import LongPrompts, SharedPrefix
-from llmfast.measure.serving import Timeline
 from llmfast.measure.shapes import Source
 from llmfast.measure.suites import SUITES
+from llmfast.measure.workload import Timeline
 
 TINY = (
     "llama",
@@ -89,7 +89,9 @@ def test_the_mean_is_of_all_first_tokens_and_the_first_round_is_not_counted(tiny
             self.metrics = type("Metrics", (), {"time_to_first_token": seconds})
 
     rounds = iter([[9.0, 9.0], [1.0, 3.0], [4.0, 8.0], [9.0, 9.0], [10.0, 30.0], [40.0, 80.0]])
-    monkeypatch.setattr(scenarios, "timed", lambda *_: (0.0, [Output(s) for s in next(rounds)]))
+    monkeypatch.setattr(
+        scenarios, "time_generate", lambda *_: (0.0, [Output(s) for s in next(rounds)])
+    )
     on, off = scenarios.measure_prefix(tiny, PREFIX, repeats=2).rows
     assert (on.value, on.low, on.high) == (4000, 2000, 6000)
     assert (off.value, off.low, off.high) == (40_000, 20_000, 60_000)

@@ -1,24 +1,19 @@
-"""Collect the figures of one process in the results files, as they come."""
+"""Collect the figures of one process and keep its results files up to date."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
-from .environment import run_id
-from .results import CEILING_CASE, Env, Row, Run, merge, parse_case
-from .stats import Estimate
-from .suites import SUITES, UNITS
-
-
-def make_row(case: str, impl: str, metric: str, estimate: Estimate, repeats: int) -> Row:
-    """Make a row with the metric's unit."""
-    unit = UNITS[metric]
-    return Row(case, impl, metric, unit, estimate.value, estimate.low, estimate.high, repeats)
+from llmfast.errors import UserError
+from llmfast.measure.environment import run_id
+from llmfast.measure.figures import make_row
+from llmfast.measure.results import CEILING_CASE, Env, Row, Run, merge, parse_case
+from llmfast.measure.stats import Estimate
+from llmfast.measure.suites import SUITES
 
 
 class Recorder:
-    """The rows of one process, by suite: one run in each of the suites' files in ``folder``."""
+    """The rows of one process by suite, written as one run of each suite's file in ``folder``."""
 
     def __init__(self, folder: Path, env: Env) -> None:
         self.folder = folder
@@ -45,14 +40,15 @@ class Recorder:
 
     @property
     def has_ceiling(self) -> bool:
+        """True once the copy bandwidth is set."""
         return self._ceiling is not None
 
     def set_ceiling(self, bandwidth: Estimate, repeats: int) -> None:
-        """Note the copy bandwidth in GB/s, which goes into every suite of this run."""
+        """Set the copy bandwidth in GB/s, a row of every suite in this run."""
         self._ceiling = make_row(CEILING_CASE, "torch", "gb_per_s", bandwidth, repeats)
 
     def write(self) -> list[Path]:
-        """Merge all rows so far into the files; return the files. It may be called repeatedly."""
+        """Merge all rows so far into the files and return the files; may be called repeatedly."""
         suites = {suite: list(rows.values()) for suite, rows in self._rows.items()}
         if self._ceiling is not None:
             suites.setdefault("ceilings", [])

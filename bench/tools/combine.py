@@ -1,22 +1,18 @@
-"""Combine the results of several processes: the median of each figure, as a must is read.
+"""Combine the results of several processes into one run of medians.
 
-    python -m llmfast.measure.combine DIR1 DIR2 DIR3 --into bench/results/h100
-
-Each DIR is what one process wrote (`pytest bench --results DIR`). A figure's value is the median
-over the processes, its interval spans the processes' own, its repeats are the processes.
+Each folder holds the results of one process (`pytest bench --results DIR`). A combined figure is
+the median over the processes, its interval spans the processes' own, its repeats are the processes.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..errors import UserError
-from .results import Row, Run, merge, read
+from llmfast.errors import UserError
+from llmfast.measure.results import Row, Run, merge, read
 
 
 def combine_runs(
@@ -25,8 +21,9 @@ def combine_runs(
     """Make one run of several processes' runs.
 
     Args:
-        across_commits: allow commits to differ, for those that change nothing that is measured;
-            the run then names them all.
+        name: of the suite, for messages.
+        across_commits: allow different commits, if they change nothing that is measured; the
+            combined run then names them all.
 
     Raises:
         UserError: no run, environments that differ in more than the date, or a row that a process
@@ -69,11 +66,11 @@ def _median(rows: list[Row]) -> Row:
 def combine_folders(
     folders: Sequence[Path], into: Path, *, across_commits: bool = False
 ) -> list[Path]:
-    """Combine every suite that the folders hold and merge it into ``into``. All or nothing.
+    """Combine every suite that the folders hold and merge it into ``into``: all suites or none.
 
     Raises:
-        UserError: a folder that is none or holds no results, a suite missing from one of them, a
-            file with more than one run, or what :func:`combine_runs` refuses.
+        UserError: a folder that does not exist or holds no results, a suite missing from one of
+            them, a file with more than one run, or what :func:`combine_runs` refuses.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -100,30 +97,3 @@ def _only_run(path: Path) -> Run:
             f"an empty folder of its own"
         )
     return runs[0]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m llmfast.measure.combine",
-        description="Combine what several processes measured into one results folder.",
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="one per process")
-    parser.add_argument("--into", required=True, type=Path, metavar="DIR", help="results folder")
-    parser.add_argument(
-        "--across-commits",
-        action="store_true",
-        help="for commits that change nothing that is measured; the run names them all",
-    )
-    chosen = parser.parse_args(arguments)
-    try:
-        paths = combine_folders(chosen.folders, chosen.into, across_commits=chosen.across_commits)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in paths:
-        print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,9 +7,10 @@ import pytest
 from llmfast.errors import UserError
 from llmfast.measure import environment
 from llmfast.measure.environment import capture_env, gpu_folder, run_id
-from llmfast.measure.record import Recorder, make_row
+from llmfast.measure.figures import make_row
 from llmfast.measure.results import read
 from llmfast.measure.stats import Estimate
+from recorder import Recorder
 
 TEN = Estimate(10.0, 9.0, 11.0)
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from engines import engine
 from llmfast.engine.executor import Executor
 from llmfast.errors import UserError
-from llmfast.measure import busy, serving, shapes
-from llmfast.measure.busy import Observed, busy_share, covered, observe
-from llmfast.measure.decode import Measured
-from llmfast.measure.serving import Workload
+from llmfast.measure import gpu_busy, offline, shapes
+from llmfast.measure.figures import BenchResult
+from llmfast.measure.gpu_busy import StepProfile, busy_share, profile_steps, union_length
 from llmfast.measure.shapes import Source
 from llmfast.measure.suites import SUITES
+from llmfast.measure.workload import Workload
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,15 @@ from llmfast.measure.suites import SUITES
         ([(1, 2), (1, 2), (3, 3)], 1),
     ],
 )
-def test_covered(intervals, length):
-    assert covered(intervals) == length
+def test_union_length(intervals, length):
+    assert union_length(intervals) == length
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), min_size=1, max_size=20))
-def test_covered_counts_each_moment_once(starts):
+def test_union_length_counts_each_moment_once(starts):
     intervals = [(start, start + length) for start, length in starts]
     moments = {moment for start, end in intervals for moment in range(start, end)}
-    assert covered(intervals) == len(moments)
+    assert union_length(intervals) == len(moments)
     if moments:
         first, last = min(s for s, _ in intervals), max(e for _, e in intervals)
         assert busy_share(intervals) == len(moments) / (last - first)
@@ -84,7 +84,7 @@ def test_only_kernels_of_a_trace_count(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    with busy.trace_kernels() as found:
+    with gpu_busy.trace_kernels() as found:
         assert found == []
     assert found == [(1.0, 2.0), (4.0, 4.5)]
 
@@ -112,34 +112,36 @@ def test_steps_are_looked_at_once_all_decode(monkeypatch):
             llm._executor.waited += 0.25
 
         monkeypatch.setattr(llm, "_step", watch)
-        monkeypatch.setattr(busy, "_now", lambda: float(next(clock)))
-        found = observe(llm, *WORK.draw(101), clocked=5, traced=10, trace=kernels)
+        monkeypatch.setattr(gpu_busy, "_now", lambda: float(next(clock)))
+        found = profile_steps(llm, *WORK.draw(101), clocked=5, traced=10, trace=kernels)
         assert not llm._scheduler.running and not llm._requests
     looked_at = steps[-15:]
     assert looked_at == [(4, [1] * 4)] * 15 and steps[0] == (0, [])
-    assert found.host == [0.75] * 5  # one tick, a quarter of which it waited
-    assert (found.busy, found.gpu) == (5 / 9.5, 0.5)
+    assert found.host_seconds == [0.75] * 5  # one tick, a quarter of which it waited
+    assert (found.busy_share, found.gpu_seconds) == (5 / 9.5, 0.5)
 
 
 def test_of_the_clocked_steps_those_with_the_most_sequences_count():
     with engine() as llm:
         work = Workload(requests=3, input=(3, 3), output=(2, 30))
         outputs = sorted(p.max_tokens for p in work.draw(101)[1])
-        found = observe(llm, *work.draw(101), clocked=20, traced=2, trace=kernels)
+        found = profile_steps(llm, *work.draw(101), clocked=20, traced=2, trace=kernels)
     assert outputs[0] < 20  # so one ends on the way
-    assert len(found.host) == outputs[0] - 1 and all(seconds > 0 for seconds in found.host)
+    assert len(found.host_seconds) == outputs[0] - 1 and all(
+        seconds > 0 for seconds in found.host_seconds
+    )
 
 
 def test_more_requests_than_run_at_the_same_time():
     with engine(max_num_seqs=2) as llm:
-        found = observe(llm, *WORK.draw(101), clocked=3, traced=4, trace=kernels)
-    assert len(found.host) == 3
+        found = profile_steps(llm, *WORK.draw(101), clocked=3, traced=4, trace=kernels)
+    assert len(found.host_seconds) == 3
 
 
 def test_answers_that_end_too_early_are_the_users_mistake():
     with engine() as llm:
         with pytest.raises(UserError, match="--busy wants 250 steps in which all"):
-            observe(llm, *WORK.draw(101), trace=kernels)
+            profile_steps(llm, *WORK.draw(101), trace=kernels)
         assert not llm._requests
 
 
@@ -159,8 +161,9 @@ def test_waiting_for_a_step_is_counted(monkeypatch):
 
 
 def test_figures():
-    found = Measured({"model": "m"})
-    serving.add_observed(found, {"requests": 2}, Observed([0.003, 0.001, 0.002], 0.9, 0.01))
+    found = BenchResult({"model": "m"})
+    profile = StepProfile([0.003, 0.001, 0.002], 0.9, 0.01)
+    offline.add_step_profile(found, {"requests": 2}, profile)
     figures = {row.metric: (row.value, row.repeats) for row in found.rows}
     assert figures == {
         "host_ms_per_step": (2.0, 3),
@@ -174,9 +177,9 @@ def test_it_wants_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shapes, "random_model", None)  # nothing is made before
     with pytest.raises(UserError, match="--busy needs a CUDA device"):
-        serving.measure_throughput(Source("qwen3-0.6b"), WORK, busy=True)
+        offline.measure_throughput(Source("qwen3-0.6b"), WORK, busy=True)
 
 
 def test_text_of_tokens_that_the_tokenizer_does_not_have():
-    text = busy.Text()
+    text = gpu_busy.FoldedTokenizer()
     assert text.decode([len(text) + 504, 504]) == text.decode([504, 504]) != ""

@@ -1,4 +1,4 @@
-"""What `bench throughput`, `latency` and `serve` draw, send and count."""
+"""The requests that `bench throughput`, `latency` and `serve` draw and send, and their figures."""
 
 import asyncio
 import itertools
@@ -12,11 +12,11 @@ import torch
 from engines import model_of, options
 from llmfast import AsyncLLM, SamplingParams
 from llmfast.errors import UserError
-from llmfast.measure import serving, shapes
-from llmfast.measure.serving import Batch, Timeline, Workload
+from llmfast.measure import offline, serve, shapes
 from llmfast.measure.shapes import Source
 from llmfast.measure.stats import percentile
 from llmfast.measure.suites import SUITES
+from llmfast.measure.workload import Batch, Timeline, Workload
 
 TINY = (
     "llama",
@@ -81,11 +81,11 @@ def figures(found):
 def test_throughput_counts_tokens_over_the_wall(tiny, monkeypatch):
     walls = iter([2.0, 4.0, 5.0])
     monkeypatch.setattr(
-        serving, "timed", lambda llm, prompts, params, own=serving.timed: (
+        offline, "time_generate", lambda llm, prompts, params, own=offline.time_generate: (
             next(walls), own(llm, prompts, params)[1],
         ),
     )  # fmt: skip
-    found = serving.measure_throughput(tiny, SMALL, repeats=3, options={"max_num_seqs": 3})
+    found = offline.measure_throughput(tiny, SMALL, repeats=3, options={"max_num_seqs": 3})
     rows = figures(found)
     case = "shape=tiny weights=fp32 kv=fp32 requests=6 in=3-20 out=2-9"
     drawn = [SMALL.draw(101, again) for again in range(3)]
@@ -100,14 +100,14 @@ def test_throughput_counts_tokens_over_the_wall(tiny, monkeypatch):
 
 
 def test_latency_is_that_of_a_whole_batch(tiny):
-    found = serving.measure_latency(tiny, Batch(3, 10, 5), repeats=2)
+    found = offline.measure_latency(tiny, Batch(3, 10, 5), repeats=2)
     (row,) = found.rows
     assert row.case.endswith("batch=3 in=10 out=5") and row.metric == "s"
     assert 0 < row.low <= row.value <= row.high
 
 
 def test_serve_sweeps_the_rates(tiny):
-    found = serving.measure_serve(tiny, SMALL, [50.0, math.inf], repeats=2)
+    found = serve.measure_serve(tiny, SMALL, [50.0, math.inf], repeats=2)
     rows = figures(found)
     assert {case.split()[-1] for case, _ in rows} == {"rate=50", "rate=inf"}
     assert {metric for _, metric in rows} == set(SUITES["serve"].metrics) - {"ttft_mean_ms"}
@@ -120,11 +120,11 @@ def test_serve_sweeps_the_rates(tiny):
 
 def test_a_model_too_small_and_requests_that_fail_are_the_users_mistake(tiny):
     with pytest.raises(UserError, match="longer than the model's context of 128 tokens"):
-        serving.measure_throughput(tiny, Workload(2, (100, 100), (29, 29)))
+        offline.measure_throughput(tiny, Workload(2, (100, 100), (29, 29)))
     wide = Workload(2, (60, 60), (60, 60))
     for measure in (
-        serving.measure_throughput,
-        lambda *a, **k: serving.measure_serve(*a, [9], **k),
+        offline.measure_throughput,
+        lambda *a, **k: serve.measure_serve(*a, [9], **k),
     ):
         with pytest.raises(UserError, match="a request failed: the request may reach 120 tokens"):
             measure(tiny, wide, options={"num_blocks": 1})
@@ -135,25 +135,28 @@ def test_readers_are_sent_and_clocked():
 
     async def body():
         async with AsyncLLM(model_of(), **options()) as llm:
-            return await serving.send(llm, prompts, params, rate=200.0, seed=1)
+            return await serve.send_requests(llm, prompts, params, rate=200.0, seed=1)
 
     timelines = asyncio.run(body())
-    sent = [line.sent - timelines[0].sent for line in timelines]
-    wanted = serving.arrivals(5, 200.0, 1)
+    sent = [line.sent_at - timelines[0].sent_at for line in timelines]
+    wanted = serve.poisson_arrivals(5, 200.0, 1)
     assert all(late >= at - 1e-3 for late, at in zip(sent, wanted, strict=True))
     assert [line.tokens for line in timelines] == [p.max_tokens for p in params]
-    assert all(line.came == sorted(line.came) and line.first > 0 for line in timelines)
+    assert all(
+        line.received_at == sorted(line.received_at) and line.time_to_first_token > 0
+        for line in timelines
+    )
 
 
 def test_arrivals_are_a_poisson_process():
-    times = serving.arrivals(20_000, 4.0)
+    times = serve.poisson_arrivals(20_000, 4.0)
     gaps = [b - a for a, b in itertools.pairwise(times)]
     # of 20,000 exponential gaps the mean is within 5 standard errors, each 1 / sqrt(20,000)
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=5 / 141)
     assert statistics.pstdev(gaps) == pytest.approx(0.25, rel=0.1)
-    assert times[0] == 0.0 and times == serving.arrivals(20_000, 4.0)
-    assert serving.arrivals(3, math.inf) == [0.0] * 3
-    assert serving.arrivals(9, 1.0, seed=1) != serving.arrivals(9, 1.0, seed=2)
+    assert times[0] == 0.0 and times == serve.poisson_arrivals(20_000, 4.0)
+    assert serve.poisson_arrivals(3, math.inf) == [0.0] * 3
+    assert serve.poisson_arrivals(9, 1.0, seed=1) != serve.poisson_arrivals(9, 1.0, seed=2)
 
 
 def test_summaries():
@@ -161,11 +164,11 @@ def test_summaries():
         Timeline(0.0, [1.0, 1.5, 2.5], [1, 2, 4]),
         Timeline(1.0, [4.0], [1]),
     ]
-    found = serving.summarize(lines)
+    found = serve.summarize(lines)
     assert found["req_per_s"] == 2 / 4 and found["out_tok_per_s"] == 5 / 4
     assert found["ttft_p50_ms"] == 2000 and found["e2e_p99_ms"] == pytest.approx(2995)
     assert (found["itl_p50_ms"], found["itl_p90_ms"]) == (750, pytest.approx(950))
-    assert "itl_p50_ms" not in serving.summarize(lines[1:])
+    assert "itl_p50_ms" not in serve.summarize(lines[1:])
 
 
 def test_tokens_of_a_part_of_the_time():

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from llmfast.cli.main import app
-from llmfast.measure import scenarios, serving, shapes
+from llmfast.measure import offline, scenarios, serve, shapes, workload
 from llmfast.measure.results import read
 
 TINY = (
@@ -129,13 +129,13 @@ def test_the_scenarios_of_the_issue_are_the_defaults(monkeypatch):
 def test_the_defaults_are_the_workload_that_is_compared(monkeypatch):
     asked = []
 
-    def measure(source, workload, **options):
-        asked.append((source, workload, options["repeats"], options["options"]))
+    def measure(source, drawn, **options):
+        asked.append((source, drawn, options["repeats"], options["options"]))
         raise SystemExit
 
-    monkeypatch.setattr(serving, "measure_throughput", measure)
+    monkeypatch.setattr(offline, "measure_throughput", measure)
     run("throughput", "--shape", "tiny")
-    assert asked == [(shapes.Source("tiny"), serving.Workload(), 1, {})]
+    assert asked == [(shapes.Source("tiny"), workload.Workload(), 1, {})]
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_the_defaults_are_the_workload_that_is_compared(monkeypatch):
     ids=lambda value: " ".join(value),
 )
 def test_a_bad_call_is_refused_before_anything_is_measured(args, words, monkeypatch):
-    for name in ("throughput", "latency", "serve"):
-        monkeypatch.setattr(serving, f"measure_{name}", None)
+    for module, name in ((offline, "throughput"), (offline, "latency"), (serve, "serve")):
+        monkeypatch.setattr(module, f"measure_{name}", None)
     for name in ("prefix", "long_prompts"):
         monkeypatch.setattr(scenarios, f"measure_{name}", None)
     result = run(*args)

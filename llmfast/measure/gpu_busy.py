@@ -1,4 +1,4 @@
-"""How busy the GPU is while the engine steps, and what a step costs the host."""
+"""The share of time in which the GPU is busy while the engine steps, and the host time per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
 from ..loading.embedded import INSTALL, embedded_model_path
 
-CLOCKED_STEPS = 50  # in a workload of a hundred tokens or more nobody ends in so many
+CLOCKED_STEPS = 50  # in a workload of a hundred tokens or more no request ends in as many steps
 TRACED_STEPS = 200
 
 Interval = tuple[float, float]  # start and end, in seconds of one clock
@@ -23,16 +23,16 @@ Trace = Callable[[], AbstractContextManager[list[Interval]]]
 
 
 @dataclass(frozen=True)
-class Observed:
-    """Steps in which all requests decode."""
+class StepProfile:
+    """Host and GPU times of steps in which all requests decode."""
 
-    host: list[float]  # seconds that the host worked, of each clocked step
-    busy: float  # the share of the traced time in which a kernel ran
-    gpu: float  # seconds in which a kernel ran, of a traced step on average
+    host_seconds: list[float]  # host time of each clocked step, waiting excluded
+    busy_share: float  # share of the traced time in which a kernel ran
+    gpu_seconds: float  # time in which a kernel ran, per traced step
 
 
-def covered(intervals: Iterable[Interval]) -> float:
-    """The length of the union of intervals, which may overlap and come in any order."""
+def union_length(intervals: Iterable[Interval]) -> float:
+    """Return the length of the union of intervals, which may overlap and be in any order."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -41,7 +41,7 @@ def covered(intervals: Iterable[Interval]) -> float:
 
 
 def busy_share(intervals: list[Interval]) -> float:
-    """The covered share of the time from the first interval's start to the last one's end.
+    """Return the covered share of the time from the first start to the last end.
 
     Raises:
         ValueError: there is no interval, or all have no length.
@@ -51,12 +51,12 @@ def busy_share(intervals: list[Interval]) -> float:
     )
     if span <= 0:
         raise ValueError("busy_share: wanted intervals of some length")
-    return covered(intervals) / span
+    return union_length(intervals) / span
 
 
 @contextmanager
 def trace_kernels() -> Iterator[list[Interval]]:
-    """A list that has the intervals of the GPU's kernels when the context is left."""
+    """Trace the block. The yielded list holds the kernels' intervals after the block has ended."""
     from torch.profiler import ProfilerActivity, profile
 
     intervals: list[Interval] = []
@@ -70,7 +70,7 @@ def trace_kernels() -> Iterator[list[Interval]]:
             intervals.append((event.time_range.start / 1e6, event.time_range.end / 1e6))
 
 
-def observe(
+def profile_steps(
     llm: LLM,
     prompts: list[list[int]],
     params: list[SamplingParams],
@@ -78,16 +78,17 @@ def observe(
     clocked: int = CLOCKED_STEPS,
     traced: int = TRACED_STEPS,
     trace: Trace = trace_kernels,
-) -> Observed:
-    """Run requests until all that can run decode; then clock some steps, and trace the next.
+) -> StepProfile:
+    """Run requests until all that fit decode, then clock some steps and trace the next ones.
 
-    The host's time of a step is that of the engine's step but for waiting for the GPU: scheduling,
-    the inputs, starting it, stops, text. Of the clocked steps those with the most sequences count.
+    The host time of a step is the time of the engine's step, less the time it waits for the GPU:
+    scheduling, inputs, launching, stop conditions and text. Only the clocked steps with the most
+    sequences count.
 
     Raises:
         UserError: the answers end before all steps are done.
     """
-    requests = llm._add(prompts, params, streaming=True)  # so that text is made as it comes
+    requests = llm._add(prompts, params, streaming=True)  # streaming: text is made in every step
 
     def step() -> None:
         if all(request.finished for request in requests):
@@ -113,7 +114,7 @@ def observe(
         llm._drop(requests)
     most = max(rows for rows, _ in steps)
     host = [seconds for rows, seconds in steps if rows == most]
-    return Observed(host, busy_share(intervals), covered(intervals) / traced)
+    return StepProfile(host, busy_share(intervals), union_length(intervals) / traced)
 
 
 def _now() -> float:
@@ -121,21 +122,24 @@ def _now() -> float:
 
 
 def _all_decode(llm: LLM, requests: int) -> bool:
-    """Whether as many run as can, and all their prompts are computed."""
+    """Return whether as many requests run as can, with all their prompts computed."""
     scheduler = llm._scheduler
     full = len(scheduler.running) == min(requests, scheduler.max_num_seqs)
     return (full or not scheduler._waiting) and all(s.remaining <= 1 for s in scheduler.running)
 
 
-class Text:
-    """The embedded model's tokenizer, for the tokens of any model: what text costs the host.
+class FoldedTokenizer:
+    """The embedded model's tokenizer for tokens of any model: it makes realistic text of them.
 
-    Random weights draw every token alike, text does not: tokens are folded onto 4,096 of the first
-    ones, which are the most frequent, without the single bytes.
+    Random weights draw all tokens alike, real text does not. So tokens are folded onto 4,096 of the
+    first ones, which are the most frequent, without the single bytes.
 
     Raises:
-        UserError: the embedded model is not there.
+        UserError: the embedded model is not installed.
     """
+
+    FIRST, TOKENS = 512, 4096
+    eos_token_id = None
 
     def __init__(self) -> None:
         from ..loading.gguf_file import GgufFile
@@ -147,14 +151,11 @@ class Text:
         self._tokenizer = load_tokenizer(GgufFile(path), 1)
         self.backend_tokenizer = self._tokenizer.backend_tokenizer
 
-    FIRST, TOKENS = 512, 4096
-    eos_token_id = None
-
     def __len__(self) -> int:
         return self.TOKENS
 
     def decode(self, tokens: list[int], **options: Any) -> Any:
-        """As of a tokenizer of transformers."""
+        """Decode as a transformers tokenizer does."""
         return self._tokenizer.decode(
             [self.FIRST + token % self.TOKENS for token in tokens], **options
         )

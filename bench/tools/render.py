@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .results import CEILING_CASE, Row, Run, read
-from .suites import SUITES, UNITS
+from llmfast.measure.results import CEILING_CASE, Row, Run, read
+from llmfast.measure.suites import SUITES, UNITS
 
 OURS = "llmfast"
 _TIMES = {"us", "ms", "s"}  # units in which less is better
