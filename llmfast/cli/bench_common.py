@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..measure.figures import BenchResult, Progress
-    from ..measure.results import Env
+    from ..measure.results import Env, Run
     from ..measure.shapes import Source
 
     Measure = Callable[[Source, Progress], BenchResult]
@@ -40,14 +40,14 @@ class Output:
         Raises:
             UserError: ``--json`` names a file in a folder that is not there.
         """
-        check_json(self.json_path)
+        path = self.json_path
+        if path not in (None, "-") and not Path(str(path)).parent.is_dir():
+            raise UserError(f"--json: there is no folder {Path(str(path)).parent}")
 
-    def write(self, result: BenchResult, env: Env, suite: str) -> None:
-        """Write the result where the options say: to stdout, to a file, to a folder of suites."""
-        from ..measure.environment import run_id
-        from ..measure.results import Run, merge, to_data, validate
+    def write(self, run: Run, suite: str) -> None:
+        """Write the run where the options say: to stdout, to a file, to a folder of suites."""
+        from ..measure.results import merge, to_data, validate
 
-        run = Run(run_id(env), env, tuple(result.rows))
         if self.json_path == "-":
             data: dict[str, Any] = to_data((run,))
             validate(data, suite=suite)
@@ -75,7 +75,8 @@ def run_bench(
     with ui.progress("Importing") as step, quiet_transformers():
         import torch
 
-        from ..measure.environment import capture_env
+        from ..measure.environment import capture_env, run_id
+        from ..measure.results import Run
 
         result = measure(source, step)
         env = capture_env(commit=output.commit)
@@ -89,7 +90,7 @@ def run_bench(
     from rich.console import Console
 
     show(Console(stderr=output.json_path == "-"), result, env)
-    output.write(result, env, suite)
+    output.write(Run(run_id(env), env, tuple(result.rows)), suite)
     return result
 
 
@@ -108,16 +109,6 @@ def quiet_transformers() -> Generator[None]:
 
 
 # ------------------------------------------------------------------------------- checks
-
-
-def check_json(path: str | None) -> None:
-    """Refuse a ``--json`` that cannot be written.
-
-    Raises:
-        UserError: it names a file in a folder that is not there.
-    """
-    if path not in (None, "-") and not Path(str(path)).parent.is_dir():
-        raise UserError(f"--json: there is no folder {Path(str(path)).parent}")
 
 
 def check_weights(weights: str | None) -> None:

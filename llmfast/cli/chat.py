@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from . import ui
+from . import options, ui
 from .sampling import sampling_params
 
 if TYPE_CHECKING:
@@ -22,23 +22,14 @@ COMMANDS = ("/reset", "/stats", "/quit")
 
 
 def chat_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR-OR-HUB-ID",
-            help="A folder, a GGUF file or a model of the Hugging Face Hub.",
-            show_default="the embedded model",
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    model: options.Model = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 1024,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy, above 0 samples.", show_default="greedy")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="As of generate.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="As of generate.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="As of generate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeat the same draws.")] = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.SamplingSeed = None,
 ) -> None:
     """Talk with a model: each line is answered with all before it in mind.
 
@@ -65,7 +56,7 @@ def chat_command(
 
 @dataclass
 class Turn:
-    """What an answer took."""
+    """One answer and the seconds that it took."""
 
     output: RequestOutput
     seconds: float
@@ -86,10 +77,11 @@ class Turn:
 
 
 class Chat:
-    """A conversation on stdin and stdout; what is not an answer goes to stderr."""
+    """A conversation on stdin and stdout. Notes and statistics go to stderr."""
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
-        """
+        """Begin a conversation, with a system message if ``system`` is given.
+
         Raises:
             UserError: the model has no chat template, or it fails.
         """
@@ -108,11 +100,11 @@ class Chat:
             return self._llm.chat_prompt(messages)
         except UserError:
             raise
-        except Exception as failure:  # a template is a program of the model's: it can fail anyhow
+        except Exception as failure:  # a template is a program: it can raise anything
             raise UserError(f"the model's chat template failed: {failure}") from None
 
     def talk(self) -> None:
-        """Until /quit or the end of the input."""
+        """Read and answer lines until /quit or the end of the input."""
         if self._interactive:
             try:
                 import readline  # noqa: F401  # input() edits lines with it
@@ -133,7 +125,7 @@ class Chat:
                 ui.note("/quit ends the conversation")
 
     def take(self, line: str) -> None:
-        """Do what a line says."""
+        """Run a command, or answer a line that is none."""
         if line == "/reset":
             self.messages = list(self._opening)
         elif line == "/stats":

@@ -10,7 +10,7 @@ from importlib import util
 import typer
 
 from . import ui
-from .generate import Request, answer
+from .generate import GenerateOptions, answer
 
 QUESTION = "What is the capital of France?"
 
@@ -23,7 +23,7 @@ def demo_command() -> None:
     interpreter: real weights, the same prompt.
     """
     print(f"The embedded model is asked: {QUESTION}\n", flush=True)
-    answer(Request(QUESTION, stats=True))
+    answer(GenerateOptions(QUESTION, stats=True))
     import torch
 
     if torch.cuda.is_available():
@@ -33,8 +33,8 @@ def demo_command() -> None:
         return
     print("\nThe model's first block, through the Triton kernels in Triton's interpreter:\n")
     sys.stdout.flush()
-    # a child process, since Triton reads its own switch when it is imported
-    # numpy, which interprets, warns where a GPU computes infinities in silence
+    # a child process, because Triton reads TRITON_INTERPRET when it is imported
+    # the interpreter's numpy warns of infinities, which a GPU computes silently
     python = [sys.executable, "-W", "ignore::RuntimeWarning"]
     child = subprocess.run(
         [*python, "-m", "llmfast.cli.interpreted", QUESTION],

@@ -1,4 +1,4 @@
-"""``llmfast env``: what is installed, and what will run on this machine. It never fails."""
+"""``llmfast env``: installed versions, the GPU, and the kernels that run on it. Never fails."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def env_command(
 
 
 def environment() -> dict[str, Any]:
-    """What ``llmfast env --json`` prints. None: not there, or it cannot be told."""
+    """Return what ``llmfast env --json`` prints. None: absent or unknown."""
     facts: dict[str, Any] = {"llmfast": __version__, "python": platform.python_version()}
     facts |= {name: _version(name) for name in PACKAGES}
     embedded = embedded_model_path()
@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
     facts["threads"] = None
     try:
         import torch
-    except Exception as failure:  # a missing or broken library is what a reader wants to see
+    except Exception as failure:  # the reader wants to see a missing or broken library
         return facts | {"kernels": f"none: torch does not import ({_first_line(failure)})"}
     facts["torch"] = torch.__version__  # with its build, which the package's version may lack
     facts["threads"] = torch.get_num_threads()
@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version, which torch does not tell."""
+    """Return the NVIDIA driver's version, which torch does not report."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "unknown"

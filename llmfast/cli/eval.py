@@ -1,20 +1,20 @@
-"""``llmfast eval``: what a model is worth, beside a reference."""
+"""``llmfast eval``: the quality of a model beside a reference."""
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
-from . import quantize, ui
+from . import options, ui
+from .bench_common import Output
+from .quantize import QuantizeOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
     from ..model.report import Report
     from ..weights.quantized import Quantized
 
-EMBEDDED_NAME = "smollm2-135m"
-WEIGHTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-
 
 @dataclass(frozen=True)
-class Request:
-    """What one call of ``llmfast eval`` asks for. None: not given."""
+class EvalOptions:
+    """The options of one call of ``llmfast eval``. None: not given."""
 
     model: str | None = None
     reference: str | None = None
@@ -43,10 +40,10 @@ class Request:
     dtype: str | None = None
     seed: int = 0
     json_path: str | None = None
-    choice: quantize.Choice | None = None
+    choice: QuantizeOptions | None = None
 
     def check(self) -> None:
-        """Refuse what no model could be measured on, before one is loaded.
+        """Refuse options that no model could meet, before one is loaded.
 
         Raises:
             UserError: an option outside its range.
@@ -66,19 +63,11 @@ class Request:
             self.choice.check()
             if self.choice.method != "nearest" and self.choice.calibration == self.text:
                 raise UserError(f"--calibration must be another text than --text; got {self.text}")
-        if self.json_path not in (None, "-") and not Path(str(self.json_path)).parent.is_dir():
-            raise UserError(f"--json: there is no folder {Path(str(self.json_path)).parent}")
+        Output(self.json_path).check()
 
 
 def eval_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR-OR-HUB-ID",
-            help="A folder, a GGUF file or a model of the Hugging Face Hub.",
-            show_default="the embedded model",
-        ),
-    ] = None,
+    model: options.Model = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -106,21 +95,16 @@ def eval_command(
             show_default="all on a GPU, nothing on a CPU",
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="For example cuda:1 or cpu.")] = None,
+    device: options.Device = None,
     dtype: Annotated[str | None, typer.Option(help="For example bfloat16.")] = None,
-    weights: Annotated[str | None, quantize.WEIGHTS] = None,
-    method: Annotated[str, quantize.METHOD] = quantize.Choice.method,
-    group_size: Annotated[int, quantize.GROUP_SIZE] = quantize.Choice.group_size,
-    zero_points: Annotated[bool, quantize.ZERO_POINTS] = quantize.Choice.zero_points,
-    calibration: Annotated[str, quantize.CALIBRATION] = quantize.Choice.calibration,
-    calibration_tokens: Annotated[
-        int, quantize.CALIBRATION_TOKENS
-    ] = quantize.Choice.calibration_tokens,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap that gives the intervals.")] = 0,
-    json_path: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE|-", help="Merge the figures into a results file."),
-    ] = None,
+    weights: options.OptionalQuantizedWeights = None,
+    method: options.Method = QuantizeOptions.method,
+    group_size: options.GroupSize = QuantizeOptions.group_size,
+    zero_points: options.ZeroPoints = QuantizeOptions.zero_points,
+    calibration: options.Calibration = QuantizeOptions.calibration,
+    calibration_tokens: options.CalibrationTokens = QuantizeOptions.calibration_tokens,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap for the intervals.")] = 0,
+    json_path: options.Json = None,
 ) -> None:
     """Measure perplexity, KL divergence to a reference and top-1 agreement, with 95% intervals.
 
@@ -129,11 +113,11 @@ def eval_command(
     """
     choice = None
     if weights is not None:
-        choice = quantize.Choice(
+        choice = QuantizeOptions(
             weights, method, group_size, zero_points, calibration, calibration_tokens
         )
     evaluate(
-        Request(
+        EvalOptions(
             model=model,
             reference=reference,
             text=text,
@@ -150,11 +134,11 @@ def eval_command(
     )
 
 
-def evaluate(request: Request) -> Quality:
-    """Measure what is asked for and print it; progress and notes go to stderr.
+def evaluate(request: EvalOptions) -> Quality:
+    """Measure and print the figures; progress and notes go to stderr.
 
     Raises:
-        UserError: a request that cannot be met.
+        UserError: a bad option, or a model that cannot be measured.
     """
     from ..measure.texts import read_text
 
@@ -202,12 +186,12 @@ def evaluate(request: Request) -> Quality:
     if request.json_path is not None:
         weights = _weights(model) if request.choice is None else request.choice.label
         run = _run(quality, request, text.name, weights, _weights(reference))
-        _write_json(run, request.json_path)
+        Output(request.json_path).write(run, "quality")
     return quality
 
 
-def _encode(tokenizer: Any, text: str, request: Request) -> list[int]:
-    # verbose=False: the text is longer than the context by intent
+def _encode(tokenizer: Any, text: str, request: EvalOptions) -> list[int]:
+    # verbose=False: the text may be longer than the context
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < request.tokens:
         raise UserError(
@@ -217,9 +201,9 @@ def _encode(tokenizer: Any, text: str, request: Request) -> list[int]:
 
 
 def _twin(model: Any, apart: bool = False) -> Any:
-    """A copy of the modules that shares the weights, so that a reference takes no memory.
+    """Copy the modules but not the weights, so that the reference takes no memory.
 
-    With ``apart``, parameters that are given other values in the model keep theirs in the copy.
+    With ``apart``, the copy keeps its values when the model's parameters are replaced.
     """
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -229,7 +213,7 @@ def _twin(model: Any, apart: bool = False) -> Any:
 
 
 def _put(model: Any, found: Quantized) -> None:
-    """Give the model's parameters the dequantized values, for good."""
+    """Replace the model's parameters by the dequantized values."""
     from ..weights.model_weights import replacements
 
     for _, parameter, make in replacements("eval", model, found):
@@ -255,7 +239,7 @@ def _windows_bar() -> Generator[Progress]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _table(quality: Quality, request: Request, text: str) -> Table:
+def _table(quality: Quality, request: EvalOptions, text: str) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -290,19 +274,20 @@ def _swapped(report: Report) -> str:
     return "\n".join([*lines, *report.notes])
 
 
-def _run(quality: Quality, request: Request, text: str, weights: str, reference: str) -> Run:
+def _run(quality: Quality, request: EvalOptions, text: str, weights: str, reference: str) -> Run:
     from ..measure.environment import capture_env, run_id
     from ..measure.figures import make_row
     from ..measure.results import Run, format_case
+    from ..measure.shapes import case_value, model_name
 
-    sizes = {"text": _slug(text), "tokens": request.tokens, "window": request.window}
+    sizes = {"text": case_value(text), "tokens": request.tokens, "window": request.window}
     if request.stride is not None:
         sizes["stride"] = request.stride
-    case = format_case({"model": _slug(request.model), "weights": weights, **sizes})
+    case = format_case({"model": model_name(request.model), "weights": weights, **sizes})
     other = format_case(
-        {"model": _slug(request.reference or request.model), "weights": reference, **sizes}
+        {"model": model_name(request.reference or request.model), "weights": reference, **sizes}
     )
-    # a figure over n windows is one estimate; its interval holds what they vary
+    # a figure over n windows is one estimate: its interval contains their variance
     rows = (
         make_row(case, "llmfast", "perplexity", quality.perplexity, 1),
         make_row(other, "transformers", "perplexity", quality.reference_perplexity, 1),
@@ -314,28 +299,10 @@ def _run(quality: Quality, request: Request, text: str, weights: str, reference:
     return Run(run_id(env), env, rows)
 
 
-def _slug(name: str | None) -> str:
-    """A model or text as a case's value: its last part, in lower case, without spaces and "="."""
-    if name in (None, "embedded"):
-        return EMBEDDED_NAME
-    return "-".join(Path(str(name)).name.lower().replace("=", "-").split())
-
-
 def _weights(model: Any) -> str:
+    from ..measure.shapes import dtype_name
     from ..weights.model_weights import is_requantizable, label_of, quantized_weights_of
 
     if not is_requantizable(model) and (carried := quantized_weights_of(model)):
         return label_of(carried)
-    name = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return WEIGHTS.get(name, name)
-
-
-def _write_json(run: Run, path: str) -> None:
-    from ..measure.results import merge, to_data, validate
-
-    if path == "-":
-        data = to_data((run,))
-        validate(data, suite="quality")
-        print(json.dumps(data, indent=1))
-    else:
-        merge(Path(path), run, suite="quality")
+    return dtype_name(next(model.parameters()).dtype)

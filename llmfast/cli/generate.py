@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from . import ui
+from . import options, ui
 
 if TYPE_CHECKING:
     from .stream import TextStream
@@ -20,8 +20,8 @@ LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow float32
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one call of ``llmfast generate`` asks for. None: not given."""
+class GenerateOptions:
+    """The options of one call of ``llmfast generate``. None: not given."""
 
     prompt: str
     model: str | None = None
@@ -35,7 +35,7 @@ class Request:
     stats: bool = False
 
     def check(self) -> None:
-        """Refuse what no model could answer, before one is loaded.
+        """Refuse options that no model could meet, before one is loaded.
 
         Raises:
             UserError: an empty prompt, or an option outside its range.
@@ -62,8 +62,8 @@ class Request:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
 
-    def given(self) -> list[str]:
-        """The sampling options that were given, temperature apart, by name."""
+    def sampling_options(self) -> list[str]:
+        """Return the names of the sampling options that were given, except temperature."""
         options = {
             "--top-p": self.top_p,
             "--top-k": self.top_k,
@@ -75,38 +75,18 @@ class Request:
     @property
     def greedy(self) -> bool:
         """Temperature 0, or no sampling option at all."""
-        return self.temperature == 0 or (self.temperature is None and not self.given())
+        return self.temperature == 0 or (self.temperature is None and not self.sampling_options())
 
 
 def generate_command(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to answer.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR-OR-HUB-ID",
-            help="A folder, a GGUF file or a model of the Hugging Face Hub.",
-            show_default="the embedded model",
-        ),
-    ] = None,
+    model: options.Model = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 is greedy. Above 0 samples: higher is more varied.", show_default="greedy"
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample among the likeliest tokens that make up this share: (0, 1]."),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample among this many likeliest tokens; 0 is off.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Sample among tokens at least this share as likely as the likeliest."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeat the same draws.")] = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.SamplingSeed = None,
     raw: Annotated[bool, typer.Option("--raw", help="Apply no chat template.")] = False,
     stats: Annotated[
         bool,
@@ -119,18 +99,24 @@ def generate_command(
     it samples at the model's own temperature, or 1.
     What is not given is as in the model's generation_config.
     """
-    answer(Request(prompt, model, max_tokens, temperature, top_p, top_k, min_p, seed, raw, stats))
+    answer(
+        GenerateOptions(
+            prompt, model, max_tokens, temperature, top_p, top_k, min_p, seed, raw, stats
+        )
+    )
 
 
-def answer(request: Request) -> None:
-    """Write the answer to stdout as it comes; everything else goes to stderr.
+def answer(request: GenerateOptions) -> None:
+    """Write the answer to stdout token by token; everything else goes to stderr.
 
     Raises:
-        UserError: a request that cannot be met: an option, the model, a prompt too long.
+        UserError: a bad option, a model that cannot be loaded, or a prompt that is too long.
     """
     request.check()
-    if request.temperature == 0 and request.given():
-        ui.note(f"--temperature 0 is greedy: {', '.join(request.given())} changes nothing")
+    if request.temperature == 0 and request.sampling_options():
+        ui.note(
+            f"--temperature 0 is greedy: {', '.join(request.sampling_options())} changes nothing"
+        )
 
     import llmfast
 
@@ -161,7 +147,7 @@ def answer(request: Request) -> None:
             **_settings(model, tokenizer, request),
         )
     except KeyboardInterrupt:
-        stream.end()  # what was held back, and the newline
+        stream.end()  # writes pending text and the newline
         raise
     except torch.OutOfMemoryError as failure:
         raise UserError(f"the GPU's memory is too small: {failure}") from None
@@ -170,10 +156,10 @@ def answer(request: Request) -> None:
 
 
 def encode(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
-    """The prompt's token ids, in the model's chat template where it has one and not ``raw``.
+    """Return the prompt's token ids, in the model's chat template unless ``raw``.
 
     Raises:
-        UserError: the template fails, or no token comes of the prompt.
+        UserError: the template fails, or the prompt has no tokens.
     """
     text, special = prompt, True
     if not raw and getattr(tokenizer, "chat_template", None):
@@ -181,11 +167,11 @@ def encode(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
-        except Exception as failure:  # a template is a program of the model's: it can fail anyhow
+        except Exception as failure:  # a template is a program: it can raise anything
             raise UserError(
                 f"the model's chat template failed ({failure}): --raw asks without it"
             ) from failure
-        special = False  # the template has written them
+        special = False  # the template contains them
     # verbose=False: the length is judged by `_room`, in one line
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     if not ids:
@@ -194,14 +180,14 @@ def encode(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
 
 
 def _room(model: Any, prompt_tokens: int, max_tokens: int) -> int:
-    """How many tokens may follow the prompt: ``max_tokens``, or what the context holds.
+    """Return how many tokens may follow the prompt: ``max_tokens`` or less, if the context ends.
 
     Raises:
         UserError: the prompt itself does not fit.
     """
     context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
-        return max_tokens  # a model without positions has no end
+        return max_tokens  # no limit
     if prompt_tokens >= context:
         raise UserError(
             f"the prompt has {prompt_tokens} tokens, but the model's context holds {context}, "
@@ -215,8 +201,8 @@ def _room(model: Any, prompt_tokens: int, max_tokens: int) -> int:
     return min(max_tokens, context - prompt_tokens)
 
 
-def _settings(model: Any, tokenizer: Any, request: Request) -> dict[str, Any]:
-    """The arguments of ``generate`` that say how the next token is chosen and where to stop."""
+def _settings(model: Any, tokenizer: Any, request: GenerateOptions) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for sampling and stopping."""
     own = model.generation_config
     settings: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     for place in (own, model.config.get_text_config(), tokenizer):
@@ -275,7 +261,7 @@ def _print_stats(
 
 
 def _decoded_by(model: Any) -> str:
-    """Who made the tokens of the model's latest ``generate``."""
+    """Return which loop ran the model's latest ``generate``."""
     from ..runner.generate import takeover_of
 
     takeover = takeover_of(model)
@@ -294,5 +280,5 @@ def _peak_memory(device: Any) -> str:
     except ImportError:  # Windows
         return "not measured on this system"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return f"{peak * unit / 2**20:,.0f} MiB (process)"

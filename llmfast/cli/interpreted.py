@@ -1,7 +1,7 @@
-"""The demo's second part, in a process of its own: kernels on a machine without a GPU.
+"""The second part of the demo, in a process of its own: the kernels in Triton's interpreter.
 
-``TRITON_INTERPRET=1 python -m llmfast.cli.interpreted PROMPT``. Triton reads that switch, which is
-its own, when it is imported.
+``TRITON_INTERPRET=1 python -m llmfast.cli.interpreted PROMPT``. Triton reads this variable when it
+is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from . import ui
 
 
 def main(prompt: str) -> int:
-    """Prove the embedded model's first block on ``prompt``; returns the exit code."""
+    """Verify the kernels on the embedded model's first block; return the exit code."""
     try:
         model, tokenizer = ui.load(None, device="cpu", dtype="float32")
         with ui.progress("Interpreting the first block's kernels"):

@@ -1,4 +1,4 @@
-"""The program ``llmfast``: its commands, and what becomes of a mistake in calling them."""
+"""The program ``llmfast``: its commands and how they end after a mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tune import tune_command
 
 
 class _Program(TyperGroup):
-    """Ends every command: a mistake of the caller with one line and code 2, never a traceback."""
+    """The group of all commands. A caller's mistake ends with one line and code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -42,11 +42,11 @@ class _Program(TyperGroup):
             ui.error(str(mistake))
             result = 2
         except Exception as mistake:
-            # typer 0.15 raises click's exceptions, newer ones raise their own: both have these
+            # typer 0.15 raises click's exceptions, newer versions their own: both have these
             if not hasattr(mistake, "format_message") or not hasattr(mistake, "exit_code"):
                 raise
             message = mistake.format_message().rstrip(".")
-            if message:  # empty: a group without a command, whose help is shown already
+            if message:  # empty for a group without a command: its help is shown already
                 command = getattr(getattr(mistake, "ctx", None), "command_path", "llmfast")
                 ui.error(f"{message} (see `{command} --help`)")
             result = mistake.exit_code
@@ -99,5 +99,5 @@ def main() -> None:
     """Run the program on the command line's arguments."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a character that a terminal lacks ends no answer
+            stream.reconfigure(errors="replace")  # a terminal may lack a character
     app(prog_name="llmfast")

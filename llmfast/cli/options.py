@@ -50,7 +50,13 @@ SamplingSeed = Annotated[int | None, typer.Option(help="Repeat the same draws.")
 
 # ------------------------------------------------------------------------------- quantization
 
-QuantizedWeights = typer.Option(metavar="int4|int8", help="Round the linear layers to this.")
+QuantizedWeights = Annotated[
+    str, typer.Option("--weights", metavar="int4|int8", help="What to round the linear layers to.")
+]
+OptionalQuantizedWeights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="int4|int8", help="What to round the linear layers to."),
+]
 Method = Annotated[str, typer.Option(metavar="nearest|gptq|awq", help="How codes are found.")]
 GroupSize = Annotated[
     int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or 0 for all of a layer.")

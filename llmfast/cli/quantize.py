@@ -1,4 +1,4 @@
-"""``llmfast quantize``: find four- or eight-bit weights of a model, and save them."""
+"""``llmfast quantize``: quantize a model to four or eight bits and save it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from . import ui
+from . import options, ui
 
 if TYPE_CHECKING:
     from ..quantization.driver import Progress
     from ..weights.quantized import Quantized
 
-# the options that quantize and eval share
-WEIGHTS = typer.Option(metavar="int4|int8", help="What to round the linear layers to.")
-METHOD = typer.Option(metavar="nearest|gptq|awq", help="How codes are found.")
-GROUP_SIZE = typer.Option(help="Inputs that share a scale: 32, 64, 128, or 0 for all of a layer.")
-ZERO_POINTS = typer.Option("--zero-points", help="With zero points, not symmetric about 0.")
-CALIBRATION = typer.Option(
-    metavar="pride-and-prejudice|persuasion|FILE", help="What gptq and awq read."
-)
-CALIBRATION_TOKENS = typer.Option(help="How many tokens of it, from its start, at most.")
-
 
 @dataclass(frozen=True)
-class Choice:
-    """What the weights of a model are to become."""
+class QuantizeOptions:
+    """The quantization that a command is asked for."""
 
     weights: str = "int4"
     method: str = "nearest"
@@ -40,13 +30,13 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """As a case of the results names it: ``int4-g64-gptq``."""
+        """The name in a case of the results: ``int4-g64-gptq``."""
         group = f"g{self.group_size}" if self.group_size else "channel"
         parts = [self.weights, group, *(["zeros"] if self.zero_points else []), self.method]
         return "-".join(parts)
 
     def check(self) -> None:
-        """Refuse what no model could be quantized to, before one is loaded.
+        """Refuse options that no model could meet, before one is loaded.
 
         Raises:
             UserError: an option outside its range.
@@ -65,7 +55,7 @@ class Choice:
             )
 
     def forecast(self, model: Any) -> list[str]:
-        """What the weights will take and save, in lines.
+        """Return lines that say what the weights will take and save.
 
         Raises:
             UserError: a model without decoder layers.
@@ -87,7 +77,7 @@ class Choice:
         on_progress: Progress | None = None,
         work: Path | None = None,
     ) -> Quantized:
-        """Find the codes of ``model``; ``work`` is the folder for finished layers.
+        """Quantize ``model``; ``work`` is the folder for finished layers.
 
         Raises:
             UserError: as :func:`llmfast.quantize`, a text that cannot be read, or a model whose
@@ -133,24 +123,26 @@ def quantize_command(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="The new folder; it must not exist, or be empty.")
     ],
-    weights: Annotated[str, WEIGHTS] = Choice.weights,
-    method: Annotated[str, METHOD] = Choice.method,
-    group_size: Annotated[int, GROUP_SIZE] = Choice.group_size,
-    zero_points: Annotated[bool, ZERO_POINTS] = Choice.zero_points,
-    calibration: Annotated[str, CALIBRATION] = Choice.calibration,
-    calibration_tokens: Annotated[int, CALIBRATION_TOKENS] = Choice.calibration_tokens,
-    device: Annotated[str | None, typer.Option(help="For example cuda:1 or cpu.")] = None,
+    weights: options.QuantizedWeights = QuantizeOptions.weights,
+    method: options.Method = QuantizeOptions.method,
+    group_size: options.GroupSize = QuantizeOptions.group_size,
+    zero_points: options.ZeroPoints = QuantizeOptions.zero_points,
+    calibration: options.Calibration = QuantizeOptions.calibration,
+    calibration_tokens: options.CalibrationTokens = QuantizeOptions.calibration_tokens,
+    device: options.Device = None,
     dtype: Annotated[
-        str, typer.Option(help="Of what is not quantized; auto: as it is stored.")
+        str, typer.Option(help="Type of all other weights; auto: as they are stored.")
     ] = "auto",
 ) -> None:
     """Round the linear layers of a model to 4 or 8 bits, and save it as safetensors.
 
     The folder is in the format pack-quantized of compressed-tensors, which llmfast.load and other
-    engines read. Finished layers are kept beside it while the work goes on: the same command
-    continues an interrupted run.
+    engines read. Finished layers are kept beside it until all are done: the same command continues
+    an interrupted run.
     """
-    choice = Choice(weights, method, group_size, zero_points, calibration, calibration_tokens)
+    choice = QuantizeOptions(
+        weights, method, group_size, zero_points, calibration, calibration_tokens
+    )
     choice.check()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"--out: {out} is there already, and not empty")
@@ -159,14 +151,14 @@ def quantize_command(
     if method != "nearest":
         from ..measure.texts import read_text
 
-        read_text(calibration)  # before minutes of loading
+        read_text(calibration)  # refuse a bad file before minutes of loading
     loaded = ui.load(model, device=device, dtype=dtype)
     work = out.absolute().with_name(f".{out.name}.work")
     going_on = work.is_dir()
     with ui.progress("Quantizing") as step:
 
         def tell(what: str, done: int, total: int) -> None:
-            if done == 0:  # all is checked, and the work starts
+            if done == 0:  # all checks have passed
                 if going_on:
                     ui.note(f"going on with the finished layers in {work}")
                 for line in choice.forecast(loaded.model):

@@ -1,4 +1,4 @@
-"""``llmfast run``: a file of prompts, a file of answers."""
+"""``llmfast run``: answer a file of prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from . import ui
+from . import options, ui
 from .sampling import sampling_params
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Key = int | tuple[str, str | int]  # a line's index, or ("id", its id)
 
 @dataclass(frozen=True)
 class Line:
-    """A request of the file."""
+    """One request of the file."""
 
     index: int  # from 0
     id: str | int | None
@@ -48,26 +48,20 @@ def run_command(
         Path, typer.Argument(metavar="PROMPTS", help="A line of JSON for each request.")
     ],
     out: Annotated[
-        Path, typer.Option(help="The answers, a line of JSON each, as they are finished.")
+        Path,
+        typer.Option(help="The answers, one line of JSON each, in the order in which they finish."),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR-OR-HUB-ID",
-            help="A folder, a GGUF file or a model of the Hugging Face Hub.",
-            show_default="the embedded model",
-        ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Where a line says nothing else.")] = 200,
+    model: options.Model = None,
+    max_tokens: Annotated[int, typer.Option(help="For lines that do not say.")] = 200,
     temperature: Annotated[
-        float, typer.Option(help="Where a line says nothing else; 0 is greedy.")
+        float, typer.Option(help="For lines that do not say; 0 is greedy.")
     ] = 0.0,
-    seed: Annotated[
-        int, typer.Option(help="A line without one gets this and its index added.")
-    ] = 0,
-    max_num_seqs: Annotated[int, typer.Option(help="Answers worked on at the same time.")] = 256,
+    seed: Annotated[int, typer.Option(help="A line without a seed gets this plus its index.")] = 0,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Answers that are generated at the same time.")
+    ] = 256,
 ) -> None:
-    """Answer a file of prompts, many at once; what is in the answers already is left out.
+    """Answer a file of prompts, many at once; lines that are answered already are left out.
 
     A line has "prompt" (a text, taken as it is) or "messages" (for the chat template), may have an
     "id", and sampling parameters by name. Run again after an interruption, it goes on.
@@ -81,11 +75,11 @@ def run_command(
     if out.exists() and out.samefile(prompts):
         raise UserError("--out is the file of prompts: give another one")
     defaults = {"max_tokens": max_tokens, "temperature": temperature}
-    sampling_params(**defaults, seed=seed)  # refused here, not line by line
+    sampling_params(**defaults, seed=seed)  # refuses bad options once, not line by line
     bad: dict[int, str] = {}
     lines = list(read_lines(prompts, defaults, seed, bad))
-    there = repair(out)
-    waiting = [line for line in lines if line.key not in there]
+    answered_before = repair(out)
+    waiting = [line for line in lines if line.key not in answered_before]
     if waiting:
         loaded, tokenizer = ui.load(model)
         from ..engine.llm import LLM
@@ -105,7 +99,7 @@ def run_command(
 def read_lines(
     path: Path, defaults: dict[str, Any], seed: int, bad: dict[int, str]
 ) -> Iterator[Line]:
-    """The requests of a file; of those that are none, index and reason go into ``bad``."""
+    """Yield the requests of a file. Put index and reason of each malformed line into ``bad``."""
     keys: set[Key] = set()
     with path.open("rb") as file:
         for index, raw in enumerate(file):
@@ -114,7 +108,7 @@ def read_lines(
             try:
                 line = _parse(json.loads(raw), index, defaults, seed)
                 if line.key in keys:
-                    raise ValueError(f"the id {line.id!r} stands on an earlier line")
+                    raise ValueError(f"the id {line.id!r} is on an earlier line")
             except json.JSONDecodeError as error:
                 bad[index] = f"not JSON: {error}"
             except (ValueError, TypeError, RecursionError) as error:  # bad UTF-8 too
@@ -134,7 +128,7 @@ def _parse(data: Any, index: int, defaults: dict[str, Any], seed: int) -> Line:
     if isinstance(own, bool) or not isinstance(own, str | int | None):
         raise ValueError(f"id must be a text or an integer, got {own!r}")
     if isinstance(own, str):
-        own.encode()  # raises on half a pair of surrogates, which no file can hold
+        own.encode()  # raises on a lone surrogate, which no UTF-8 file can hold
     if (prompt is None) == (messages is None):
         raise ValueError("wanted either prompt or messages")
     if not isinstance(prompt, str | None):
@@ -145,17 +139,17 @@ def _parse(data: Any, index: int, defaults: dict[str, Any], seed: int) -> Line:
         isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     ):
         raise ValueError("messages must be a list of objects, not empty")
-    if isinstance(given.get("logit_bias"), dict):  # JSON has no other keys than texts
+    if isinstance(given.get("logit_bias"), dict):  # JSON has only text keys
         given["logit_bias"] = {int(token): by for token, by in given["logit_bias"].items()}
     params = SamplingParams(**{**defaults, "seed": seed + index, **given})
     return Line(index, own, prompt, messages, params)
 
 
 def repair(path: Path) -> set[Key]:
-    """The keys of what is answered in a file; a last line that was torn is cut off.
+    """Return the keys of the answers in a file, and cut off a torn last line.
 
     Raises:
-        UserError: it holds something else than answers.
+        UserError: the file holds something else than answers.
     """
     keys: set[Key] = set()
     if not path.exists():
@@ -179,7 +173,7 @@ def repair(path: Path) -> set[Key]:
         with path.open("r+b") as file:
             file.truncate(end)
         ui.note(f"{path}: its last line was torn, and is answered again")
-    elif not ends_well:  # all but its newline
+    elif not ends_well:  # only the newline is missing
         with path.open("ab") as file:
             file.write(b"\n")
     return keys
@@ -234,7 +228,7 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
 
 
 def _numbers(found: dict[int, Any]) -> dict[str, float | None]:
-    """JSON has no infinity."""
+    """Return log-probabilities as JSON, which has no infinity: None takes its place."""
     return {
         str(token): each.logprob if math.isfinite(each.logprob) else None
         for token, each in found.items()

@@ -1,4 +1,4 @@
-"""Sampling parameters from options."""
+"""Sampling parameters from command-line options."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def sampling_params(**options: Any) -> SamplingParams:
-    """Parameters from options of the same names; what is None is not given.
+    """Make parameters from options of the same names; None means not given.
 
-    Without a temperature it is greedy, unless another option of sampling is given.
+    Without a temperature decoding is greedy, unless another sampling option is given.
 
     Raises:
         UserError: a value that is not allowed.

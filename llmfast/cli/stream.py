@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece, as ``model.generate`` makes them."""
+"""A streamer that writes text while ``model.generate`` makes tokens."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class TextStream(BaseStreamer):  # type: ignore[misc]  # transformers is not followed
-    """Writes each token's text as soon as it is whole; the pieces add up to the decoded answer.
+    """A streamer that writes each token's text as soon as it is complete.
 
-    A token is decoded with the few before it, never with the whole answer, so that its cost
-    does not grow: a tokenizer joins neighbours (a leading space, the bytes of one character).
+    The pieces add up to the decoded answer. A token is decoded with the few tokens before it,
+    because a tokenizer joins neighbours (a leading space, the bytes of one character). It is never
+    decoded with the whole answer, so the cost of a token does not grow.
     """
 
     def __init__(self, tokenizer: Any, out: TextIO) -> None:
         self._tokenizer = tokenizer
         self._out = out
-        self._ids: list[int] = []  # the last written piece's tokens, then those not yet written
-        self._written = 0  # how many of _ids are written
+        self._ids: list[int] = []  # tokens of the last written piece, then pending tokens
+        self._written = 0  # the number of tokens in _ids that are written
         self._seen_prompt = False
         self.count = 0
         self.first_at = self.last_at = 0.0  # time.perf_counter() at the first and last token
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first over their time; None if there was but one."""
+        """Tokens after the first, per second; None if there was only one."""
         span = self.last_at - self.first_at
         return (self.count - 1) / span if self.count > 1 and span > 0 else None
 
@@ -43,14 +44,14 @@ class TextStream(BaseStreamer):  # type: ignore[misc]  # transformers is not fol
         self.count += len(ids)
         self._ids += ids
         before, after = self._decode(self._ids[: self._written]), self._decode(self._ids)
-        # a trailing replacement character may be the first bytes of one that the next completes
+        # a trailing replacement character may be an incomplete one that the next token completes
         if len(after) > len(before) and not after.endswith("\ufffd"):
             del self._ids[: self._written]
             self._written = len(self._ids)
-            self._write(after[len(before) :])  # last: an interrupt must not have it written twice
+            self._write(after[len(before) :])  # last: an interrupt before it must not write twice
 
     def end(self) -> None:
-        """Write what was held back, and a newline."""
+        """Write pending text and a newline."""
         before, after = self._decode(self._ids[: self._written]), self._decode(self._ids)
         self._ids, self._written = [], 0
         self._write(after[len(before) :] + "\n")

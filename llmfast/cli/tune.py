@@ -1,4 +1,4 @@
-"""``llmfast tune``: measure launches on this GPU, and keep the fastest in a table."""
+"""``llmfast tune``: measure launches on this GPU and keep the fastest in a table."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def tune_command(
 ) -> None:
     """Find the fastest launches of linear layers on this GPU, for 1 to 128 tokens.
 
-    Takes about a minute for each shape. Layers that the table has from before and that are not
-    measured now stay in it.
+    Takes about a minute for each shape. Layers that are in the table already, and are not measured
+    now, stay in it.
     """
     from ..measure.shapes import SHAPES, config_of
 

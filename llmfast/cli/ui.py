@@ -1,4 +1,4 @@
-"""What the terminal shows beside an answer: one-line errors, notes and progress bars."""
+"""Terminal output beside the answer: one-line errors, notes and progress bars."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ THREAD = "llmfast progress"
 
 
 def error(message: str) -> None:
-    """Print ``message`` as the one line that a failed command leaves on stderr."""
+    """Print ``message`` to stderr as one line: the only output of a failed command."""
     print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """Print a line that changes nothing, but that a reader must know, to stderr."""
+    """Print a line to stderr that the reader must know."""
     print(f"llmfast: note: {message}", file=sys.stderr)
 
 
 def discard_stdout() -> None:
-    """Send the rest of stdout nowhere: its reader has gone, and Python flushes it at exit."""
+    """Discard the rest of stdout: its reader is gone, and Python would flush it at exit."""
     try:
         stdout = sys.stdout.fileno()
     except (AttributeError, OSError, ValueError):
@@ -41,7 +41,7 @@ def discard_stdout() -> None:
 
 
 class Step:
-    """How far a piece of work has come; call it to say so. Without a total the bar only moves."""
+    """The progress of a piece of work; call it to update. Without a total the bar only moves."""
 
     def __init__(self, what: str) -> None:
         self.what, self.done, self.total = what, 0, 0
@@ -51,7 +51,7 @@ class Step:
 
 
 def load(model: str | None, **options: Any) -> Loaded:
-    """``llmfast.load`` with a bar on a terminal, and with none elsewhere.
+    """Call ``llmfast.load`` with a progress bar if stderr is a terminal.
 
     A model of the Hub keeps the bars of its download and of transformers, which know its size.
     """
@@ -73,7 +73,7 @@ def load(model: str | None, **options: Any) -> Loaded:
 
 @contextmanager
 def quiet_log() -> Generator[None]:
-    """Keep the engine from logging each failed request: the command says what failed itself."""
+    """Keep the engine from logging each failed request: the command reports failures itself."""
     logger = logging.getLogger("llmfast")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -85,7 +85,7 @@ def quiet_log() -> Generator[None]:
 
 @contextmanager
 def progress(what: str, *, shown: bool = True) -> Generator[Step]:
-    """Show a bar on stderr while the block runs, if that takes long and stderr is a terminal."""
+    """Show a bar on stderr while the block runs, if it takes long and stderr is a terminal."""
     step = Step(what)
     if not shown or not sys.stderr.isatty():
         yield step

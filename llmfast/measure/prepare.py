@@ -8,7 +8,7 @@ import torch
 
 from .figures import BenchResult, Progress, make_row, no_progress
 from .results import CEILING_CASE
-from .shapes import DTYPE_NAMES, Source
+from .shapes import Source, dtype_name
 from .timing import copy_bandwidth, copy_bytes
 
 
@@ -27,7 +27,7 @@ def prepare(source: Source, progress: Progress = no_progress) -> tuple[BenchResu
         row = make_row(CEILING_CASE, "torch", "gb_per_s", result.bandwidth, copy.rounds)
         result.rows.append(row)
     model = source.make(device)
-    dtype = DTYPE_NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
+    dtype = dtype_name(model.dtype)
     result.model |= {"weights": dtype, "kv": dtype}
     return result, model
 

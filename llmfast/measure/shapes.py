@@ -1,4 +1,4 @@
-"""Models to measure: named shapes with random weights, which need no download, and real ones."""
+"""The models of benchmarks: named shapes with random weights, or real models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ..errors import UserError
 
 EMBEDDED_NAME = "smollm2-135m"
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # of --dtype
 
 # transformers' model type, and the configuration of the model that has this shape
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,16 +101,35 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def case_value(name: str) -> str:
+    """Return the last part of a path or id as a case's value: lower case, no spaces, no "="."""
+    return "-".join(Path(name).name.lower().replace("=", "-").split())
+
+
+def model_name(model: str | None) -> str:
+    """Return the name of a model in a results file. None is the embedded model."""
+    return EMBEDDED_NAME if model in (None, "embedded") else case_value(str(model))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type in a results file: ``bf16``, ``fp64``."""
+    names = {**DTYPE_NAMES, torch.float64: "fp64"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
 @dataclass(frozen=True)
 class Source:
-    """The model of a measurement: a shape of :data:`SHAPES`, or what ``llmfast.load`` takes."""
+    """The model of a benchmark: a shape of :data:`SHAPES`, or an argument of ``llmfast.load``."""
 
     shape: str | None = None
     model: str | None = None  # None, and no shape: the embedded model
-    dtype: str | None = None  # a name of DTYPE_NAMES; None: bf16 on a GPU, what the model has
+    dtype: str | None = (
+        None  # a name of DTYPE_NAMES; None: bf16 for a shape on a GPU, else the model's own
+    )
 
     def check(self) -> None:
-        """
+        """Refuse a source that names no model.
+
         Raises:
             UserError: an unknown shape or dtype, or a shape and a model.
         """
@@ -124,16 +143,13 @@ class Source:
 
     @property
     def case(self) -> dict[str, str]:
-        """How a case of a results file names it."""
+        """The pair of a results file's case that names the model."""
         if self.shape is not None:
             return {"shape": self.shape}
-        if self.model in (None, "embedded"):
-            return {"model": EMBEDDED_NAME}
-        name = Path(str(self.model)).name.lower().replace("=", "-")
-        return {"model": "-".join(name.split())}
+        return {"model": model_name(self.model)}
 
     def make(self, device: torch.device) -> Any:
-        """The model in evaluation mode, with no token at which it would stop by itself."""
+        """Make the model in evaluation mode, without end tokens."""
         dtype = next((dtype for dtype, name in DTYPE_NAMES.items() if name == self.dtype), None)
         if self.shape is not None:
             model = random_model(self.shape, device, dtype)
@@ -148,9 +164,7 @@ class Source:
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """A model with random weights, made on ``device``.
-
-    ``dtype`` is bfloat16 on a GPU and float32 on the CPU unless given.
+    """Make a model with random weights on ``device``, by default bf16 on a GPU and fp32 on a CPU.
 
     The weights are normal with a standard deviation of 0.02, so activations stay small.
     """
@@ -174,12 +188,12 @@ class LinearSizes:
 
     @property
     def block(self) -> tuple[tuple[int, int], ...]:
-        """Those of a block, in the order in which it runs them."""
+        """The layers of one block, in the order in which it runs them."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
 def linear_sizes(config: Any) -> LinearSizes:
-    """The sizes of a transformers configuration with gated MLPs."""
+    """Return the sizes of a transformers configuration with gated MLPs."""
     heads, width = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or width // heads
@@ -194,7 +208,7 @@ def linear_sizes(config: Any) -> LinearSizes:
 
 
 def config_of(shape: str) -> Any:
-    """The transformers configuration of a shape."""
+    """Return the transformers configuration of a shape."""
     from transformers import AutoConfig
 
     kind, sizes = SHAPES[shape]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import llmfast
 from llmfast.cli import eval as eval_module
-from llmfast.cli.eval import Request, evaluate
+from llmfast.cli.eval import EvalOptions, evaluate
 from llmfast.errors import UserError
 from llmfast.measure.results import parse_case, read, validate
 
@@ -56,7 +56,7 @@ def loads(monkeypatch):
 
 
 def test_patched_and_unpatched_agree_within_float32(loads, capsys):
-    found = evaluate(Request(ops="all", **SMALL))
+    found = evaluate(EvalOptions(ops="all", **SMALL))
     # float32 sums in another order: logits differ by some epsilons of 1.2e-7
     assert found.perplexity_ratio.value == pytest.approx(1, abs=1e-5)
     assert 0 <= abs(found.kl.value) < 1e-9
@@ -71,14 +71,14 @@ def test_patched_and_unpatched_agree_within_float32(loads, capsys):
 def test_on_a_cpu_nothing_is_swapped_unless_asked_for(loads, capsys):
     if torch.cuda.is_available():
         pytest.skip("tests what happens to a model on the CPU by default; needs no CUDA device")
-    found = evaluate(Request(**SMALL))
+    found = evaluate(EvalOptions(**SMALL))
     assert found.kl.value == 0.0
     out = capsys.readouterr().out
     assert "0 modules swapped" in out and "ops='all'" in out.replace('"', "'")
 
 
 def test_a_reference_is_another_model(loads):
-    found = evaluate(Request(reference="other", device="cpu", dtype="float32", **SMALL))
+    found = evaluate(EvalOptions(reference="other", device="cpu", dtype="float32", **SMALL))
     assert loads == [(None, "cpu", "float32"), ("other", "cpu", "float32")]
     assert found.kl.low > 0.1
     assert found.top1_agreement.high < 0.5
@@ -97,8 +97,8 @@ def test_the_twin_shares_the_weights_and_is_not_patched():
 
 def test_json_is_a_results_file_of_its_own_rows(loads, tmp_path, capsys):
     path = tmp_path / "figures.json"
-    evaluate(Request(ops="all", json_path=str(path), **SMALL))
-    evaluate(Request(ops="all", json_path=str(path), stride=16, **SMALL))
+    evaluate(EvalOptions(ops="all", json_path=str(path), **SMALL))
+    evaluate(EvalOptions(ops="all", json_path=str(path), stride=16, **SMALL))
     runs = read(path, suite="quality")
     assert len(runs[-1].rows) == 5
     case = parse_case(runs[-1].rows[0].case)
@@ -113,7 +113,7 @@ def test_json_is_a_results_file_of_its_own_rows(loads, tmp_path, capsys):
     assert sum(len(run.rows) for run in runs) == 10
     capsys.readouterr()
 
-    evaluate(Request(reference="org/Other Model=2", json_path="-", **SMALL))
+    evaluate(EvalOptions(reference="org/Other Model=2", json_path="-", **SMALL))
     out = capsys.readouterr()
     data = json.loads(out.out)
     validate(data, suite="quality")
@@ -134,7 +134,7 @@ def test_json_is_a_results_file_of_its_own_rows(loads, tmp_path, capsys):
 )
 def test_a_bad_option_is_refused_before_anything_is_loaded(loads, options, says):
     with pytest.raises(UserError, match=says):
-        evaluate(Request(**SMALL | options))
+        evaluate(EvalOptions(**SMALL | options))
     assert loads == []
 
 
@@ -142,11 +142,11 @@ def test_what_only_the_model_can_tell_is_refused_too(loads, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("It was a truth.")
     with pytest.raises(UserError, match=r"short\.txt has 15 tokens for this model, got 200"):
-        evaluate(Request(text=str(short), **SMALL))
+        evaluate(EvalOptions(text=str(short), **SMALL))
     with pytest.raises(UserError, match="context of 64 tokens, got 65"):
-        evaluate(Request(tokens=200, window=65))
+        evaluate(EvalOptions(tokens=200, window=65))
     with pytest.raises(UserError, match="norms"):
-        evaluate(Request(ops="norms", **SMALL))
+        evaluate(EvalOptions(ops="norms", **SMALL))
 
 
 def test_the_command_passes_its_options_on(loads):

@@ -226,7 +226,9 @@ def test_a_seed_repeats_the_draws_of_transformers(loaded):
 
 
 def settings_for(loaded, **options):
-    return generate._settings(loaded.model, loaded.tokenizer, generate.Request("x", **options))
+    return generate._settings(
+        loaded.model, loaded.tokenizer, generate.GenerateOptions("x", **options)
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.5}])
@@ -296,7 +298,7 @@ def test_tokens_are_written_as_they_come(loaded, monkeypatch):
     hook = loaded.model.register_forward_hook(lambda *_: computed.append(1))
     out = Recorder(computed)
     monkeypatch.setattr(sys, "stdout", out)
-    generate.answer(generate.Request(PROMPT, max_tokens=30))
+    generate.answer(generate.GenerateOptions(PROMPT, max_tokens=30))
     hook.remove()
     monkeypatch.undo()
     assert len(computed) == 30
@@ -455,7 +457,7 @@ def test_tokens_of_the_runner_are_written_as_they_come(loaded, on_the_runner, mo
     monkeypatch.setattr(Runner, "step", lambda self: (steps.append(1), own(self)))
     out = Recorder(steps)
     monkeypatch.setattr(sys, "stdout", out)
-    generate.answer(generate.Request(PROMPT, max_tokens=30))
+    generate.answer(generate.GenerateOptions(PROMPT, max_tokens=30))
     monkeypatch.undo()
     assert len(steps) == 29
     assert out.writes[0][0] < 10 and len(out.writes) > 10
@@ -520,7 +522,9 @@ def test_a_bad_call_is_refused_before_anything_loads(args, words, monkeypatch):
 
 
 def test_the_edges_of_each_range_are_allowed(loaded):
-    generate.Request("x", top_p=1.0, top_k=0, min_p=0.0, temperature=1e-6, max_tokens=1).check()
+    generate.GenerateOptions(
+        "x", top_p=1.0, top_k=0, min_p=0.0, temperature=1e-6, max_tokens=1
+    ).check()
     result = run("generate", "x", "--temperature", 1e-6, "--top-k", 0, "--min-p", 1, "--top-p", 1)
     assert result.exit_code == 0
     assert result.stdout == own_answer(loaded, "x") + "\n", "so cold that it is greedy"
@@ -599,7 +603,7 @@ def test_nothing_asked_shows_the_help():
     assert run().exit_code == 0
     assert run("--help").exit_code == 0
     group = run("bench")
-    assert "docs" in group.stdout
+    assert "serve" in group.stdout
     assert group.stderr == ""
 
 

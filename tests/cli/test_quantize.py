@@ -7,9 +7,9 @@ import torch
 
 import llmfast
 from generating import tokenizer
-from llmfast.cli.eval import Request, evaluate
+from llmfast.cli.eval import EvalOptions, evaluate
 from llmfast.cli.main import app
-from llmfast.cli.quantize import Choice
+from llmfast.cli.quantize import QuantizeOptions
 from llmfast.errors import UserError
 from llmfast.measure.results import parse_case, read
 from llmfast.quantization.driver import quantize, simulate
@@ -111,18 +111,22 @@ def test_mistakes_are_one_line_and_code_2(folder, capsys):
 
 def test_eval_quantizes_the_model_and_not_its_reference(folder, capsys):
     path, text = folder.with_name("quality.json"), folder.with_name("text.txt")
-    choice = Choice("int4", "gptq", 32, calibration="pride-and-prejudice", calibration_tokens=2000)
+    choice = QuantizeOptions(
+        "int4", "gptq", 32, calibration="pride-and-prejudice", calibration_tokens=2000
+    )
     sizes = {"text": str(text), "tokens": 400, "window": 64, "device": "cpu", "dtype": "float32"}
-    quality = evaluate(Request(model=str(folder), choice=choice, json_path=str(path), **sizes))
+    quality = evaluate(EvalOptions(model=str(folder), choice=choice, json_path=str(path), **sizes))
     assert quality.kl.value > 1e-5
-    dense = evaluate(Request(model=str(folder), **sizes))
+    dense = evaluate(EvalOptions(model=str(folder), **sizes))
     assert quality.reference_perplexity == dense.perplexity
     (first,) = read(path, suite="quality")
     found = {(row.impl, row.metric): parse_case(row.case)["weights"] for row in first.rows}
     assert found["llmfast", "kl_to_dense"] == "int4-g32-gptq"
     assert found["transformers", "perplexity"] == "fp32"
     capsys.readouterr()
-    nearest = evaluate(Request(model=str(folder), choice=Choice(group_size=32), **sizes))
+    nearest = evaluate(
+        EvalOptions(model=str(folder), choice=QuantizeOptions(group_size=32), **sizes)
+    )
     assert nearest.kl.value > 1e-5 and nearest.kl != quality.kl
 
 
@@ -143,6 +147,6 @@ def test_eval_of_a_saved_folder_beside_the_dense_one(folder, capsys):
 
 
 def test_calibrating_on_the_text_that_is_measured_is_refused():
-    choice = Choice(method="gptq", calibration="persuasion")
+    choice = QuantizeOptions(method="gptq", calibration="persuasion")
     with pytest.raises(UserError, match="--calibration must be another text than --text"):
-        Request(choice=choice).check()
+        EvalOptions(choice=choice).check()

@@ -136,7 +136,7 @@ def test_bad_lines_are_named_and_the_others_answered(loaded, files):
         ({"prompt": "A" * 300}, "max_model_len is 256"),
         ({"prompt": "AB", "stop_token_ids": [1000]}, "stop_token_ids has the token id 1000"),
         ({"prompt": "AB", "id": "twice"}, None),
-        ({"prompt": "AB", "id": "twice"}, "the id 'twice' stands on an earlier line"),
+        ({"prompt": "AB", "id": "twice"}, "the id 'twice' is on an earlier line"),
         ("[" * 100_000, ""),
     ]
     put(files[0], *[case for case, _ in cases], {"prompt": "AB"})
