@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..measure.quality import Progress, Quality
     from ..measure.results import Run
     from ..model.report import Report
-    from ..weights.quantized import Quantized
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,9 @@ def evaluate(request: EvalOptions) -> Quality:
     if request.choice is not None:
         with ui.progress("Quantizing") as step:
             found = request.choice.find(model, tokenizer, step)
-        _put(model, found)
+        from ..weights.model_weights import overwrite
+
+        overwrite("eval", model, found)
     with ui.progress("Compiling the kernels and proving each"):
         report = llmfast.patch(model, ops=_ops(request.ops))
     with _windows_bar() as advance:
@@ -210,14 +211,6 @@ def _twin(model: Any, apart: bool = False) -> Any:
         own = type(parameter)(parameter.data, parameter.requires_grad) if apart else parameter
         shared[id(parameter)] = own
     return copy.deepcopy(model, shared)
-
-
-def _put(model: Any, found: Quantized) -> None:
-    """Replace the model's parameters by the dequantized values."""
-    from ..weights.model_weights import replacements
-
-    for _, parameter, make in replacements("eval", model, found):
-        parameter.data = make()
 
 
 def _ops(ops: str | None) -> str | list[str] | None:

@@ -60,12 +60,11 @@ class QuantizeOptions:
         Raises:
             UserError: a model without decoder layers.
         """
-        from ..quantization.driver import WEIGHTS
         from ..quantization.estimate import estimate
 
         return estimate(
             model,
-            bits=WEIGHTS[self.weights],
+            weights=self.weights,
             group_size=self.group_size or None,
             symmetric=not self.zero_points,
         ).lines()

@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from ..errors import UserError
-from ..weights.formats import PACK_QUANTIZED, from_awq, from_compressed_tensors, from_gptq
+from ..weights.checkpoint_formats import (
+    PACK_QUANTIZED,
+    from_awq,
+    from_compressed_tensors,
+    from_gptq,
+)
 from ..weights.quantized import QuantizedWeight
 
 READABLE_METHODS = ("gptq", "awq", "compressed-tensors")  # values of quant_method

@@ -97,7 +97,7 @@ class GgufWeights(Mapping[str, "QuantizedWeight"]):
         return vars(self) | {"_file": None}  # an open file cannot be pickled
 
     def __getitem__(self, layer: str) -> QuantizedWeight:
-        from ..weights.formats import from_gguf
+        from ..weights.checkpoint_formats import from_gguf
 
         name = self._tensors[layer]
         if self._file is None:

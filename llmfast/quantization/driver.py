@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.shadow import check_unpatched
-from ..weights.model_weights import replacements
+from ..weights.model_weights import dequantized
 from ..weights.quantized import Quantized, QuantizedWeight
 from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
 from .methods import (
@@ -173,7 +173,7 @@ def _calibrated(
             del statistics
             if finished is not None:
                 finished.save(index, found)
-        with _replaced(_values("quantize", layer, found)):
+        with dequantized("quantize", layer, found):
             for at, call in enumerate(calls):  # in place: inputs and outputs are not both held
                 hidden[at] = run_layer(layer, hidden[at].to(device), call).to(home)
         yield found
@@ -190,24 +190,8 @@ def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
             changed; nothing is changed then.
     """
     check_unpatched("simulate", model)
-    with _replaced(_values("simulate", model, quantized)):
+    with dequantized("simulate", model, quantized):
         yield
-
-
-def _values(what: str, module: nn.Module, found: Quantized) -> dict[nn.Parameter, torch.Tensor]:
-    return {parameter: make() for _, parameter, make in replacements(what, module, found)}
-
-
-@contextmanager
-def _replaced(values: dict[nn.Parameter, torch.Tensor]) -> Generator[None]:
-    before = {parameter: parameter.data for parameter in values}
-    try:
-        for parameter, value in values.items():
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in before.items():
-            parameter.data = value
 
 
 def _gptq_layer(

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..model.shadow import check_unpatched
-from ..weights.formats import PACK_QUANTIZED, to_compressed_tensors
+from ..weights.checkpoint_formats import PACK_QUANTIZED, to_compressed_tensors
 from ..weights.model_weights import replacements
 from ..weights.quantized import GROUP_SIZES, Quantized, QuantizedWeight
 

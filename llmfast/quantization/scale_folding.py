@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..weights.parameters import replaced
 from .decoder import Call, linears, run_layer
 
 MAX_ERROR = 1e-3  # relative, of float32 output; a wrong guess is wrong by a tenth and more
@@ -134,19 +135,15 @@ def _holds(
     s = 2.0 ** torch.randint(-2, 3, (k,), generator=generator).to(hidden.device)
     if fold.row is not None:
         s = fold.factors_of_rows(s)[fold.row]
-    changed: list[tuple[nn.Parameter, torch.Tensor]] = []
-    for name, parameter in modules[fold.producer].named_parameters():
-        changed.append((parameter, parameter.data))
-        parameter.data = fold.divided(name, parameter.data, s)
+    values = {
+        parameter: fold.divided(name, parameter.data, s)
+        for name, parameter in modules[fold.producer].named_parameters()
+    }
     for consumer in fold.consumers:
         weight = modules[consumer].weight
-        changed.append((weight, weight.data))
-        weight.data = weight.data * s
-    try:
+        values[weight] = values.get(weight, weight.data) * s
+    with replaced(values):
         error = run_layer(layer, hidden, call) - right
-    finally:
-        for parameter, value in changed:
-            parameter.data = value
     # the residual stream may be far larger than what the layer adds to it
     added = (right - hidden).norm()
     return bool(error.norm() <= MAX_ERROR * added)

@@ -20,13 +20,13 @@ from ..weights.model_weights import (
     weights_to_pack,
 )
 from ..weights.quantized import Quantized
+from ..weights.registry import FORMATS
 from .driver import WEIGHTS, quantize
 from .estimate import Estimate, estimate
 
 # with eight bits one scale an output loses little, and any number of inputs can have it
 GROUP_SIZE = {"int4": 64, "int8": None}
 OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # of a model that was loaded quantized
-NUMBERS = {4: "four", 8: "eight"}
 
 
 def select_weights(
@@ -78,7 +78,7 @@ def select_weights(
                     f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
                 )
             group_size = GROUP_SIZE[weights]
-        told = partial(estimate, model, bits=WEIGHTS[weights], group_size=group_size)
+        told = partial(estimate, model, weights=weights, group_size=group_size)
         dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
         with evaluating(model):
             weights = quantize(
@@ -93,13 +93,11 @@ def select_weights(
     elif weights.weights:
         w = next(iter(weights.weights.values()))
         group = w.group_size if w.groups > 1 else None
-        _say(estimate(model, bits=w.bits, group_size=group, symmetric=w.symmetric))
+        _say(estimate(model, weights=w.format, group_size=group, symmetric=w.symmetric))
     attach(model, weights)
-    kinds = sorted({w.bits for w in weights.weights.values()})
-    return [
-        f"weights: {len(weights.weights)} linear layers are rounded to "
-        f"{' and '.join(NUMBERS[bits] for bits in kinds)} bits until unpatch."
-    ]
+    formats = {w.format for w in weights.weights.values()}
+    bits = " and ".join(FORMATS[name].description for name in FORMATS if name in formats)
+    return [f"weights: {len(weights.weights)} linear layers are rounded to {bits} until unpatch."]
 
 
 def _say(told: Estimate) -> None:

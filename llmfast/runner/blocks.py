@@ -7,77 +7,40 @@ taken: the next norm adds them in the same launch. ``residual`` is None where th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import llmfast_kernels
 from llmfast_kernels.attention.reference import paged_attention_reference
-from llmfast_kernels.linear import reference as linear
 from llmfast_kernels.norm import reference as norm
 from llmfast_kernels.rope.reference import rope_write_kv_reference
 
 from ..model.trace import Norm
-from ..weights.packed import PackedWeight
+from ..weights.dense import ReferenceWeight
+from ..weights.weight import Linear
 from .cache import PagedCache
 from .rope import RopeTable
 from .step import Step
-
-_GATED = {
-    "silu": llmfast_kernels.silu_mul,
-    "gelu_tanh": llmfast_kernels.gelu_tanh_mul,
-    "gelu": llmfast_kernels.gelu_mul,
-}
-
-
-def _activate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    return _GATED[activation](gate_up)
-
-
-def _activate_reference(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    return linear.ACTIVATIONS[activation](gate_up)
 
 
 @dataclass(frozen=True)
 class BlockOperations:
     """The operations of a block. The default ones choose by the tensors' device."""
 
-    dense_linear: Callable[..., torch.Tensor] = llmfast_kernels.dense_linear
-    gated_linear: Callable[..., torch.Tensor] = llmfast_kernels.gated_linear
     rms_norm: Callable[..., torch.Tensor] = llmfast_kernels.rms_norm
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] = llmfast_kernels.add_rms_norm
     rope_write_kv: Callable[..., torch.Tensor] = llmfast_kernels.rope_write_kv
     paged_attention: Callable[..., Any] = llmfast_kernels.paged_attention
-    int4_linear: Callable[..., torch.Tensor] = llmfast_kernels.int4_linear
-    int8_linear: Callable[..., torch.Tensor] = llmfast_kernels.int8_linear
-    activate: Callable[[torch.Tensor, str], torch.Tensor] = _activate
-
-    @property
-    def packed(self) -> dict[int, Callable[..., torch.Tensor]]:
-        """What multiplies with quantized weights, by the bits of their codes."""
-        return {4: self.int4_linear, 8: self.int8_linear}
 
 
 REFERENCES = BlockOperations(
-    dense_linear=linear.dense_linear_reference,
-    gated_linear=linear.gated_linear_reference,
     rms_norm=norm.rms_norm_reference,
     add_rms_norm=norm.add_rms_norm_reference,
     rope_write_kv=rope_write_kv_reference,
     paged_attention=paged_attention_reference,
-    int4_linear=linear.int4_linear_reference,
-    int8_linear=linear.int8_linear_reference,
-    activate=_activate_reference,
 )
-
-
-@dataclass(frozen=True)
-class Linear:
-    """What ``x @ weight.T + bias`` is computed of."""
-
-    weight: torch.Tensor | PackedWeight  # [out_features, in_features]
-    bias: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +79,21 @@ class Block:
     def linears(self) -> tuple[Linear, ...]:
         return (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
 
+    def with_reference_weights(self) -> Block:
+        """Return the same block, whose linear layers run in plain PyTorch."""
+
+        def reference(layer: Linear) -> Linear:
+            return replace(layer, weight=ReferenceWeight(layer.weight))
+
+        attention, mlp = self.attention, self.mlp
+        return replace(
+            self,
+            attention=replace(
+                attention, qkv=reference(attention.qkv), out=reference(attention.out)
+            ),
+            mlp=replace(mlp, gate_up=reference(mlp.gate_up), down=reference(mlp.down)),
+        )
+
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None, run: Run, layer: int
     ) -> Stream:
@@ -134,11 +112,6 @@ class Run:
     tables: list[RopeTable]
     operations: BlockOperations
 
-    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        if isinstance(layer.weight, PackedWeight):
-            return layer.weight.linear(x, layer.bias, self.operations.packed)
-        return self.operations.dense_linear(x, layer.weight, layer.bias)
-
     def norm(self, x: torch.Tensor, by: Norm) -> torch.Tensor:
         return self.operations.rms_norm(x, by.weight, eps=by.eps, unit_offset=by.unit_offset)
 
@@ -155,7 +128,7 @@ class Run:
     def attention(self, x: torch.Tensor, part: Attention, layer: int) -> torch.Tensor:
         step, tokens, dim = self.step, len(x), part.head_dim
         q_width, kv_width = part.heads * dim, part.kv_heads * dim
-        q, k, v = torch.split(self.linear(x, part.qkv), [q_width, kv_width, kv_width], dim=1)
+        q, k, v = torch.split(part.qkv(x), [q_width, kv_width, kv_width], dim=1)
         head_norms: dict[str, Any] = {}
         if part.q_norm is not None and part.k_norm is not None:
             if len(part.q_norm.weight) == dim:
@@ -194,17 +167,10 @@ class Run:
             softcap=part.softcap,
             sinks=part.sinks,
         )
-        return self.linear(attended.view(tokens, q_width), part.out)
+        return part.out(attended.view(tokens, q_width))
 
     def mlp(self, x: torch.Tensor, part: GatedMLP) -> torch.Tensor:
-        weight, bias = part.gate_up.weight, part.gate_up.bias
-        if isinstance(weight, PackedWeight) and weight.bits == 4:
-            h = weight.linear(x, bias, self.operations.packed, activation=part.activation)
-        elif isinstance(weight, PackedWeight):
-            h = self.operations.activate(self.linear(x, part.gate_up), part.activation)
-        else:
-            h = self.operations.gated_linear(x, weight, bias, activation=part.activation)
-        return self.linear(h, part.down)
+        return part.down(part.gate_up.gated(x, part.activation))
 
 
 # ------------------------------------------------------------------------------------ the recipes

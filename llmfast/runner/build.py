@@ -21,9 +21,10 @@ from ..model.verify import (
     precise_copy,
     relative_rms,
 )
-from ..weights.packed import PackedWeight, side_by_side
-from ..weights.quantized import QuantizedWeight
-from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Linear, Run
+from ..weights.dense import DenseWeight
+from ..weights.registry import pack
+from ..weights.weight import Linear, PackedWeight, StoredWeight
+from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Run
 from .cache import BLOCK_SIZE, PagedCache
 from .merge import MergedLinears
 from .rope import RopeTable
@@ -37,18 +38,13 @@ class Blocks:
     blocks: list[Block]
     tables: list[RopeTable]
     merged: list[MergedLinears]
-    parts: dict[str, PackedWeight]  # of packed weights, by the names of the model's linear layers
+    packed: list[PackedWeight]  # weights of the blocks; layers side by side have one
+    parts: dict[str, PackedWeight]  # their rows by the names of the model's linear layers
     verifications: list[Verification]  # of the layers that differ in more than their weights
 
     @property
     def recipes(self) -> list[str]:
         return sorted({block.recipe for block in self.blocks})
-
-    @property
-    def packed(self) -> list[PackedWeight]:
-        """The weights that are quantized; merged ones are one."""
-        linears = [part for block in self.blocks for part in block.linears]
-        return [part.weight for part in linears if isinstance(part.weight, PackedWeight)]
 
     def restore(self) -> None:
         for merged in self.merged:
@@ -67,7 +63,8 @@ class _Linears:
     @property
     def forms(self) -> tuple[Any, ...]:
         """How each is packed: layers that differ in it do not share a verification."""
-        return tuple(map(_form, (self.qkv, self.out, self.gate_up, self.down)))
+        linears = (self.qkv, self.out, self.gate_up, self.down)
+        return tuple(None if linear is None else linear.weight.form for linear in linears)
 
 
 @dataclass
@@ -85,7 +82,7 @@ def build_blocks(
     trace: Trace,
     max_length: int,
     operations: BlockOperations,
-    weights: Mapping[str, QuantizedWeight],
+    weights: Mapping[str, StoredWeight],
 ) -> Blocks:
     """Choose and verify a recipe for every layer.
 
@@ -97,20 +94,23 @@ def build_blocks(
         NotTraced: no recipe computes what a layer does.
     """
     tables: dict[int, int] = {}
-    result = Blocks([], [], [], {}, [])
+    result = Blocks([], [], [], [], {}, [])
     chosen: dict[Any, _Guess] = {}
     names = {module: name for name, module in trace.shadow.named_modules()}
 
-    def pack(layers: list[nn.Linear]) -> Linear | None:
+    def pack_layers(layers: list[nn.Linear]) -> Linear | None:
         found = [weights.get(names[layer]) for layer in layers]
-        linear = _pack(layers, [w for w in found if w is not None])
-        if linear is not None and isinstance(linear.weight, PackedWeight):
-            start = 0
-            for layer in layers:
-                stop = start + layer.out_features
-                result.parts[names[layer]] = linear.weight.rows(start, stop)
-                start = stop
-        return linear
+        packed = _pack(layers, [w for w in found if w is not None])
+        if packed is None:
+            return None
+        result.packed.append(packed)
+        start = 0
+        for layer in layers:
+            stop = start + layer.out_features
+            result.parts[names[layer]] = packed.rows(start, stop)
+            start = stop
+        biases = [layer.bias.data for layer in layers if layer.bias is not None]
+        return Linear(packed, torch.cat(biases) if biases else None)
 
     def merge(layers: list[nn.Linear]) -> Linear:
         merged = MergedLinears(layers)
@@ -120,7 +120,10 @@ def build_blocks(
     try:
         for layer in trace.layers:
             packed = _Linears(
-                pack(layer.qkv), pack([layer.out]), pack(layer.gate), pack([layer.down])
+                pack_layers(layer.qkv),
+                pack_layers([layer.out]),
+                pack_layers(layer.gate),
+                pack_layers([layer.down]),
             )
             key = (*_key(layer, trace), packed.forms)
             if key not in chosen:
@@ -150,28 +153,16 @@ def _key(layer: Layer, trace: Trace) -> tuple[Any, ...]:
     return (attributes(layer.module), layer.call.key, layer.call.window, number)
 
 
-def _pack(layers: list[nn.Linear], weights: list[QuantizedWeight]) -> Linear | None:
-    """The layers side by side in their own bits; None if not all are quantized, and of one form."""
-    first, biases = layers[0].weight, [layer.bias for layer in layers if layer.bias is not None]
-    if len(weights) < len(layers):
-        return None
-    if first.is_cuda and first.dtype == torch.float32:
-        return None  # the kernel is for 16 bits
-    if len(biases) not in (0, len(layers)):
+def _pack(layers: list[nn.Linear], weights: list[StoredWeight]) -> PackedWeight | None:
+    """Pack the weights side by side; None if not all layers have one, all of one form."""
+    like = layers[0].weight
+    if len(weights) < len(layers) or len({layer.bias is None for layer in layers}) > 1:
         return None
     try:
-        merged = side_by_side([w.to(first.device) for w in weights])
-        packed = PackedWeight.from_quantized(merged, first.dtype)
-    except ValueError:
+        first, *others = (w.to(like.device) for w in weights)
+        return pack(first.concatenate(others), like.dtype)
+    except ValueError:  # of different forms, or a form that the kernel does not take
         return None
-    return Linear(packed, torch.cat([b.data for b in biases]) if biases else None)
-
-
-def _form(layer: Linear | None) -> tuple[Any, ...] | None:
-    if layer is None or not isinstance(layer.weight, PackedWeight):
-        return None
-    w = layer.weight
-    return (w.bits, w.group_size, *(t is None for t in (w.zeros, w.minima, w.permutation)))
 
 
 def _block(
@@ -188,7 +179,7 @@ def _block(
         norms=(*layer.before, *layer.between, *layer.after),
         attention=Attention(
             qkv=packed.qkv or merge(layer.qkv),
-            out=packed.out or Linear(layer.out.weight.data, _data(layer.out.bias)),
+            out=packed.out or _dense(layer.out),
             heads=call.query_heads,
             kv_heads=call.kv_heads,
             head_dim=call.head_dim,
@@ -203,15 +194,16 @@ def _block(
         ),
         mlp=GatedMLP(
             packed.gate_up or merge(layer.gate),
-            packed.down or Linear(layer.down.weight.data, _data(layer.down.bias)),
+            packed.down or _dense(layer.down),
             layer.activation.removesuffix("_mul"),
         ),
         residual_scale=guess.residual_scale,
     )
 
 
-def _data(bias: nn.Parameter | None) -> torch.Tensor | None:
-    return None if bias is None else bias.data
+def _dense(layer: nn.Linear) -> Linear:
+    bias: nn.Parameter | None = layer.bias
+    return Linear(DenseWeight(layer.weight.data), None if bias is None else bias.data)
 
 
 # ---------------------------------------------------------------------- choice and verification
@@ -271,6 +263,8 @@ def _run(
         first_row = table.admit(length)
         tables.append(table)
     block = _block(layer, guess, 0 if tables else None, packed, _side_by_side)
+    if operations is REFERENCES:
+        block = block.with_reference_weights()
     count = -(-length // BLOCK_SIZE)
     call = layer.call
     cache = PagedCache([(call.kv_heads, call.head_dim)], count, hidden.dtype, device)
@@ -288,7 +282,7 @@ def _run(
 def _side_by_side(layers: list[nn.Linear]) -> Linear:
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return Linear(
-        torch.cat([layer.weight.data for layer in layers]),
+        DenseWeight(torch.cat([layer.weight.data for layer in layers])),
         torch.cat([b.data for b in biases]) if len(biases) == len(layers) else None,
     )
 

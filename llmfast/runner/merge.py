@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
-from .blocks import Linear
+from ..weights.dense import DenseWeight
+from ..weights.parameters import MergedParameters
+from ..weights.weight import Linear
 
 
 class MergedLinears:
-    """One tensor that holds the weights of several layers; the layers keep views of it.
+    """Several linear layers as one, whose weights and biases become views of merged tensors.
 
-    So merging takes no memory and the layers work as before. What moves their data elsewhere
-    (``.to()``, a deepcopy of the model) leaves this one stale; :class:`.generate.Takeover` looks
-    out for that.
+    Operations that move the layers' data elsewhere (``.to()``, a deepcopy of the model) leave this
+    one stale; the override of ``generate`` checks for that.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        """
+        """Merge ``layers``.
+
         Raises:
             ValueError: some of the layers have a bias and some have none.
         """
-        biases = [layer.bias for layer in layers]
-        if any(b is None for b in biases) and any(b is not None for b in biases):
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if len(biases) not in (0, len(layers)):
             raise ValueError("some of the layers to be merged have a bias and some have none")
-        self._layers = list(layers)
-        self._parameters: list[tuple[torch.Tensor, torch.Tensor]] = []
-        weight = self._merge([layer.weight for layer in layers])
-        bias = None if biases[0] is None else self._merge(biases)
-        self.linear = Linear(weight, bias)
-
-    def _merge(self, parameters: Sequence[Any]) -> torch.Tensor:
-        first: torch.Tensor = parameters[0].data
-        merged = torch.cat([p.data for p in parameters]) if len(parameters) > 1 else first
-        start = 0
-        for parameter in parameters:
-            view = merged[start : start + len(parameter)]
-            parameter.data = view
-            self._parameters.append((parameter, view))
-            start += len(parameter)
-        return merged
+        self._merged = [MergedParameters([layer.weight for layer in layers])]
+        if biases:
+            self._merged.append(MergedParameters(biases))
+        weight, *bias = (merged.tensor for merged in self._merged)
+        self.linear = Linear(DenseWeight(weight), bias[0] if bias else None)
 
     def restore(self) -> None:
-        """Give each layer a tensor of its own again, with the values that it has now."""
-        if len(self._layers) == 1:
-            return
-        for parameter, view in self._parameters:
-            if parameter.data_ptr() == view.data_ptr():
-                parameter.data = view.clone()
+        """Give each layer tensors of its own again, with the values that it has now."""
+        for merged in self._merged:
+            merged.restore()

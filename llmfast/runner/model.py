@@ -14,10 +14,12 @@ from ..model.shadow import point_attention
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
 from ..model.verify import Verification
+from ..weights.dense import DenseWeight
 from ..weights.model_weights import weights_to_pack
 from ..weights.packed_linear import offload_dense, restore_dense
-from ..weights.quantized import QuantizedWeight
-from .blocks import BlockOperations, Linear, Run
+from ..weights.registry import FORMATS
+from ..weights.weight import Linear, StoredWeight
+from .blocks import BlockOperations, Run
 from .build import Blocks, build_blocks
 from .cache import PagedCache
 from .check import CHECKED_LENGTH, verify_whole_model
@@ -107,7 +109,7 @@ class BlockModel:
         model: PreTrainedModel,
         max_length: int = CHECKED_LENGTH,
         *,
-        weights: Mapping[str, QuantizedWeight] | None = None,
+        weights: Mapping[str, StoredWeight] | None = None,
         operations: BlockOperations | None = None,
         proving: Operations | None = None,
     ) -> None:
@@ -168,10 +170,10 @@ class BlockModel:
     def describe(self) -> str:
         recipes = ", ".join(self.built.recipes)
         text = f"{len(self.built.blocks)} blocks run the recipe {recipes}"
-        for bits, name in ((4, "four"), (8, "eight")):
-            if packed := sum(w.bits == bits for w in self.built.packed):
-                text += f", {packed} of their {4 * len(self.built.blocks)} linear layers in {name}"
-                text += " bits"
+        linears = sum(len(block.linears) for block in self.built.blocks)
+        for name, weight in FORMATS.items():
+            if packed := sum(w.format == name for w in self.built.packed):
+                text += f", {packed} of their {linears} linear layers in {weight.description}"
         return text
 
 
@@ -277,14 +279,12 @@ class _BlockLoop(nn.Module):
 class _Head(nn.Module):
     """Stands where the output embedding stood."""
 
-    def __init__(self, loop: _BlockLoop, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self._loop, self._layer = loop, layer
+        self._layer = layer
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        assert self._loop.run is not None
-        data = Linear(self._layer.weight, self._layer.bias)
-        return self._loop.run.linear(hidden_states, data)
+        return Linear(DenseWeight(self._layer.weight), self._layer.bias)(hidden_states)
 
 
 class _Same(nn.Module):
@@ -310,7 +310,7 @@ def _with_loop(traced: Trace, loop: _BlockLoop) -> PreTrainedModel:
         instead[traced.final_norm[0]] = _Same()
     head = traced.shadow.get_output_embeddings()
     if type(head) is nn.Linear:
-        instead[head] = _Head(loop, head)
+        instead[head] = _Head(head)
     for parent in list(traced.shadow.modules()):
         for name, child in parent._modules.items():
             if child in instead:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -62,6 +63,16 @@ class QuantizedWeight:
     def symmetric(self) -> bool:
         return self.zeros is None and self.minima is None
 
+    @property
+    def format(self) -> str:
+        """The key of the packed form in :data:`.registry.FORMATS`."""
+        return f"int{self.bits}"
+
+    @property
+    def label(self) -> str:
+        """The form as results name it: ``int4-g32``, ``int8-channel``."""
+        return f"{self.format}-{'channel' if self.groups == 1 else f'g{self.group_size}'}"
+
     def zero_points(self) -> torch.Tensor:
         """``zeros``, or where there are none the middle of the codes: uint8 ``[n, groups]``."""
         if self.zeros is not None:
@@ -108,6 +119,46 @@ class QuantizedWeight:
             zeros=pick(self.zeros),
             minima=pick(self.minima),
             g_idx=None if self.g_idx is None else self.g_idx.clone(),
+        )
+
+    def concatenate(self, others: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Return one weight with the outputs of this one, then those of ``others``.
+
+        Symmetric weights get zero points where others have them.
+
+        Raises:
+            ValueError: other inputs, bits, groups or act-order, or minima in some only.
+        """
+        for other in others:
+            if not self._is_like(other):
+                raise ValueError("layers with one input have weights of different forms")
+        if not others:
+            return self
+        weights = [self, *others]
+        zeros = None
+        if any(w.zeros is not None for w in weights):
+            zeros = torch.cat([w.zero_points() for w in weights])
+        minima = [w.minima for w in weights if w.minima is not None]
+        return replace(
+            self,
+            codes=torch.cat([w.codes for w in weights]),
+            scales=torch.cat([w.scales for w in weights]),
+            zeros=zeros,
+            minima=torch.cat(minima) if minima else None,
+        )
+
+    def _is_like(self, other: QuantizedWeight) -> bool:
+        if not isinstance(other, QuantizedWeight):
+            return False
+        same_order = (self.g_idx is None) == (other.g_idx is None) and (
+            self.g_idx is None or other.g_idx is None or torch.equal(self.g_idx, other.g_idx)
+        )
+        return (
+            (self.shape[1], self.bits, self.group_size)
+            == (other.shape[1], other.bits, other.group_size)
+            and (self.minima is None) == (other.minima is None)
+            and self.scales.dtype == other.scales.dtype
+            and same_order
         )
 
     def to(self, device: torch.device | str) -> QuantizedWeight:

@@ -14,7 +14,7 @@ from llmfast.quantization import save
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.methods import GptqSettings
 from llmfast.quantization.save import save_quantized
-from llmfast.weights.formats import to_awq, to_gptq
+from llmfast.weights.checkpoint_formats import to_awq, to_gptq
 from llmfast.weights.model_weights import quantized_weights_of
 from llmfast.weights.quantized import Quantized, QuantizedWeight
 from tiny_models import make, tokens

@@ -8,10 +8,11 @@ import llmfast_kernels
 from llmfast.model.trace import NotTraced
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.methods import GptqSettings
-from llmfast.runner.blocks import BlockOperations
 from llmfast.runner.check import run_sequences
 from llmfast.runner.model import BlockModel
-from llmfast.weights.packed import PackedWeight
+from llmfast.weights import int4
+from llmfast.weights.dense import DenseWeight
+from llmfast.weights.int4 import Int4Weight
 from llmfast.weights.quantized import Quantized, QuantizedWeight
 from tiny_models import make, tokens
 
@@ -126,10 +127,10 @@ def test_what_is_not_of_one_form_runs_as_the_model_has_it():
     del weights["model.layers.1.mlp.up_proj"]
     ours = assert_packed_is_simulated(model, Quantized(weights), packed=6)
     first, second = ours.built.blocks
-    assert isinstance(first.attention.qkv.weight, torch.Tensor)
-    assert isinstance(first.mlp.gate_up.weight, PackedWeight)
-    assert isinstance(second.attention.qkv.weight, PackedWeight)
-    assert isinstance(second.mlp.gate_up.weight, torch.Tensor)
+    assert isinstance(first.attention.qkv.weight, DenseWeight)
+    assert isinstance(first.mlp.gate_up.weight, Int4Weight)
+    assert isinstance(second.attention.qkv.weight, Int4Weight)
+    assert isinstance(second.mlp.gate_up.weight, DenseWeight)
 
 
 def test_layers_of_another_form_have_a_proof_of_their_own():
@@ -154,19 +155,18 @@ def test_the_model_s_parameters_are_left_alone():
         assert p.data_ptr() == state[name][0] and torch.equal(p, state[name][1])
 
 
-def test_packed_layers_are_the_operations():
+def test_packed_layers_are_the_operations(monkeypatch):
     calls = []
 
-    def counted(x, packed, *args, **kwargs):
-        calls.append(packed.shape[0])
-        return llmfast_kernels.int4_linear(x, packed, *args, **kwargs)
+    def counted(**arguments):
+        calls.append(len(arguments["packed"]))
+        return llmfast_kernels.int4_linear(**arguments)
 
     model = make("Llama")
     found = quantize(model, group_size=32)
     with simulate(model, found):
-        operations = BlockOperations(int4_linear=counted)
-        ours = BlockModel(model, 64, weights=found.weights, operations=operations)
-    calls.clear()
+        ours = BlockModel(model, 64, weights=found.weights)
+    monkeypatch.setattr(int4, "int4_linear", counted)
     run_sequences(ours, IDS[:1, :5].tolist(), 0)
     assert calls == [128, 64, 192, 64] * 2  # q, k, v; output; gate and up; down
 

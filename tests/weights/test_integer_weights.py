@@ -1,11 +1,11 @@
-"""Packed weights compute what the dequantized ones do; layers side by side are one."""
+"""Packed weights compute what the dequantized ones do; concatenated layers are one."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from llmfast.weights.packed import PackedWeight, side_by_side
 from llmfast.weights.quantized import QuantizedWeight
+from llmfast.weights.registry import pack
 
 KINDS = ["symmetric", "zeros", "minima"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +46,7 @@ def assert_multiplies(packed, w, bias=None):
 @pytest.mark.parametrize(("k", "group_size"), [(128, 32), (192, 64), (256, 128), (72, 72)])
 def test_packed_is_the_same_layer(k, group_size, order, bits, kind):
     w = make(k=k, group_size=group_size, kind=kind, order=order, bits=bits)
-    packed = PackedWeight.from_quantized(w, torch.float32)
+    packed = pack(w, torch.float32)
     assert (packed.n, packed.k) == w.shape
     assert_multiplies(packed, w)
     assert_multiplies(packed, w, torch.randn(packed.n))
@@ -56,22 +56,22 @@ def test_packed_is_the_same_layer(k, group_size, order, bits, kind):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_float16_scales_stay_in_a_bfloat16_model(kind, bits):
     w = make(kind=kind, bits=bits)
-    packed = PackedWeight.from_quantized(w, torch.bfloat16)
+    packed = pack(w, torch.bfloat16)
     assert packed.scales.dtype == torch.float16 and torch.equal(packed.scales, w.scales)
     assert torch.equal(packed.dequantize(), w.dequantize(torch.bfloat16))  # rounded once
     x = torch.randn(3, w.shape[1], generator=torch.Generator().manual_seed(9)).bfloat16()
     wanted = linear(x.double(), w.dequantize(torch.float64))
     assert torch.equal(packed.linear(x), wanted.bfloat16())
-    assert PackedWeight.from_quantized(w, torch.float32).scales.dtype == torch.float32
+    assert pack(w, torch.float32).scales.dtype == torch.float32
 
 
 def test_bytes_are_those_of_all_tensors():
-    packed = PackedWeight.from_quantized(make(kind="zeros", order=True), torch.float16)
+    packed = pack(make(kind="zeros", order=True), torch.float16)
     codes, groups = 24 * 128 // 2, 24 * 4
     assert packed.nbytes == codes + 2 * groups + groups + 8 * 128
-    packed = PackedWeight.from_quantized(make(kind="minima"), torch.float32)
+    packed = pack(make(kind="minima"), torch.float32)
     assert packed.nbytes == codes + 2 * 4 * groups
-    packed = PackedWeight.from_quantized(make(bits=8), torch.float16)
+    packed = pack(make(bits=8), torch.float16)
     assert packed.nbytes == 2 * codes + 2 * groups
 
 
@@ -79,7 +79,7 @@ def test_bytes_are_those_of_all_tensors():
 @each_kind
 def test_rows_are_a_view(kind, bits):
     w = make(kind=kind, bits=bits)
-    packed = PackedWeight.from_quantized(w, torch.float32)
+    packed = pack(w, torch.float32)
     rows = packed.rows(5, 9)
     assert (rows.n, rows.k) == (4, 128)
     assert rows.codes.untyped_storage().data_ptr() == packed.codes.untyped_storage().data_ptr()
@@ -88,14 +88,14 @@ def test_rows_are_a_view(kind, bits):
 
 @each_kind
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
-def test_side_by_side_is_one_layer_of_all_rows(kind, order):
+def test_concatenated_is_one_layer_of_all_rows(kind, order):
     first = make(kind=kind, order=order)
     second = make(n=8, kind="symmetric" if kind == "zeros" else kind, seed=0, order=order)
-    both = side_by_side([first, second])
+    both = first.concatenate([second])
     assert both.shape == (32, 128)
     wanted = torch.cat([first.dequantize(), second.dequantize()])
     assert torch.equal(both.dequantize(), wanted)
-    assert side_by_side([first]) is first
+    assert first.concatenate([]) is first
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ def test_side_by_side_is_one_layer_of_all_rows(kind, order):
     ],
     ids=["inputs", "groups", "minima", "act-order", "bits"],
 )
-def test_other_forms_are_not_put_side_by_side(other):
+def test_other_forms_are_not_concatenated(other):
     with pytest.raises(ValueError, match="different forms"):
-        side_by_side([make(), other])
+        make().concatenate([other])
     with pytest.raises(ValueError, match="different forms"):
-        side_by_side([make(order=True), make(order=True, seed=1)])
+        make(order=True).concatenate([make(order=True, seed=1)])
 
 
 def test_what_does_not_fit_is_refused():
     w = make()
     large = QuantizedWeight(w.codes, 4, 32, w.scales.float() * 1e8)
     with pytest.raises(ValueError, match="scales are too large"):
-        PackedWeight.from_quantized(large, torch.float16)
+        pack(large, torch.float16)

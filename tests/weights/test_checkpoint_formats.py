@@ -8,10 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from llmfast.loading.embedded import INSTALL, embedded_model_path
-from llmfast.loading.gguf_file import GgufFile
-from llmfast.weights.formats import (
+from llmfast.weights.checkpoint_formats import (
     from_awq,
     from_compressed_tensors,
     from_gguf,
@@ -21,6 +18,9 @@ from llmfast.weights.formats import (
     to_gguf,
     to_gptq,
 )
+
+from llmfast.loading.embedded import INSTALL, embedded_model_path
+from llmfast.loading.gguf_file import GgufFile
 from llmfast.weights.quantized import QuantizedWeight
 
 SIZES = st.sampled_from([32, 64, 128, None])
