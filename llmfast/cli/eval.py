@@ -149,6 +149,7 @@ def evaluate(request: EvalOptions) -> Quality:
         import llmfast
 
         from ..measure.quality import compare
+        from ..weights.model_weights import overwrite
 
         model, tokenizer = llmfast.load(request.model, device=request.device, dtype=request.dtype)
         ids = _encode(tokenizer, text.text, request)
@@ -162,8 +163,6 @@ def evaluate(request: EvalOptions) -> Quality:
     if request.choice is not None:
         with ui.progress("Quantizing") as step:
             found = request.choice.find(model, tokenizer, step)
-        from ..weights.model_weights import overwrite
-
         overwrite("eval", model, found)
     with ui.progress("Compiling the kernels and proving each"):
         report = llmfast.patch(model, ops=_ops(request.ops))

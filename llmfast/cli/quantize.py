@@ -60,9 +60,9 @@ class QuantizeOptions:
         Raises:
             UserError: a model without decoder layers.
         """
-        from ..quantization.estimate import estimate
+        from ..quantization.estimate import estimate_quantization
 
-        return estimate(
+        return estimate_quantization(
             model,
             weights=self.weights,
             group_size=self.group_size or None,

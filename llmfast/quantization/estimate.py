@@ -16,7 +16,7 @@ MANY_TOKENS = 256  # from here on 16-bit weights were faster, or as fast: docs/o
 
 
 @dataclass(frozen=True)
-class Estimate:
+class QuantizationEstimate:
     """Bytes of the decoder's linear layers, and of all weights that a step at batch 1 reads."""
 
     layers: int
@@ -62,10 +62,10 @@ class Estimate:
         return f"{steps} {FORMATS[self.format].prefill_note(self.gpu.arch)}."
 
 
-def estimate(
+def estimate_quantization(
     model: PreTrainedModel, *, weights: str, group_size: int | None, symmetric: bool = True
-) -> Estimate:
-    """Estimate what :func:`llmfast.quantize` with these choices makes of ``model``.
+) -> QuantizationEstimate:
+    """QuantizationEstimate what :func:`llmfast.quantize` with these choices makes of ``model``.
 
     Raises:
         UserError: there is no list of decoder layers.
@@ -77,7 +77,7 @@ def estimate(
     packed = sum(packed_bytes(n, k, group_size, symmetric) for n, k in shapes)
     step = sum(parameter.nbytes for parameter in model.parameters()) - _only_looked_up(model)
     gpu = gpu_of(model.device)
-    return Estimate(
+    return QuantizationEstimate(
         len(parts), dense, packed, step, step - dense + packed, gpu, model.dtype, weights
     )
 

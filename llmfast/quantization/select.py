@@ -22,7 +22,7 @@ from ..weights.model_weights import (
 from ..weights.quantized import Quantized
 from ..weights.registry import FORMATS
 from .driver import WEIGHTS, quantize
-from .estimate import Estimate, estimate
+from .estimate import QuantizationEstimate, estimate_quantization
 
 # with eight bits one scale an output loses little, and any number of inputs can have it
 GROUP_SIZE = {"int4": 64, "int8": None}
@@ -78,7 +78,7 @@ def select_weights(
                     f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
                 )
             group_size = GROUP_SIZE[weights]
-        told = partial(estimate, model, weights=weights, group_size=group_size)
+        told = partial(estimate_quantization, model, weights=weights, group_size=group_size)
         dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
         with evaluating(model):
             weights = quantize(
@@ -93,14 +93,16 @@ def select_weights(
     elif weights.weights:
         w = next(iter(weights.weights.values()))
         group = w.group_size if w.groups > 1 else None
-        _say(estimate(model, weights=w.format, group_size=group, symmetric=w.symmetric))
+        _say(
+            estimate_quantization(model, weights=w.format, group_size=group, symmetric=w.symmetric)
+        )
     attach(model, weights)
     formats = {w.format for w in weights.weights.values()}
     bits = " and ".join(FORMATS[name].description for name in FORMATS if name in formats)
     return [f"weights: {len(weights.weights)} linear layers are rounded to {bits} until unpatch."]
 
 
-def _say(told: Estimate) -> None:
+def _say(told: QuantizationEstimate) -> None:
     """To stderr: a library's log is not shown unless somebody asks for it."""
     for line in told.lines():
         print(f"llmfast: {line}", file=sys.stderr)

@@ -8,7 +8,7 @@ import torch
 import llmfast
 from llmfast.hardware import Gpu
 from llmfast.quantization.driver import quantize
-from llmfast.quantization.estimate import estimate
+from llmfast.quantization.estimate import estimate_quantization
 from llmfast.weights.registry import pack
 from tiny_models import make
 
@@ -19,7 +19,7 @@ def test_bytes_are_those_of_the_packed_weights(weights, group, symmetric):
     model = make("Llama", intermediate_size=256).bfloat16()
     found = quantize(model, weights=weights, group_size=group, symmetric=symmetric)
     packed = [pack(w, torch.bfloat16) for w in found.weights.values()]
-    told = estimate(model, weights=weights, group_size=group, symmetric=symmetric)
+    told = estimate_quantization(model, weights=weights, group_size=group, symmetric=symmetric)
     assert told.layers == len(packed) == 14
     assert told.packed == sum(w.nbytes for w in packed)
     assert told.dense == sum(2 * w.n * w.k for w in packed)
@@ -27,12 +27,12 @@ def test_bytes_are_those_of_the_packed_weights(weights, group, symmetric):
     assert told.step_dense == sum(p.nbytes for p in model.parameters()) - embedding
     assert told.step_dense - told.step_packed == told.dense - told.packed
     tied = make("Llama", intermediate_size=256, tie_word_embeddings=True).bfloat16()
-    told = estimate(tied, weights="int4", group_size=32)
+    told = estimate_quantization(tied, weights="int4", group_size=32)
     assert told.step_dense == sum(p.nbytes for p in tied.parameters())
 
 
 def test_the_lines_name_bytes_time_and_where_it_is_slower():
-    told = estimate(make("Llama").bfloat16(), weights="int4", group_size=32)
+    told = estimate_quantization(make("Llama").bfloat16(), weights="int4", group_size=32)
     first, warning = told.lines()
     assert first.startswith("14 linear layers: 0.1 MiB of weights become 0.1 MiB.")
     assert "ms" not in first and "On the CPU it is slower" in warning

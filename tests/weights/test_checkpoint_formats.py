@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from llmfast.loading.embedded import INSTALL, embedded_model_path
+from llmfast.loading.gguf_file import GgufFile
 from llmfast.weights.checkpoint_formats import (
     from_awq,
     from_compressed_tensors,
@@ -18,9 +21,6 @@ from llmfast.weights.checkpoint_formats import (
     to_gguf,
     to_gptq,
 )
-
-from llmfast.loading.embedded import INSTALL, embedded_model_path
-from llmfast.loading.gguf_file import GgufFile
 from llmfast.weights.quantized import QuantizedWeight
 
 SIZES = st.sampled_from([32, 64, 128, None])
