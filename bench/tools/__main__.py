@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from citations import Results, fill, pages_of
 from combine import combine_folders
 from llmfast.errors import UserError
 from llmfast.measure.results import read
@@ -59,15 +60,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fill_docs(root: Path, *, check: bool) -> int:
-    """Write docs/benchmarks.md from bench/results; with ``check`` only compare. Return 0 or 1."""
+    """Write docs/benchmarks.md and the figures that other pages cite; with ``check`` compare only.
+
+    Returns:
+        0, or 1 if ``check`` found a page that is stale.
+    """
+    results = Results(root / "bench/results")
     out = root / "docs/benchmarks.md"
-    page = render(root / "bench/results")
-    if not check:
-        out.write_text(page, encoding="utf-8")
-        print(out)
-    elif not out.is_file() or out.read_text(encoding="utf-8") != page:
-        print(f"error: {out} is stale: run `python bench/tools docs`", file=sys.stderr)
-        return 1
+    pages = {out: render(results.folder)}
+    stale: list[str] = []
+    for path in pages_of(root):
+        if path != out:
+            name = str(path.relative_to(root))
+            pages[path], differing = fill(path.read_text(encoding="utf-8"), results, name)
+            stale += differing
+    changed = [
+        path
+        for path, page in pages.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != page
+    ]
+    if check:
+        if out in changed:
+            stale.append(f"{out.relative_to(root)} is not what bench/results gives")
+        for line in stale:
+            print(f"error: {line}", file=sys.stderr)
+        if stale:
+            print("run `python bench/tools docs`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in changed:
+        path.write_text(pages[path], encoding="utf-8")
+        print(path.relative_to(root))
     return 0
 
 

@@ -40,6 +40,24 @@ def test_docs_are_written_and_checked(root):
     assert out.read_text() == "older"
 
 
+def test_cited_figures_are_filled_and_checked(root):
+    page = root / "README.md"
+    cited = "<!-- row h100/norm op=rms_norm tokens=1 llmfast us -->{}<!-- /row --> us"
+    page.write_text(f"An operation takes {cited.format('1.0')}.\n")
+    assert tools("docs", "--root", root).returncode == 0
+    assert page.read_text() == f"An operation takes {cited.format('2.000')}.\n"
+    assert tools("docs", "--root", root, "--check").returncode == 0
+    page.write_text(f"\n\nAn operation takes {cited.format('3.0')}.\n")
+    stale = tools("docs", "--root", root, "--check")
+    assert stale.returncode == 1
+    assert "README.md:3: shows '3.0', the row has '2.000'" in stale.stderr
+    page.write_text(cited.replace("tokens=1", "tokens=2"))
+    refused = tools("docs", "--root", root)
+    assert refused.returncode == 2
+    assert "README.md:1: h100/norm has no row of llmfast, us" in refused.stderr
+    assert "the nearest is `op=rms_norm tokens=1`" in refused.stderr
+
+
 def test_the_committed_pages_are_current():
     done = tools("docs", "--check")
     assert done.returncode == 0, done.stderr
