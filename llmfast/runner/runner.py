@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ class Runner:
             sample=not host_samples,
         )
         self.prepare(self._plan)
-        known = len(self._compiled())
+        known = self._compiled()
         self._rows = rows
         state = self._state
         for length in lengths:
@@ -242,7 +243,7 @@ class Runner:
                 self._seen[also_seen] = True
         logits = self._prefill(input_ids, lengths)
         self._choose(logits, counts.to(torch.int32), self._plan, rows)
-        new = self._compiled()[known:]
+        new = self._compiled() - known
         if self.warm and new:
             logger.warning("llmfast: compiled in the middle of a call: %s", ", ".join(new))
 
@@ -386,12 +387,12 @@ class Runner:
             seen=self._seen[:n] if plan.penalise and self._seen is not None else None,
         )
 
-    def _compiled(self) -> list[str]:
+    def _compiled(self) -> Counter[str]:
         if self.device.type != "cuda":
-            return []
-        from llmfast_kernels.common.launch import compiled  # imports Triton, which a CPU may lack
+            return Counter()
+        from llmfast_kernels.common.launch import compilations  # imports Triton, CPUs may lack it
 
-        return compiled
+        return compilations()
 
     # ------------------------------------------------------------------------------ graphs
 

@@ -403,7 +403,7 @@ def test_every_table_of_the_package_is_good():
 def test_the_launch_follows_the_table_of_the_gpu(monkeypatch):
     grids, table = [], {("dense_linear", 24, 40, 16): TILES}
     monkeypatch.setattr(kernel, "table_of", lambda gpu: table if gpu else None)
-    monkeypatch.setattr(kernel, "_tiles", lambda grid, key, args, **options: grids.append(grid))
+    monkeypatch.setattr(kernel, "_tiles", lambda grid, args, **options: grids.append(grid))
     x, weight, _ = make((3, 40, 24), torch.float16, "cuda")
     launch_dense_linear(x, weight)
     assert grids == [(2,)]

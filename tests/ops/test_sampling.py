@@ -340,7 +340,7 @@ def check_kept(logits, launch, device, monkeypatch, **options):
     sums = torch.zeros(rows, launch.max_chunks, dtype=torch.int64, device=device)
     n_listed = []
 
-    def store(grid, key, args, **options):
+    def store(grid, args, **options):
         of_the_filters = (*args[12:15], *args[17:25], *args[26:])
         _kept_kernel[grid](scores, weights, sums, *of_the_filters, **options)
         n_listed.append(args[22])

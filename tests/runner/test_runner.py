@@ -3,6 +3,7 @@
 import functools
 import gc
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -328,7 +329,7 @@ def test_what_is_compiled_after_a_warm_up_is_logged(device, monkeypatch, caplog)
         names.append("some_kernel")
         return prefill(self, *args)
 
-    monkeypatch.setattr(Runner, "_compiled", lambda self: list(names))
+    monkeypatch.setattr(Runner, "_compiled", lambda self: Counter(names))
     runner = make_runner(device)
     expected = run(runner, prompts(device, 9), 3, Sampling())
     with monkeypatch.context() as patch:
@@ -383,7 +384,7 @@ def test_graphs_equal_eager_bit_for_bit(kind, rows, device):
 
 @pytest.mark.gpu
 def test_calls_of_many_shapes_compile_nothing_new_and_leave_memory_flat(device):
-    from llmfast_kernels.common.launch import compiled
+    from llmfast_kernels.common.launch import compilations
 
     model, _ = make_pair("Llama", device)
     ways = ({}, {"do_sample": True}, {"repetition_penalty": 1.3}, {"output_scores": True})
@@ -405,7 +406,7 @@ def test_calls_of_many_shapes_compile_nothing_new_and_leave_memory_flat(device):
     call(9, 220, 20, {})  # so that the cache is as large as it will be
     samplings = (Sampling(), Sampling(temperature=1.0), Sampling(repetition_penalty=1.3))
     warm_up(takeover_of(model).runner, range(1, 10), samplings)
-    kernels = list(compiled)
+    kernels = compilations()
     assert kernels
     for shape in shapes:  # the graphs whose tokens the host chooses are captured here
         call(*shape)
@@ -414,7 +415,7 @@ def test_calls_of_many_shapes_compile_nothing_new_and_leave_memory_flat(device):
         dice.shuffle(shapes)
         for shape in shapes:
             call(*shape)
-    assert compiled == kernels
+    assert compilations() == kernels
     assert memory()[0] <= allocated
     assert memory()[1] <= reserved + 2**25  # the allocator's own fragments
 

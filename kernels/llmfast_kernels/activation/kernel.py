@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.checks import row_stride
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 
 MAX_TILE = 512  # elements of one program
@@ -96,9 +96,6 @@ def launch_gelu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch
 
 
 def _launch(act: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
-    if gate.is_cuda and gate.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(gate.device):  # Triton launches on the current device
-            return _launch(act, gate, up)
     *leading, width = gate.shape
     n_cols = width // 2 if up is None else width
     y = torch.empty((*leading, n_cols), dtype=gate.dtype, device=gate.device)
@@ -107,12 +104,8 @@ def _launch(act: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tens
     tiles = -(-n_cols // launch.block_n)
     many_rows = n_rows > _MAX_GRID_Y
     strides = (row_stride(gate), 0 if up is None else row_stride(up))
-    key = None
-    if aligned(gate, gate if up is None else up):
-        key = (gate.get_device(), gate.dtype, act, n_cols, strides, launch, up is None, many_rows)
     _act_mul(
         (n_rows, tiles) if many_rows else (tiles, n_rows),
-        key,
         (gate, up, y, n_cols, *strides, act, up is None, many_rows, launch.block_n),
         num_warps=launch.num_warps,
     )

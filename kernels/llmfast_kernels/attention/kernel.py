@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..common.device import device_of
-from ..common.launch import ALIGNMENT, CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from .decode import DecodeLaunch, _decode_kernel, _merge_kernel, choose_decode_launch, max_rows
 from .loop import LOG2_E, pad_head_dim
 from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
@@ -213,13 +213,6 @@ def _run(
     launch: Launch | None,
     max_prompts: int | None = None,  # sequences with more than one query; None: n_queries says it
 ) -> None:
-    if q.is_cuda and q.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(q.device):  # Triton launches on the current device
-            return _run(
-                q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, cu_q, cu_k, paged,
-                strides_in, strides_out, stride_offset, batch, n_queries, n_keys, query_offset,
-                causal, scale, window, softcap, launch, max_prompts,
-            )  # fmt: skip
     n_heads, head_dim = q.shape[-2:]
     n_kv_heads = k.shape[-2]
     group = n_heads // n_kv_heads
@@ -234,7 +227,6 @@ def _run(
     if launch is None:
         launch = _choose(q, batch, n_queries, n_keys, n_kv_heads, group, window)
     optional = (sinks, key_start, key_end, offset_tensor, cu_q, cu_k, *paged)
-    key = _key(q, k, v, lse, optional, (*strides_in, strides_out[0]), window, softcap)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     stride_table = 0 if block_table is None else block_table.stride(0)
     stride_tree = 0 if tree_mask is None else tree_mask.stride(0)
@@ -254,7 +246,6 @@ def _run(
         constexprs = (causal, launch.heads_first, mixed, *shape)
         _prefill(
             (grid,),
-            key and (*key, *constexprs, launch.num_warps, launch.num_stages),
             (q, k, v, out, lse, *optional, *strides, *sizes, *constexprs),
             **options,
         )
@@ -270,43 +261,18 @@ def _run(
     constexprs = (causal, splits > 1, n_queries == 1 and tree_mask is None, mixed, *shape)
     _decode(
         (batch * splits * n_kv_heads,),
-        key and (*key, *constexprs, launch.num_warps, launch.num_stages),
         (q, k, v, target, lse, *optional, *strides, *sizes, *constexprs),
         **options,
     )
     if splits > 1:
-        if n_partials >= 2**31:  # another variant: the number no longer fits int32
-            key = None
         # two sizes only, so that a growing context compiles nothing new
         sizes = (n_kv_heads, n_queries, splits, n_partials)
         constexprs = (group, head_dim, 16 if splits <= 16 else 64, block_d)
         _merge(
             (batch * n_queries * n_heads,),
-            key and (*key, *constexprs),
             (target, out, lse, cu_q, *strides_out, *sizes, *constexprs),
             num_warps=4,
         )
-
-
-def _key(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor | None,
-    optional: tuple[torch.Tensor | None, ...],
-    strides: tuple[int, ...],
-    window: int | None,
-    softcap: float | None,
-) -> tuple[object, ...] | None:
-    """What the compiled variants depend on, if everything is aligned as it mostly is; else None."""
-    bits = 0
-    for stride in strides:
-        bits |= stride
-    present = [tensor for tensor in optional if tensor is not None]
-    if bits % ALIGNMENT or not aligned(q, k, v, *present):
-        return None
-    dtypes = [None if tensor is None else tensor.dtype for tensor in optional]
-    return (q.get_device(), q.dtype, lse is None, *dtypes, window is None, softcap is None)
 
 
 def _choose(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 from .reference import NO_TOKEN
 
@@ -88,19 +88,13 @@ _begin, _end = (CachedLauncher(k, pdl=True) for k in (_begin_step_kernel, _end_s
 def launch_begin_step(
     context: torch.Tensor, first_row: torch.Tensor, block_table: torch.Tensor, *, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if context.is_cuda and context.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(context.device):  # Triton launches on the current device
-            return launch_begin_step(context, first_row, block_table, block_size=block_size)
     n_rows = len(context)
     positions, slots = torch.empty_like(first_row), torch.empty_like(first_row)
     context_len = torch.empty_like(context)
     tensors = (context, first_row, block_table, positions, slots, context_len)
     stride = block_table.stride(0)
-    key = None
-    if aligned(*tensors):
-        key = (context.get_device(), stride % 16 == 0, stride == 1, block_size)
     args = (*tensors, n_rows, stride, block_size, BLOCK)
-    _begin((-(-n_rows // BLOCK),), key, args, num_warps=4)
+    _begin((-(-n_rows // BLOCK),), args, num_warps=4)
     return positions, slots, context_len
 
 
@@ -117,13 +111,6 @@ def launch_end_step(
     generated: torch.Tensor,
     seen: torch.Tensor | None = None,
 ) -> None:
-    if sampled.is_cuda and sampled.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(sampled.device):
-            return launch_end_step(
-                sampled, status, context_len, stop_tokens, pad,
-                tokens=tokens, host_tokens=host_tokens, context=context, generated=generated,
-                seen=seen,
-            )  # fmt: skip
     n_rows, n_stops = len(sampled), len(stop_tokens)
     seen = None if seen is None else seen.view(torch.uint8)
     tensors = (
@@ -131,10 +118,6 @@ def launch_end_step(
         *(tokens, host_tokens, context, generated, seen),
     )
     stride = 0 if seen is None else seen.stride(0)
-    key = None
-    if aligned(*(t for t in tensors if t is not None)):
-        alike = (stride % 16 == 0, stride == 1)
-        key = (sampled.get_device(), status.dtype, seen is None, n_stops, *alike)
     block_stops = triton.next_power_of_2(max(n_stops, 1))
     args = (*tensors, n_rows, stride, n_stops, BLOCK, block_stops)
-    _end((-(-n_rows // BLOCK),), key, args, num_warps=4)
+    _end((-(-n_rows // BLOCK),), args, num_warps=4)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 
 MAX_HEAD_DIM = 1024  # one program holds whole rows in registers
 _LANE_BYTES = 32  # of keys, and as many of values, in one lane: two loads each
@@ -112,19 +112,12 @@ def launch_write_kv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    if k.is_cuda and k.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(k.device):  # Triton launches on the current device
-            return launch_write_kv(k, v, k_cache, v_cache, slots)
     n_tokens, n_heads, head_dim = k.shape
     launch = choose_launch(head_dim, k.element_size())
     strides = (*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3])
     constexprs = (n_heads, head_dim, k_cache.shape[2], launch.rows, launch.block_d)
-    key = None
-    if aligned(k, v, k_cache, v_cache, slots):
-        key = (k.get_device(), k.dtype, strides, constexprs)
     _write_kv(
         (-(-n_tokens * n_heads // launch.rows),),
-        key,
         (k, v, k_cache, v_cache, slots, n_tokens, *strides, *constexprs),
         num_warps=launch.num_warps,
     )

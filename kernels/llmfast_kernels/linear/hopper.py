@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from .hopper_launch import ROWS, TILE_STAGES
 from .hopper_parts import (
     BOX_WORDS,
@@ -422,9 +422,8 @@ def launch_hopper(
         TensorDescriptor(out, [n_tokens, width], [width, 1], wide, X_LAYOUT)
         for out in (y, y if residual is None else residual)
     )
-    device = x.get_device()
     tiles = -(-n_tokens // tokens) * -(-n // (2 * ROWS))
-    programs = min(tiles, multiprocessors_of(device)) if splits == 1 else splits * tiles
+    programs = min(tiles, multiprocessors_of(x.get_device())) if splits == 1 else splits * tiles
     partial = counts = None
     if splits > 1:
         size = programs * 2 * ROWS * tokens
@@ -432,14 +431,8 @@ def launch_hopper(
         counts = tickets(x.device)
     given = (scales, zeros, minima, bias, partial, counts)
     groups = scales.shape[1]
-    key = None
-    if aligned(*(t for t in given if t is not None)):
-        absent = tuple(t is None for t in (zeros, minima, bias, residual, partial))
-        alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
-        key = (device, x.dtype, *absent, *alike, bits, group, activation, tokens)
     _hopper(
         (programs,),
-        key,
         (
             *(x_desc, words_desc, residual_desc, y_desc, *given, n_tokens, n, k, groups),
             *(bits, group, activation, residual is not None, tokens, TILE_STAGES[bits][tokens]),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 from .hopper_launch import HopperLaunch, run_on_hopper
 from .int4_launch import GEMV_COLUMNS, MAX_TOKENS, Int4Launch, choose_int4_launch
@@ -287,32 +287,17 @@ def launch_int4_linear(
     groups = scales.shape[1]
     group = group_size if groups > 1 else 0
     tensors = (x, packed, scales, zeros, minima, bias, residual, y)
-    key = None
-    if aligned(*(t for t in tensors if t is not None)):
-        absent = tuple(t is None for t in (zeros, minima, bias, residual))
-        alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        key = (
-            x.get_device(),
-            x.dtype,
-            scales.dtype,
-            *absent,
-            *alike,
-            group,
-            k % CHUNK == 0,
-            activation,
-            launch,
-        )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     programs = -(-n // launch.block_n)
     if launch.tier == "gemv":
         tile = (group, activation, launch.block_n, GEMV_COLUMNS // 8)
-        _gemv((programs,), key, (*tensors, n, k, groups, *tile), **options)
+        _gemv((programs,), (*tensors, n, k, groups, *tile), **options)
         return y
     token_tiles = -(-n_tokens // launch.block_m)
     if launch.tier == "many":
         constexprs = (group, k % CHUNK == 0, activation, launch.block_m, launch.block_n)
         grid = (programs * token_tiles,)
-        _many(grid, key, (*tensors, n_tokens, n, k, groups, *constexprs), **options)
+        _many(grid, (*tensors, n_tokens, n, k, groups, *constexprs), **options)
         return y
     splits = launch.splits
     partial = of_tile = None
@@ -324,7 +309,6 @@ def launch_int4_linear(
     layer = (n_tokens, n, k, groups, per_split)
     _tiles(
         (programs, splits, token_tiles),
-        key,
         (
             *(*tensors, partial, of_tile, *layer),
             *(group, k % CHUNK == 0, splits, activation, launch.block_m, launch.block_n),
@@ -355,21 +339,8 @@ def launch_dequantize_int4(
     groups = scales.shape[1]
     group = group_size if groups > 1 else 0
     tensors = (packed, scales, zeros, minima, weight)
-    key = None
-    if aligned(*(t for t in tensors if t is not None)):
-        alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        key = (
-            weight.get_device(),
-            weight.dtype,
-            scales.dtype,
-            zeros is None,
-            minima is None,
-            *alike,
-            group,
-        )
     _dequantize(
         (-(-n // DEQUANTIZED_ROWS), -(-k // CHUNK)),
-        key,
         (*tensors, n, k, groups, group, DEQUANTIZED_ROWS),
         num_warps=4,
         num_stages=1,

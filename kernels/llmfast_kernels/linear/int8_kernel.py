@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 from .hopper_launch import HopperLaunch, run_on_hopper
 from .int8_layout import UNIT
@@ -306,21 +306,14 @@ def launch_int8_linear(
     launch = _launch or choose_int8_launch(k, group, n_tokens)
     tensors = (x, packed, scales, zeros, minima, bias, residual, y)
     even_k = k % launch.block_k == 0
-    key = None
-    if aligned(*(t for t in tensors if t is not None)):
-        absent = tuple(t is None for t in (zeros, minima, bias, residual))
-        alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        form = (group, one_group, even_k, launch, block_m(n_tokens))
-        key = (x.get_device(), x.dtype, scales.dtype, *absent, *alike, *form)
     grid, tile = (-(-n // launch.block_n),), (launch.block_n, launch.block_k)
     if launch.tier == "gemv":
         constexprs = (min(group, launch.block_k), one_group, even_k, *tile)
-        _gemv(grid, key, (*tensors, n, k, groups, *constexprs), num_warps=launch.num_warps)
+        _gemv(grid, (*tensors, n, k, groups, *constexprs), num_warps=launch.num_warps)
     else:
         given = (x, packed, scales, zeros, bias, residual, y)
         _tiles(
             grid,
-            key,
             (*given, n_tokens, n, k, groups, one_group, even_k, block_m(n_tokens), *tile),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -343,15 +336,9 @@ def launch_dequantize_int8(
     one_group = groups == 1
     group = WHOLE if one_group else group_size
     tensors = (packed, scales, zeros, minima, weight)
-    key = None
-    if aligned(*(t for t in tensors if t is not None)):
-        alike = tuple((number % 16 == 0, number == 1) for number in (k, groups))
-        form = (zeros is None, minima is None, group, one_group)
-        key = (weight.get_device(), weight.dtype, scales.dtype, *form, *alike)
     rows, cols = DEQUANTIZED
     _dequantize(
         (-(-n // rows), -(-k // cols)),
-        key,
         (*tensors, n, k, groups, group, one_group, rows, cols),
         num_warps=4,
         num_stages=1,

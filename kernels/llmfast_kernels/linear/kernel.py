@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from ..activation.kernel import activate, launch_gelu_mul, launch_gelu_tanh_mul, launch_silu_mul
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import prefetch_rows, wait_for_inputs
 from .launch import (
     MAX_TOKENS,
@@ -185,9 +185,6 @@ def _run(
     residual: torch.Tensor | None,
     launch: Launch | None,
 ) -> torch.Tensor:
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):  # Triton launches on the current device
-            return _run(act, x, weight, bias, residual, launch)
     *leading, k = x.shape
     n = len(weight) if act is None else len(weight) // 2
     n_tokens = x.numel() // k
@@ -202,19 +199,14 @@ def _run(
     y = torch.empty((*leading, n), dtype=x.dtype, device=x.device)
     tensors = (x, weight, bias, residual, y)
     even_k = k % launch.block_k == 0
-    key = None
-    if aligned(*(t for t in tensors if t is not None)):
-        absent, alike = (bias is None, residual is None), (k % 16 == 0, k == 1)
-        key = (x.get_device(), x.dtype, act, even_k, *absent, *alike, launch, block_m(n_tokens))
     grid = (-(-n // launch.block_n),)
     tile = (launch.block_n, launch.block_k)
     if launch.tier == "gemv":
         constexprs = (act, even_k, *tile)
-        _gemv(grid, key, (*tensors, n, k, *constexprs), num_warps=launch.num_warps)
+        _gemv(grid, (*tensors, n, k, *constexprs), num_warps=launch.num_warps)
     else:
         _tiles(
             grid,
-            key,
             (*tensors, n_tokens, n, k, act, even_k, block_m(n_tokens), *tile, prefetched(n_tokens)),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,

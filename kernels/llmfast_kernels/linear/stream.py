@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from .hopper_launch import ROWS, STREAM
 from .hopper_parts import (
     BOX_WORDS,
@@ -373,7 +373,6 @@ def launch_stream(
     """
     n, k = len(packed), x.shape[-1]
     n_tokens = x.numel() // k
-    device = x.get_device()
     stages, per_sm = STREAM[bits][tokens]
     at_first, *registers = REGISTERS[per_sm]
     x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
@@ -381,19 +380,12 @@ def launch_stream(
     words, box = packed.shape[1], ROWS if activation is None else ROWS // 2
     words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, 16], WORDS_LAYOUT)
     units = -(-n // ROWS) * -(-k // (2 * CHUNK))
-    programs = min(units, per_sm * multiprocessors_of(device))
+    programs = min(units, per_sm * multiprocessors_of(x.get_device()))
     partial = torch.empty((programs * 2 * ROWS * tokens,), dtype=torch.float32, device=x.device)
     given = (scales, zeros, bias, residual, y, partial, tickets(x.device))
     groups = scales.shape[1]
-    key = None
-    if aligned(*(t for t in given if t is not None)):
-        absent = tuple(t is None for t in (zeros, bias, residual))
-        alike = (k % 16 == 0, groups % 16 == 0, groups == 1)
-        kinds = (x.dtype, scales.dtype)
-        key = (device, *kinds, *absent, *alike, bits, group, activation, tokens)
     _stream(
         (programs,),
-        key,
         (
             *(x_desc, words_desc, *given, n_tokens, n, k, groups),
             *(bits, group, activation, tokens, stages, *registers),

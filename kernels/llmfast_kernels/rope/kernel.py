@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import ALIGNMENT, CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 from ..kv_cache.kernel import cache_offsets
 from ..norm.kernel import inverse_rms, scale
@@ -411,9 +411,6 @@ def launch_apply_rope(
     *,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.is_cuda and q.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(q.device):  # Triton launches on the current device
-            return launch_apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
     n_tokens, q_heads, head_dim = q.shape
     kv_heads, half = k.shape[1], cos.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -427,16 +424,8 @@ def launch_apply_rope(
         *(q_heads, kv_heads, head_dim, half, interleaved, many),
         *(block_h, launch.block_r, launch.block_p),
     )
-    key = None
-    if aligned(q, k, cos, sin, positions):
-        # strides that are all multiples of 16 and int32 are compiled alike, whatever they are
-        alike = not any(s % ALIGNMENT or s >= 2**31 for s in strides)
-        dtypes = (q.dtype, cos.dtype, positions.dtype)
-        number = () if alike else strides
-        key = (q.get_device(), *dtypes, launch.num_warps, *constexprs, *number)
     _rope(
         (n_tokens, blocks) if many else (blocks, n_tokens),
-        key,
         (q, k, cos, sin, positions, q_out, k_out, *strides, *constexprs),
         num_warps=launch.num_warps,
         enable_fp_fusion=False,  # fused with the sum, a product would not be rounded
@@ -465,16 +454,6 @@ def launch_rope_write_kv(
     unit_offset: bool = False,
 ) -> torch.Tensor:
     """The caches may have any strides, v_cache those of k_cache."""
-    if q.is_cuda and q.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(q.device):  # Triton launches on the current device
-            return launch_rope_write_kv(
-                *(q, k, v, cos, sin, positions, k_cache, v_cache, slots),
-                interleaved=interleaved,
-                q_norm=q_norm,
-                k_norm=k_norm,
-                eps=eps,
-                unit_offset=unit_offset,
-            )
     n_tokens, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     if cos is None:
@@ -492,17 +471,11 @@ def launch_rope_write_kv(
         *(q_heads, kv_heads, head_dim, half, k_cache.shape[2], interleaved, unit_offset, many),
         *(block_h, launch.block_r, launch.block_p, triton.next_power_of_2(head_dim)),
     )
-    optional = (cos, sin, positions, q_norm, k_norm)
-    key = None
-    if aligned(q, k, v, k_cache, v_cache, slots, *(t for t in optional if t is not None)):
-        dtypes = tuple(None if t is None else t.dtype for t in optional)
-        key = (q.get_device(), q.dtype, *dtypes, launch.num_warps, *strides, *constexprs)
     _rope_write_kv(
         (n_tokens, blocks) if many else (blocks, n_tokens),
-        key,
         (
             *(q, k, v, cos, sin, positions, q_out, k_cache, v_cache, slots, q_norm, k_norm),
-            # float: an integer would be another variant, which the key does not tell
+            # float: Triton would compile an integer into another variant
             *(*strides, float(eps), *constexprs),
         ),
         num_warps=launch.num_warps,

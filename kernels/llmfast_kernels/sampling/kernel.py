@@ -16,7 +16,6 @@ Scores are computed anew from the logits where they are needed: reading them bac
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 from .bound import _bound_kernel
 from .draw import _draw_kernel
@@ -168,9 +167,6 @@ def launch_sample_tokens(
     options = (temperature, top_k, top_p, min_p, seeds, positions)
     if temperature is None:
         options = (None,) * 6
-    if logits.is_cuda and logits.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(logits.device):  # Triton launches on the current device
-            return _launch(scored, options, logprobs)
     return _launch(scored, options, logprobs)
 
 
@@ -187,12 +183,6 @@ def _launch(
     n_chunks = -(-n_vocab // launch.chunk)
     groups = 1 if top_k is None else launch.groups
     strides = tuple(1 if t is None else t.stride(0) for t in (logits, seen, counts, bias))
-    # what Triton specialises numbers on; the stride of a bias for all rows is 0
-    alike = tuple((n % 16 == 0, n == 1, n >= 2**31) for n in (n_vocab, *strides))
-    key: Hashable | None = None
-    if aligned(*(t for t in (*scored, *options) if t is not None)):
-        dtypes = tuple(None if t is None else t.dtype for t in (*scored, *options))
-        key = (logits.get_device(), dtypes, alike, launch)
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -220,7 +210,6 @@ def _launch(
     by_row = {"num_warps": launch.row_warps, "enable_fp_fusion": False}
     _survey(
         (n_rows * n_chunks,),
-        key,
         (*scored, *strides, *options[:3], *surveyed, n_vocab, launch.chunk, groups),
         **by_chunk,
     )
@@ -228,7 +217,6 @@ def _launch(
     of_bound = (*of_row, groups, launch.few, launch.listed_by_row)
     _bound(
         (n_rows,),
-        key,
         (*scored, *strides, *surveyed, *options[:3], *bounded, n_vocab, *of_bound),
         **by_row,
     )
@@ -239,13 +227,11 @@ def _launch(
         of_draw = (*of_row, launch.width, launch.few)
         _weigh(
             (n_rows * n_chunks,),
-            key,
             (*scored, *strides, temperature, top_k, min_p, maxima, *weighed, n_vocab, *tile),
             **by_chunk,
         )
         _draw(
             (n_rows,),
-            key,
             (*scored, *strides, *options, *weighed, tokens, n_vocab, *of_draw),
             **by_row,
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher, aligned
+from ..common.launch import CachedLauncher
 from .keys import NO_RANK, rank_of, ranked_col, ranked_value
 from .reference import OK
 
@@ -121,13 +119,8 @@ def launch_logprobs(
         top_tokens = empty(n_rows, n_top, dtype=torch.int64)
         top_logprobs = empty(n_rows, n_top)
     numbers = (n_vocab, logits.stride(0))
-    key: Hashable | None = None
-    if aligned(logits):
-        alike = tuple((n % 16 == 0, n == 1, n >= 2**31) for n in numbers)
-        key = (logits.get_device(), logits.dtype, alike, n_top > 0, chunk, max_chunks, num_warps)
     _chunk_logprobs(
         (n_rows * n_chunks,),
-        key,
         (logits, sums, ranks, *numbers, n_listed, chunk),
         num_warps=num_warps,
     )
@@ -135,7 +128,6 @@ def launch_logprobs(
     lengths, constexprs = (n_listed, n_top), (chunk, max_chunks, _TILE)
     _logprobs(
         (n_rows,),
-        key,
         (logits, tokens, status, sums, ranks, *written, *numbers, *lengths, *constexprs),
         num_warps=4,
     )
