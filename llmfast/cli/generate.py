@@ -185,7 +185,9 @@ def _room(model: Any, prompt_tokens: int, max_tokens: int) -> int:
     Raises:
         UserError: the prompt itself does not fit.
     """
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from ..model.sizes import ModelSizes
+
+    context = ModelSizes.of(model).context_length
     if not context:
         return max_tokens  # no limit
     if prompt_tokens >= context:

@@ -87,6 +87,7 @@ class QuantizeOptions:
         import llmfast
 
         from ..measure.texts import read_text
+        from ..model.sizes import ModelSizes
         from ..weights.model_weights import is_requantizable
 
         if not is_requantizable(model):
@@ -96,7 +97,7 @@ class QuantizeOptions:
             text = read_text(self.calibration).text
             tokens = tokenizer(text, verbose=False)["input_ids"]
             ids = torch.tensor(tokens[: self.calibration_tokens])
-        longest = getattr(model.config, "max_position_embeddings", None) or 512
+        longest = ModelSizes.of(model).context_length or 512
         found: Quantized = llmfast.quantize(
             model,
             weights=self.weights,

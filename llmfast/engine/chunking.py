@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..model.costs import attention_flops, linear_flops
+from ..model.sizes import ModelSizes
+
 # speed of matrix products over that of paged attention on an H100: 650 against 400 TFLOP/s
 _MATMUL_SPEEDUP = 1.6
 
@@ -42,24 +45,8 @@ def chunk_sizer_of(model: Any) -> ChunkSizer:
 
     Linear modules other than the head count, and attention layers without a window.
     """
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not heads or not layers:
+    linear = linear_flops(model)
+    attention = attention_flops(ModelSizes.from_config(model.config))
+    if not attention or not linear:
         return ChunkSizer()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        layers = sum(kind == "full_attention" for kind in kinds)
-    elif getattr(config, "sliding_window", None):
-        layers = 0
-    head = model.get_output_embeddings()
-    weights = sum(
-        module.in_features * module.out_features
-        for module in model.modules()
-        if module is not head and hasattr(module, "in_features")
-    )
-    if not layers or not weights:
-        return ChunkSizer()
-    # 2 operations per weight; per token of context, 2 per element of the key and of the value
-    return ChunkSizer(2 * weights / (4 * heads * head_dim * layers) / _MATMUL_SPEEDUP)
+    return ChunkSizer(linear / attention / _MATMUL_SPEEDUP)

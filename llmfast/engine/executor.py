@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from llmfast_kernels import sample_tokens
 
 from ..errors import UserError
+from ..model.costs import kv_bytes
 from ..model.patch import evaluating
+from ..model.sizes import ModelSizes
 from ..model.trace import NotTraced
 from ..runner.cache import PagedCache
 from ..runner.model import StepModel, make_step_model
@@ -328,7 +330,7 @@ class Executor:
 
 
 def _longest(model: PreTrainedModel, wanted: int | None) -> int:
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    made_for = ModelSizes.of(model).context_length
     if made_for is not None and wanted is not None and wanted > made_for:
         raise UserError(f"LLM: max_model_len is {wanted}; the model was made for {made_for} tokens")
     longest: int = wanted or made_for or 2048
@@ -365,8 +367,8 @@ def count_blocks(
     Raises:
         UserError: not one block fits.
     """
-    heads = sum(2 * heads * dim for heads, dim in model.cache_shapes)
-    each = heads * block_size * model.dtype.itemsize
+    token = sum(kv_bytes(heads, dim, model.dtype) for heads, dim in model.cache_shapes)
+    each = token * block_size
     if model.device.type != "cuda":
         wanted = max_num_seqs * -(-max_model_len // block_size)
         return max(1, min(wanted, CPU_CACHE_BYTES // each))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import subprocess
 import sys
@@ -23,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
+from ..model.costs import decode_step_bytes
+from ..model.sizes import ModelSizes
 from ..weights.model_weights import label_of, quantized_weights_of
 from .figures import OURS, PEER, BenchResult, Progress, no_progress
-from .prepare import context_length, prepare, vocabulary_size, weight_options
+from .prepare import prepare, weight_options
 from .results import CEILING_CASE
 from .shapes import Source
 from .stats import Estimate, median_estimate
@@ -309,24 +310,7 @@ def bytes_per_step(model: Any, case: Case) -> float:
     The input embedding is left out unless it is the head too: a step reads a few of its rows. A
     layer with a sliding window reads that window. The context is that of the middle step.
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = _weight_bytes(model) - (0 if head is embedding else embedding.nbytes)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = sum(min(case.prompt + case.tokens / 2, window) for window in _windows(config))
-    return float(weights + case.batch * tokens * 2 * heads * dim * model.dtype.itemsize)
-
-
-def _windows(config: Any) -> list[float]:
-    """Return each layer's sliding window in tokens; infinity for full attention."""
-    window = getattr(config, "sliding_window", None) or math.inf
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else math.inf for kind in kinds]
-
-
-def _weight_bytes(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return decode_step_bytes(model, case.batch, case.prompt + case.tokens / 2)
 
 
 def _held_bytes(model: Any) -> int:
@@ -338,11 +322,13 @@ def _held_bytes(model: Any) -> int:
 def _prompts(model: Any, case: Case) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.prompt)
-    return torch.randint(vocabulary_size(model), shape, generator=generator).to(model.device)
+    return torch.randint(ModelSizes.of(model).vocabulary, shape, generator=generator).to(
+        model.device
+    )
 
 
 def _check_context(model: Any, cases: Iterable[Case]) -> None:
-    context = context_length(model)
+    context = ModelSizes.of(model).context_length
     for case in cases:
         if context and case.prompt + case.tokens > context:
             raise UserError(

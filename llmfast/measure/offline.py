@@ -8,9 +8,9 @@ import torch
 
 from ..engine.llm import LLM
 from ..errors import UserError
+from ..model.sizes import ModelSizes
 from .figures import OURS, BenchResult, Progress, no_progress
 from .gpu_busy import FoldedTokenizer, StepProfile, profile_steps
-from .prepare import vocabulary_size
 from .shapes import Source
 from .stats import median_estimate
 from .workload import (
@@ -48,7 +48,7 @@ def measure_throughput(
     if busy and not torch.cuda.is_available():
         raise UserError("--busy needs a CUDA device: it reads the times of kernels")
     result, model = prepare_engine_model(source, workload.input[1], workload.output[1], progress)
-    vocabulary = vocabulary_size(model)
+    vocabulary = ModelSizes.of(model).vocabulary
     times, output_rates, total_rates = [], [], []
     with LLM(model, **engine_options(workload.longest, options)) as llm:
         label_weights(result, model, options)
@@ -109,6 +109,8 @@ def measure_latency(
         warm_up(llm)
         for again in range(repeats):
             progress("Answering", again, repeats)
-            times.append(time_generate(llm, *workload.draw(vocabulary_size(model), again))[0])
+            times.append(
+                time_generate(llm, *workload.draw(ModelSizes.of(model).vocabulary, again))[0]
+            )
     result.add(OURS, batch.key, "s", median_estimate(times), repeats)
     return result

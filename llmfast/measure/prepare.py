@@ -32,18 +32,6 @@ def prepare(source: Source, progress: Progress = no_progress) -> tuple[BenchResu
     return result, model
 
 
-def vocabulary_size(model: Any) -> int:
-    """Return the number of rows of the model's input embedding."""
-    size: int = model.get_input_embeddings().weight.shape[0]
-    return size
-
-
-def context_length(model: Any) -> int | None:
-    """Return the longest sequence that the model takes, in tokens; None if it has no limit."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or None
-
-
 def weight_options(label: str) -> dict[str, Any]:
     """Return the options of ``patch`` and ``LLM`` that round weights as ``int4-g64`` or ``int8``.
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..model.sizes import ModelSizes
 from .stats import Estimate, bootstrap_means, percentile_estimate
 
 CHUNK_BYTES = 2**26  # of float64 logits at a time, so that memory does not grow with the vocabulary
@@ -266,7 +267,7 @@ def _device(model: Any) -> torch.device:
 def _check_model(what: str, model: Any, window: int) -> None:
     if model.training:
         raise UserError(f"{what}: the model is in training mode; call model.eval() first")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = ModelSizes.of(model).context_length
     if longest is not None and window > longest:
         raise UserError(
             f"{what}: window must be at most the model's context of {longest} tokens, got {window}"
@@ -279,7 +280,7 @@ def _check_ids(what: str, ids: torch.Tensor, models: list[Any]) -> None:
             f"{what}: ids must be a vector of integers (or a list of such), got shape "
             f"{tuple(ids.shape)} of {ids.dtype}"
         )
-    vocab = min(model.get_input_embeddings().weight.shape[0] for model in models)
+    vocab = min(ModelSizes.of(model).vocabulary for model in models)
     if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
         raise UserError(
             f"{what}: ids must be from 0 to {vocab - 1}, the model's vocabulary; got "

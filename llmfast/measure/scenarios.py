@@ -15,8 +15,8 @@ from ..engine.async_llm import AsyncLLM
 from ..engine.llm import LLM
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
+from ..model.sizes import ModelSizes
 from .figures import OURS, BenchResult, Progress, no_progress
-from .prepare import vocabulary_size
 from .serve import read_answer
 from .shapes import Source
 from .stats import median_estimate, percentile
@@ -114,6 +114,7 @@ def measure_prefix(
     """
     prompt = scenario.prefix + scenario.input
     result, model = prepare_engine_model(source, prompt, scenario.output, progress)
+    vocabulary = ModelSizes.of(model).vocabulary
     for caching in (True, False):
         name = "on" if caching else "off"
         means = []
@@ -124,7 +125,7 @@ def measure_prefix(
         with LLM(model, **given) as llm:
             for again in range(-1, repeats):
                 progress(f"Prefix cache {name}", max(again, 0), repeats)
-                _, outputs = time_generate(llm, *scenario.draw(vocabulary_size(model), again))
+                _, outputs = time_generate(llm, *scenario.draw(vocabulary, again))
                 times = [output.metrics.time_to_first_token or 0.0 for output in outputs]
                 means.append(statistics.mean(times) * 1e3)
         key = {**scenario.key, "prefix_cache": name}
@@ -154,6 +155,7 @@ def measure_long_prompts(
     """
     sizes = max((scenario.input, scenario.output), (scenario.long, LONG_OUTPUT), key=sum)
     result, model = prepare_engine_model(source, *sizes, progress)
+    vocabulary = ModelSizes.of(model).vocabulary
     for policy in ("chunked", "prefill-first"):
         key = {**scenario.key, "policy": policy}
         given = engine_options(sum(sizes), options)
@@ -163,9 +165,7 @@ def measure_long_prompts(
             given["enable_chunked_prefill"] = False
         llm = AsyncLLM(model, **given)
         try:
-            samples = asyncio.run(
-                _all_rounds(llm, scenario, vocabulary_size(model), repeats, policy, progress)
-            )
+            samples = asyncio.run(_all_rounds(llm, scenario, vocabulary, repeats, policy, progress))
         finally:
             llm.close()
         for metric in samples[0]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..engine.async_llm import AsyncLLM
 from ..engine.sampling_params import SamplingParams
+from ..model.sizes import ModelSizes
 from .figures import OURS, BenchResult, Progress, no_progress
-from .prepare import vocabulary_size
 from .shapes import Source
 from .stats import median_estimate, percentile
 from .workload import Timeline, Workload, check_answered, engine_options, prepare_engine_model
@@ -63,7 +63,7 @@ async def _all_rates(
         samples: dict[str, list[float]] = {}
         for again in range(number * repeats, (number + 1) * repeats):
             progress(f"{rate:g} requests/s", again, len(rates) * repeats)
-            prompts, params = workload.draw(vocabulary_size(model), again)
+            prompts, params = workload.draw(ModelSizes.of(model).vocabulary, again)
             seed = workload.seed + again
             timelines = await send_requests(llm, prompts, params, rate, seed=seed)
             for metric, figure in summarize(timelines).items():

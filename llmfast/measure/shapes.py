@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..model.sizes import ModelSizes
 
 EMBEDDED_NAME = "smollm2-135m"
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # of --dtype
@@ -194,16 +195,14 @@ class LinearSizes:
 
 def linear_sizes(config: Any) -> LinearSizes:
     """Return the sizes of a transformers configuration with gated MLPs."""
-    heads, width = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or width // heads
-    middle = config.intermediate_size
+    sizes = ModelSizes.from_config(config)
+    width, middle = sizes.hidden, config.get_text_config().intermediate_size
     return LinearSizes(
-        qkv=((heads + 2 * kv_heads) * dim, width),
-        out=(width, heads * dim),
+        qkv=((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, width),
+        out=(width, sizes.heads * sizes.head_dim),
         gate_up=(2 * middle, width),
         down=(width, middle),
-        head=(config.vocab_size, width),
+        head=(sizes.vocabulary, width),
     )
 
 

@@ -12,9 +12,10 @@ from ..engine.llm import LLM
 from ..engine.request import RequestOutput
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
+from ..model.sizes import ModelSizes
 from ..weights.model_weights import label_of, quantized_weights_of
 from .figures import BenchResult, Progress
-from .prepare import context_length, prepare
+from .prepare import prepare
 from .shapes import Source
 
 LAST_TOKEN = 10_000  # largest id in random prompts, or the vocabulary's last
@@ -145,7 +146,7 @@ def prepare_engine_model(
         UserError: such a request is longer than the model's context.
     """
     result, model = prepare(source, progress)
-    context = context_length(model)
+    context = ModelSizes.of(model).context_length
     if context and prompt + answer > context:
         raise UserError(
             f"a prompt of {prompt} tokens and an answer of {answer} are "

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from . import attention, shadow
 from .modules import Candidate, attributes, choose, mlp_candidates, norm_candidates
+from .sizes import ModelSizes
 from .swap import Operations, Swap
+from .verify import MIN_VALUES
 
 TOKENS = 80  # tokens of the watched forward, more than a cache block; narrow layers take more
 
@@ -133,11 +135,10 @@ def _watch(model: PreTrainedModel, operations: Operations) -> tuple[PreTrainedMo
     handles = _listen(twin, events)
     for module in twin.modules():
         setattr(module, attention.STATE, attention.AttentionState(Swap(operations), calls=events))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    width = model.get_input_embeddings().weight.shape[1]
-    length = max(TOKENS, -(-4096 // width))
+    sizes = ModelSizes.of(model)
+    length = max(TOKENS, -(-MIN_VALUES // sizes.hidden))
     generator = torch.Generator("cpu").manual_seed(0)
-    ids = torch.randint(vocabulary, (1, length), generator=generator, device="cpu")
+    ids = torch.randint(sizes.vocabulary, (1, length), generator=generator, device="cpu")
     try:
         twin(input_ids=ids.to(model.device), use_cache=False)
     except Exception as error:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.shadow import check_unpatched
+from ..model.sizes import ModelSizes
 from ..weights.model_weights import dequantized
 from ..weights.quantized import Quantized, QuantizedWeight
 from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
@@ -313,16 +314,15 @@ def _sequences(
             f"quantize: calibration too short: {method} needs {widest} tokens, as many as the"
             f" widest layer has inputs; got {ids.numel()} in sequences of {ids.shape[1]}"
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] > longest:
+    sizes = ModelSizes.of(model)
+    if sizes.context_length is not None and ids.shape[1] > sizes.context_length:
         raise UserError(
-            f"quantize: sequences must be at most the model's context of {longest} tokens; got"
-            f" {ids.shape[1]}"
+            f"quantize: sequences must be at most the model's context of {sizes.context_length}"
+            f" tokens; got {ids.shape[1]}"
         )
-    vocab = model.get_input_embeddings().weight.shape[0]
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+    if int(ids.min()) < 0 or int(ids.max()) >= sizes.vocabulary:
         raise UserError(
-            f"quantize: calibration ids must be from 0 to {vocab - 1}; got {int(ids.min())} to"
-            f" {int(ids.max())}"
+            f"quantize: calibration ids must be from 0 to {sizes.vocabulary - 1}; got"
+            f" {int(ids.min())} to {int(ids.max())}"
         )
     return ids.long()

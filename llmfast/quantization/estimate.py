@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..hardware import Gpu, gpu_of
+from ..model.costs import weight_bytes
 from ..weights.registry import FORMATS
 from .decoder import decoder_layers, linears
 
@@ -75,21 +75,11 @@ def estimate_quantization(
     packed_bytes = FORMATS[weights].packed_bytes
     shapes = [(part.out_features, part.in_features) for part in parts]
     packed = sum(packed_bytes(n, k, group_size, symmetric) for n, k in shapes)
-    step = sum(parameter.nbytes for parameter in model.parameters()) - _only_looked_up(model)
+    step = weight_bytes(model)
     gpu = gpu_of(model.device)
     return QuantizationEstimate(
         len(parts), dense, packed, step, step - dense + packed, gpu, model.dtype, weights
     )
-
-
-def _only_looked_up(model: PreTrainedModel) -> int:
-    """Return the bytes of an input embedding that is not the head too: a step reads a few rows."""
-    embedding: nn.Module | None = model.get_input_embeddings()
-    head: nn.Module | None = model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(weight, torch.Tensor) or getattr(head, "weight", None) is weight:
-        return 0
-    return weight.nbytes
 
 
 def _size(nbytes: int) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.shadow import make_shadow
+from ..model.sizes import ModelSizes
 from ..model.trace import NotTraced
 from ..model.verify import Verification, cast_floats, compare, oracle_dtype, precise_copy
 from .cache import BLOCK_SIZE, PagedCache
@@ -49,7 +50,7 @@ def check_model(model: PreTrainedModel, ours: StepModel) -> Verification:
     The oracle is the model one precision up, made layer by layer, so that it takes the memory of
     one layer only.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = ModelSizes.of(model).vocabulary
     generator = torch.Generator("cpu").manual_seed(1)
     rows = [
         torch.randint(vocabulary, (n,), generator=generator, device="cpu").to(model.device)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..model import attention
 from ..model.shadow import point_attention
+from ..model.sizes import ModelSizes
 from ..model.swap import Operations
 from ..model.trace import Norm, NotTraced, Trace, trace, trace_attention
 from ..model.verify import Verification
@@ -136,7 +137,7 @@ class BlockModel:
         self.cache_shapes = [
             (b.attention.kv_heads, b.attention.head_dim) for b in self.built.blocks
         ]
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = ModelSizes.of(model).vocabulary
         self.dtype, self.device = model.dtype, model.device
         final = None if traced.final_norm is None else traced.final_norm[1]
         self._loop = _BlockLoop(self.built, final)
@@ -209,7 +210,7 @@ class ForwardModel:
             place = (self._paged, layer, call.window)
             setattr(call.module, PLACE, place)
         self.cache_shapes = [(call.kv_heads, call.head_dim) for call in calls]
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = ModelSizes.of(model).vocabulary
         self.dtype, self.device = model.dtype, model.device
         self.reason = reason
         self._forward = _Forward(twin)

@@ -44,7 +44,7 @@ def test_the_parity_of_a_model_is_weights_against_heads():
     parity = chunk_sizer_of(Decoder()).attention_parity
     assert parity == 2 * 2 * 64 * 128 / (4 * 64 * 2) / 1.6
     assert chunk_sizer_of(Decoder(head_dim=16)).attention_parity == parity / 2
-    half = Decoder(layer_types=["full_attention", "sliding_attention"])
+    half = Decoder(layer_types=["full_attention", "sliding_attention"], sliding_window=32)
     assert chunk_sizer_of(half).attention_parity == 2 * parity
     released = Decoder()
     for layer in released.layers:
@@ -56,7 +56,7 @@ def test_the_parity_of_a_model_is_weights_against_heads():
     "config",
     [
         {"sliding_window": 32},
-        {"layer_types": ["sliding_attention"] * 2},
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32},
         {"num_attention_heads": 0},
     ],
 )

@@ -21,7 +21,7 @@ class FixedLogits:
     """A model whose logits at a position are those of a table, by the token there."""
 
     training = False
-    config = SimpleNamespace()
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
 
     def __init__(self, table):
         self.table = table
