@@ -14,8 +14,12 @@ from transformers import (
 )
 
 from llmfast_kernels.sampling import kernel, sample_tokens
-from llmfast_kernels.sampling.draw import _filter, _filter_few, _kept_weights
 from llmfast_kernels.sampling.kernel import Launch, choose_launch, launch_sample_tokens
+from llmfast_kernels.sampling.kernels.sample import (
+    filter_lists,
+    filter_small_candidates,
+)
+from llmfast_kernels.sampling.kernels.sample import kept_weights as kept_weights_of_chunk
 from llmfast_kernels.sampling.op import MAX_VOCAB
 from llmfast_kernels.sampling.reference import (
     ALL_MASKED,
@@ -43,10 +47,10 @@ FILTERS = {  # as transformers has them: None is off
 }
 LAUNCHES = {
     "wide": Launch(
-        32, max_chunks=32, groups=2, width=32, few=32, listed_by_row=True, num_warps=1, row_warps=4
+        *(32, 32), groups=2, width=32, small=32, listed_by_row=True, num_warps=1, row_warps=4
     ),
     "narrow": Launch(
-        8, max_chunks=16, groups=2, width=2, few=4, listed_by_row=False, num_warps=1, row_warps=2
+        *(8, 16), groups=2, width=2, small=4, listed_by_row=False, num_warps=1, row_warps=2
     ),
 }
 INF, NAN = float("inf"), float("nan")
@@ -212,8 +216,8 @@ def test_penalties_are_those_of_transformers_and_of_the_formula():
 
 
 def odds_of(logits, filters, temperature):
-    heated = TemperatureLogitsWarper(temperature)(None, logits.double())
-    return transformers_filters(filters)(None, heated).softmax(dim=-1)
+    scores = TemperatureLogitsWarper(temperature)(None, logits.double())
+    return transformers_filters(filters)(None, scores).softmax(dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -301,26 +305,26 @@ def test_kernel_matches_reference_filter_by_filter(filters, device):
 
 @triton.jit(do_not_specialize=["stride_lists"])
 def _kept_kernel(
-    scores_ptr, kept_ptr, sums_ptr, top_k_ptr, top_p_ptr, min_p_ptr, z_max_ptr, bound_ptr,
-    weights_ptr, lists_ptr, sizes_ptr, n_listed_ptr, few_ptr, stride_lists, n_vocab,
-    CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, FEW: tl.constexpr,
+    filters, candidates, scores_ptr, kept_ptr, sums_ptr, z_max_ptr, threshold_ptr, weights_ptr,
+    stride_lists, n_vocab, CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    SMALL: tl.constexpr,
 ):  # fmt: skip
-    """The draw's own steps, but that the weights are stored and nothing is drawn."""
+    """Take the steps of sample_kernel, but store the weights and draw nothing."""
     row = tl.program_id(0).to(tl.int64)
     z_max = tl.load(z_max_ptr + row)
-    if few_ptr is not None:
-        n = tl.load(n_listed_ptr + row)
-        if (n > 0) & (n <= FEW):
-            cols, kept = _filter_few(
-                row, n, z_max, top_k_ptr, top_p_ptr, min_p_ptr, weights_ptr, few_ptr, n_vocab,
-                CHUNK, MAX_CHUNKS, FEW,
+    if candidates.small_ptr is not None:
+        n = tl.load(candidates.n_listed_ptr + row)
+        if (n > 0) & (n <= SMALL):
+            cols, kept = filter_small_candidates(
+                row, n, z_max, filters, weights_ptr, candidates.small_ptr, n_vocab,
+                CHUNK, MAX_CHUNKS, SMALL,
             )  # fmt: skip
-            tl.store(kept_ptr + row * n_vocab + cols, kept, mask=tl.arange(0, FEW) < n)
+            tl.store(kept_ptr + row * n_vocab + cols, kept, mask=tl.arange(0, SMALL) < n)
             tl.store(sums_ptr + row * MAX_CHUNKS, tl.sum(kept))
             return
-    weights, last, skip, min_p, ties_before = _filter(
-        row, z_max, top_k_ptr, top_p_ptr, min_p_ptr, bound_ptr, weights_ptr, lists_ptr, sizes_ptr,
-        stride_lists, n_vocab, CHUNK, MAX_CHUNKS, WIDTH,
+    weights, last, skip, min_p, ties_before = filter_lists(
+        row, z_max, filters, threshold_ptr, weights_ptr, candidates, stride_lists, n_vocab,
+        CHUNK, MAX_CHUNKS, WIDTH,
     )  # fmt: skip
     chunks = tl.arange(0, MAX_CHUNKS)
     tl.store(sums_ptr + row * MAX_CHUNKS + chunks, weights)
@@ -328,31 +332,33 @@ def _kept_kernel(
         cols = start + tl.arange(0, CHUNK)
         z = tl.load(scores_ptr + row * n_vocab + cols, mask=cols < n_vocab, other=float("-inf"))
         before = tl.sum(tl.where(chunks == start // CHUNK, ties_before, 0))
-        kept = _kept_weights(z, z_max, last, skip, min_p, before)
+        kept = kept_weights_of_chunk(z, z_max, last, skip, min_p, before)
         tl.store(kept_ptr + row * n_vocab + cols, kept, mask=cols < n_vocab)
 
 
 def check_kept(logits, launch, device, monkeypatch, **options):
-    """What the kernels keep against what the reference does; returns how many scores are listed."""
+    """Compare what the kernels keep with the reference; return each row's number of candidates."""
     scores = logits.to(device)
     rows, n_vocab = scores.shape
-    weights = torch.zeros(rows, n_vocab, dtype=torch.int64, device=device)
+    kept = torch.zeros(rows, n_vocab, dtype=torch.int64, device=device)
     sums = torch.zeros(rows, launch.max_chunks, dtype=torch.int64, device=device)
     n_listed = []
 
     def store(grid, args, **options):
-        of_the_filters = (*args[12:15], *args[17:25], *args[26:])
-        _kept_kernel[grid](scores, weights, sums, *of_the_filters, **options)
-        n_listed.append(args[22])
+        _, filters, candidates, _, _, *rest = args
+        z_max, threshold, weights, stride_lists, _, *sizes = rest
+        read = (z_max, threshold, weights, stride_lists, *sizes)
+        _kept_kernel[grid](filters, candidates, scores, kept, sums, *read, **options)
+        n_listed.append(candidates.n_listed_ptr)
 
-    monkeypatch.setattr(kernel, "_draw", store)
+    monkeypatch.setattr(kernel, "_sample", store)
     monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
     launch_sample_tokens(scores, **moved(options | draw_options(rows), device))
     wanted = kept_weights(logits, **options)
-    assert torch.equal((weights > 1).cpu(), wanted > 1)
-    assert torch.equal(sums.sum(dim=1), weights.sum(dim=1))
-    # exp differs in its last bits, and is cut to a whole number
-    torch.testing.assert_close(weights.cpu().double(), wanted.double(), rtol=1e-5, atol=1)
+    assert torch.equal((kept > 1).cpu(), wanted > 1)
+    assert torch.equal(sums.sum(dim=1), kept.sum(dim=1))
+    # exp differs in its last bits and is cut to an integer
+    torch.testing.assert_close(kept.cpu().double(), wanted.double(), rtol=1e-5, atol=1)
     return n_listed[0]
 
 
@@ -371,59 +377,59 @@ def test_kernel_keeps_what_the_reference_keeps(filters, ties, launch, device, mo
 
 @pytest.mark.parametrize("beyond", [0, 1])
 @pytest.mark.parametrize("values", [1, 3, 1000], ids=["all ties", "some ties", "distinct"])
-@pytest.mark.parametrize(("few", "by_row"), [(8, True), (8, False), (32, True)])
-def test_both_ways_of_the_cut_keep_the_same(few, by_row, values, beyond, device, monkeypatch):
+@pytest.mark.parametrize(("small", "by_row"), [(8, True), (8, False), (32, True)])
+def test_both_ways_of_the_cut_keep_the_same(small, by_row, values, beyond, device, monkeypatch):
     """As many scores as are compared each with each, and one more; the rest far below."""
-    n = few + beyond
+    n = small + beyond
     options = {
         "top_k": torch.tensor([0, 1, 3, n - 1, n, n + 1, 5, 3, 0, 2]),
         "top_p": torch.tensor([0.75, 1.0, 0.5, 0.9, 0.0, 0.6, 0.999, 1.0, 0.0, 0.3]),
         "min_p": torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5, 0.0]),
     }
     rows, n_vocab = 10, 67
-    gen = torch.Generator().manual_seed(few + values)
+    gen = torch.Generator().manual_seed(small + values)
     logits = torch.full((rows, n_vocab), -50.0)
     likely = torch.rand(rows, n_vocab, generator=gen).argsort(dim=1)[:, :n]
     levels = torch.randint(0, values, (rows, n), generator=gen).float() / values
     logits.scatter_(1, likely, 6 * levels)
     logits[-1, likely[-1]] -= torch.linspace(0, 27.9, n)  # what has hardly any weight
     launch = Launch(
-        32, 4, groups=1, width=8, few=few, listed_by_row=by_row, num_warps=1, row_warps=4
+        32, 4, groups=1, width=8, small=small, listed_by_row=by_row, num_warps=1, row_warps=4
     )
     n_listed = check_kept(logits, launch, device, monkeypatch, **options)
-    assert (n_listed > few).any() == (beyond > 0)
-    assert (n_listed <= few).any()
+    assert (n_listed > small).any() == (beyond > 0)
+    assert (n_listed <= small).any()
     if values == 3:
         monkeypatch.undo()
         monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
         check_kernel(logits, device, **options, **draw_options(rows))
 
 
-@pytest.mark.parametrize(("few", "by_row"), [(16, True), (16, False), (2, True)])
-def test_groups_below_the_bound_are_not_read_again(few, by_row, device, monkeypatch):
-    """After survey they are made no numbers, which nothing may notice."""
+@pytest.mark.parametrize(("small", "by_row"), [(16, True), (16, False), (2, True)])
+def test_groups_below_the_threshold_are_not_read_again(small, by_row, device, monkeypatch):
+    """After chunk_max they become NaN, which nothing may notice."""
     rows, n_vocab, k = 3, 300, 4
     logits = random_logits(rows, n_vocab)
     launch = Launch(
-        64, 8, groups=8, width=8, few=few, listed_by_row=by_row, num_warps=1, row_warps=4
+        64, 8, groups=8, width=8, small=small, listed_by_row=by_row, num_warps=1, row_warps=4
     )
     options = filter_tensors((k, 0.9, 0.01), rows) | draw_options(rows)
     monkeypatch.setattr(kernel, "choose_launch", lambda n_rows, n_vocab: launch)
     wanted = sample_tokens_reference(logits, **options).tokens
     scores = logits.to(device)
-    survey, replaced = kernel._survey, []
+    chunk_max, replaced = kernel._chunk_max, []
 
-    def survey_first(*args, **more):
-        survey(*args, **more)
+    def chunk_max_first(*args, **more):
+        chunk_max(*args, **more)
         groups = torch.nn.functional.pad(logits, (0, -n_vocab % 8), value=-INF).view(rows, -1, 8)
         maxima = groups.amax(dim=2)
-        # the bound is as close as its search: 28 / 2**12
+        # the threshold is as close as its search: 28 / 2**12
         below = maxima < maxima.topk(k, dim=1).values[:, -1:] - 0.01
         below = below.repeat_interleave(8, dim=1)[:, :n_vocab]
         scores.masked_fill_(below.to(device), NAN)
         replaced.append(below.float().mean())
 
-    monkeypatch.setattr(kernel, "_survey", survey_first)
+    monkeypatch.setattr(kernel, "_chunk_max", chunk_max_first)
     got = launch_sample_tokens(scores, **moved(options, device)).tokens
     assert got.tolist() == wanted.tolist()
     assert replaced[0] > 0.5
@@ -516,6 +522,51 @@ def test_rows_made_unusable_by_their_parameters_are_reported(device):
     options["bias"][3] = -INF
     got = check_kernel(logits, device, **options)
     assert got.status.tolist() == [OK, NOT_FINITE, NOT_FINITE, ALL_MASKED]
+
+
+def test_filters_outside_their_range(device):
+    """NaN is the strictest filter, in the kernel as in the reference."""
+    logits = torch.tensor([[0.0, 1.0, 1.0, 0.5]]).expand(7, 4)
+    options = {
+        "top_p": torch.tensor([NAN, -1.0, 1.5, 1.0, 1.0, 1.0, 1.0]),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, NAN, -1.0, 1.5, -INF]),
+    }
+    kept = [{2}, {2}, {0, 1, 2, 3}, {1, 2}, {0, 1, 2, 3}, {1, 2}, {0, 1, 2, 3}]
+    weights = kept_weights(logits, None, **options)
+    assert [set(row.nonzero()[:, 0].tolist()) for row in weights] == kept
+    for seed in range(2):
+        draw = draw_options(7, seed=seed)
+        tokens = check_kernel(logits, device, **options, **draw).tokens
+        assert all(token in row for token, row in zip(tokens.tolist(), kept, strict=True))
+        for name, value in options.items():  # each has code of its own
+            check_kernel(logits, device, **{name: value}, **draw)
+
+
+def test_rows_of_one_sequence_get_the_tokens_of_calls_for_each_alone(device):
+    """As verifying drafts needs it: several rows of a sequence, each at its own position."""
+    n_vocab, drafts = 61, torch.tensor([[7, 7, 9], [3, 11, 3]])
+    sequences, per_sequence = 2, drafts.shape[1] + 1
+    rows = sequences * per_sequence
+    of_row = torch.arange(rows) // per_sequence
+    logits = random_logits(rows, n_vocab).to(device)
+    options = everything(sequences, n_vocab) | {"temperature": torch.tensor([0.8, 0.0])}
+    counts = options["output_counts"].repeat_interleave(per_sequence, 0)
+    positions = options["positions"][of_row] + torch.arange(per_sequence).repeat(sequences)
+    for row in range(rows):
+        before = drafts[of_row[row], : row % per_sequence]
+        counts[row] += before.bincount(minlength=n_vocab)
+    options = {name: value[of_row] for name, value in options.items()}
+    options = moved(options | {"output_counts": counts, "positions": positions}, device)
+    got = launch_sample_tokens(logits, **options).tokens
+    for row in range(rows):
+        alone = {name: value[row : row + 1] for name, value in options.items()}
+        assert launch_sample_tokens(logits[row : row + 1], **alone).tokens == got[row]
+
+    first = slice(0, per_sequence)  # the rows of a sequence may share its tensors
+    options = {name: value[first] for name, value in options.items()}
+    for name in ("prompt_seen", "bias"):
+        options[name] = options[name][:1].expand(per_sequence, n_vocab)
+    assert torch.equal(launch_sample_tokens(logits[first], **options).tokens, got[first])
 
 
 def test_a_temperature_without_end_makes_all_alike_but_minus_infinity(device):
@@ -695,7 +746,7 @@ def test_what_requires_grad_is_taken_under_no_grad():
 @pytest.mark.parametrize("n_vocab", [1, 7, 512, 513, 32000, 128256, MAX_VOCAB])
 def test_launch_fits(n_vocab, n_rows):
     launch = choose_launch(n_rows, n_vocab)
-    for size in (launch.chunk, launch.max_chunks, launch.groups, launch.width, launch.few):
+    for size in (launch.chunk, launch.max_chunks, launch.groups, launch.width, launch.small):
         assert size > 0 and size & (size - 1) == 0
     assert launch.chunk < 2 * n_vocab
     assert launch.chunk * launch.max_chunks >= n_vocab > launch.chunk * (launch.max_chunks // 2 - 1)

@@ -1,13 +1,13 @@
-"""Sampling: the contract, the argument checks and the choice of implementation."""
+"""sample_tokens: its contract, the argument checks and the choice of implementation."""
 
 from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_float, check_no_grad
 from .reference import Sampled, sample_tokens_reference
 
-MAX_VOCAB = 2**20  # sums of weights of up to 2**40 stay within int64 in the draw
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_VOCAB = 2**20  # the draw's sums of weights of up to 2**40 stay within int64
 _FLOAT = (torch.float32,)
 _INT = (torch.int32, torch.int64)
 
@@ -36,35 +36,41 @@ def sample_tokens(
         s = l > 0 ? l / repetition : l * repetition        for tokens of the prompt or the output
         s = s - presence * (count > 0) - frequency * count            for tokens of the output
         s = (s + bias) / temperature
-        top-k keeps s no less than the k-th largest, so every token that equals it
+        top-k keeps every s that is no less than the k-th largest
         top-p keeps the most likely while those above them sum to less than p; of equal s the
               later index ranks higher
-        min-p keeps what has at least min_p times the largest probability
+        min-p keeps the tokens with at least min_p times the largest probability
 
-    and one token is drawn from what is kept, by inverting the cumulated distribution in index
-    order at a random number that depends on the row's seed and position alone (Philox-4x32-10).
-    Probabilities are counted in whole steps of 2**-40 of the largest, so sums are exact: the same
-    seed, position and logits give the same token, whatever else is in the batch. A row with
-    temperature 0 takes the largest ``s``, of equal ones the lowest index; nothing is drawn.
+    One token is drawn from those that are kept. The draw inverts the cumulative distribution in
+    index order at a random number that depends on the row's seed and position alone
+    (Philox-4x32-10). Probabilities are counted in whole steps of 2**-40 of the largest, so sums are
+    exact: the same seed, position and logits give the same token, whatever else is in the batch.
+    A row with temperature 0 is greedy: it takes the largest ``s``, of equal ones the lowest index.
 
-    Values on the device are not looked at by the host: nothing here waits for the GPU.
+    **Rows are independent**, so a sequence may have several: to verify ``n`` drafted tokens of a
+    sequence, pass its ``n + 1`` rows of logits. Each row has its own entry in every argument. The
+    rows of one sequence share a seed and take consecutive positions, and ``output_counts`` of each
+    row counts the drafts before it. Each row then gets the token that a call with this row alone
+    gives. ``prompt_seen`` may be expanded over the rows (row stride 0).
+
+    The host reads no value on the device: nothing here waits for the GPU.
 
     Args:
         logits: ``(B, V)``, last stride 1, V at most ``MAX_VOCAB``; float32, float16 or bfloat16,
-            and float64 off CUDA.
+            and float64 off CUDA. B counts rows, not sequences.
         temperature: float32 ``(B,)``; 0 or less is greedy. None: all rows are greedy, and
             top_k, top_p, min_p, seeds and positions have no effect.
         top_k: int32 or int64 ``(B,)``; 0 or less, or V or more, keeps all. None: keeps all.
-        top_p: float32 ``(B,)``; 1 or more keeps all; at 0 one token is left.
-        min_p: float32 ``(B,)``, 0 keeps all; above 1 is taken as 1.
+        top_p: float32 ``(B,)``; 1 or more keeps all; 0 or less, or NaN, keeps one token.
+        min_p: float32 ``(B,)``; 0 or less keeps all; more than 1, or NaN, is taken as 1.
         repetition_penalty: float32 ``(B,)``, more than 0; 1 changes nothing.
         presence_penalty, frequency_penalty: float32 ``(B,)``; 0 changes nothing.
         prompt_seen: bool ``(B, V)``, last stride 1: the tokens of each row's prompt.
-        output_counts: int32 ``(B, V)``, last stride 1: how often each row's output has each.
+        output_counts: int32 ``(B, V)``, last stride 1: how often each row's output has each token.
         bias: float32 ``(B, V)`` or ``(V,)``, last stride 1; -inf bans a token.
-        seeds, positions: int32 or int64 ``(B,)``; required with a temperature. A row's position
-            must differ from draw to draw, as the index of the token does.
-        logprobs: None for none, 0 for those of the chosen tokens, n for the n most likely too.
+        seeds, positions: int32 or int64 ``(B,)``; required with a temperature. All draws of one
+            seed must have different positions, such as the index of the token in its sequence.
+        logprobs: None: none; 0: those of the chosen tokens; n: those of the n most likely too.
 
     Returns:
         ``Sampled(tokens, status, logprobs, top_tokens, top_logprobs)``. Log-probabilities are of
@@ -113,10 +119,7 @@ def sample_tokens(
             f"sample_tokens: logprobs must be None or 0 to {logits.shape[1]}, the size of the "
             f"vocabulary; got {logprobs}"
         )
-    if torch.is_grad_enabled() and (
-        logits.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        raise RuntimeError("sample_tokens: no backward; call under torch.no_grad()")
+    check_no_grad("sample_tokens", logits, bias)
     if logits.is_cuda:
         # imports Triton, which a machine without CUDA may lack
         from .kernel import launch_sample_tokens as implementation
@@ -141,12 +144,7 @@ def sample_tokens(
 
 
 def _check_logits(logits: torch.Tensor) -> None:
-    if logits.dtype not in _DTYPES and (logits.is_cuda or logits.dtype != torch.float64):
-        accepted = "float32, float16 or bfloat16"
-        accepted += "" if logits.is_cuda else ", or float64 off CUDA"
-        raise TypeError(
-            f"sample_tokens: logits must be {accepted}; got {logits.dtype} on {logits.device}"
-        )
+    check_float("sample_tokens", "logits", logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(
             f"sample_tokens: logits must be (rows, vocabulary) with at least 1 token, "

@@ -1,4 +1,4 @@
-"""Sampling in plain PyTorch: what the kernels must compute, on any device."""
+"""Sampling in plain PyTorch, on any device: the results that the kernels must give."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-FIXED_POINT = 2.0**40  # a probability is counted in steps of this share of the largest
-OK, NOT_FINITE, ALL_MASKED = 0, 1, 2  # what Sampled.status holds
+FIXED_POINT = 2.0**40  # steps in which a probability is counted, relative to the largest
+OK, NOT_FINITE, ALL_MASKED = 0, 1, 2  # values of Sampled.status
 
 
 class Sampled(NamedTuple):
-    """What was drawn, row by row; what was not asked for is None."""
+    """The chosen tokens, row by row; a field that was not asked for is None."""
 
     tokens: torch.Tensor  # int64 [B]; 0 where status is not OK
     status: torch.Tensor  # int32 [B]: OK, NOT_FINITE or ALL_MASKED
@@ -48,10 +48,10 @@ def sample_tokens_reference(
         bias,
     )
     if temperature is not None:
-        heat = _column(temperature, scores)
-        scores = torch.where(heat > 0, scores / torch.where(heat > 0, heat, 1.0), scores)
-        # a temperature that is no number makes a row of none
-        scores = torch.where(heat.isnan(), heat, scores)
+        divisor = _column(temperature, scores)
+        scores = torch.where(divisor > 0, scores / torch.where(divisor > 0, divisor, 1.0), scores)
+        # a NaN temperature makes every score NaN
+        scores = torch.where(divisor.isnan(), divisor, scores)
     status = torch.full((len(raw),), OK, dtype=torch.int32, device=raw.device)
     status[(scores == -torch.inf).all(dim=-1)] = ALL_MASKED
     status[(scores.isnan() | (scores == torch.inf)).any(dim=-1)] = NOT_FINITE
@@ -61,14 +61,13 @@ def sample_tokens_reference(
     if temperature is not None:
         assert seeds is not None and positions is not None  # op.py asks for them
         weights = kept_weights(usable, top_k, top_p, min_p)
-        drawn = _draw(weights, seeds, positions)
-        tokens = torch.where(temperature > 0, drawn, tokens)
+        tokens = torch.where(temperature > 0, _sample(weights, seeds, positions), tokens)
     tokens = torch.where(status == OK, tokens, 0)
     if logprobs is None:
         return Sampled(tokens, status)
 
-    broken = (status != OK)[:, None]
-    all_logprobs = raw.log_softmax(dim=-1).masked_fill(broken, torch.nan)
+    failed = (status != OK)[:, None]
+    all_logprobs = raw.log_softmax(dim=-1).masked_fill(failed, torch.nan)
     chosen = all_logprobs.gather(1, tokens[:, None])[:, 0]
     if logprobs == 0:
         return Sampled(tokens, status, chosen)
@@ -77,7 +76,7 @@ def sample_tokens_reference(
         tokens,
         status,
         chosen,
-        order.masked_fill(broken, 0),
+        order.masked_fill(failed, 0),
         all_logprobs.gather(1, order),
     )
 
@@ -91,7 +90,7 @@ def penalise(
     output_counts: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The penalties and the bias, in their order."""
+    """Apply the penalties and the bias, in this order."""
     in_output = None if output_counts is None else output_counts > 0
     if repetition_penalty is not None:
         seen = prompt_seen if in_output is None else in_output
@@ -114,15 +113,16 @@ def kept_weights(
     top_p: torch.Tensor | None,
     min_p: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What each token weighs in the draw: int64 [B, V], in proportion to its probability.
+    """Return each token's weight in the draw: int64 [B, V], proportional to its probability.
 
-    Whole numbers, so that sums are exact in any order: the largest score weighs 2**40, others
-    exp of their distance to it, cut to a whole number; 0 for what the filters remove.
+    Weights are integers, so sums are exact in any order. The largest score has weight 2**40, the
+    others exp of their distance to it times that, cut to an integer. A token that a filter removes
+    has weight 0.
     """
     n_vocab = scores.shape[-1]
     ratios = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     weights = (ratios * FIXED_POINT).long()
-    # ascending, and stable: of equal scores the later index ranks higher, as transformers has it
+    # ascending and stable: of equal scores the later index ranks higher, as in transformers
     ascending, order = scores.sort(dim=-1, stable=True)
     if top_k is not None:
         k = torch.where((top_k > 0) & (top_k < n_vocab), top_k, n_vocab).long()
@@ -131,28 +131,30 @@ def kept_weights(
     if top_p is not None:
         by_rank = weights.gather(1, order)
         up_to = by_rank.cumsum(dim=-1)
-        above = up_to[:, -1:] - up_to  # the weight of all that rank higher
+        above = up_to[:, -1:] - up_to  # the weight of all tokens that rank higher
+        top_p = torch.where(top_p > 0, top_p, 0)  # NaN is 0
         target = (top_p.double() * up_to[:, -1].double()).long().clamp(min=1)
         keep = (above < target[:, None]) | (top_p >= 1)[:, None]
         weights = torch.where(torch.zeros_like(keep).scatter(1, order, keep), weights, 0)
     if min_p is not None:
-        weights = torch.where(ratios < _column(min_p, ratios).clamp(max=1.0), 0, weights)
+        min_p = torch.where(min_p <= 1, min_p, 1)  # NaN is 1
+        weights = torch.where(ratios < _column(min_p, ratios), 0, weights)
     return weights
 
 
-def _draw(weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The token in whose share of the sum, laid out by index, the row's random number falls."""
+def _sample(weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the token in whose share of the sum, in index order, the row's random number falls."""
     up_to = weights.cumsum(dim=-1)
     total = up_to[:, -1]
-    # floor(total * u / 2**62) for a random u of 62 bits, without passing 63 bits: in two halves
+    # floor(total * u / 2**62) for a random u of 62 bits, in two halves that stay within 63 bits
     a, b = (word >> 1 for word in philox(seeds, positions))
     high, low = total >> 31, total & 0x7FFFFFFF
-    at = high * a + ((high * b + low * a + ((low * b) >> 31)) >> 31)
-    return (up_to <= at[:, None]).sum(dim=-1)
+    drawn = high * a + ((high * b + low * a + ((low * b) >> 31)) >> 31)
+    return (up_to <= drawn[:, None]).sum(dim=-1)
 
 
 def philox(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two words of ``tl.randint4x(seed, position)``, as int64 in [0, 2**32).
+    """Return the first two words of ``tl.randint4x(seed, position)``, int64 in [0, 2**32).
 
     Paper: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), Philox-4x32-10.
     """
@@ -170,14 +172,14 @@ def philox(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _multiply(x: torch.Tensor, by: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The high and the low 32 bits of a product of two 32-bit numbers, within int64."""
+    """Return the high and the low 32 bits of the product of two 32-bit numbers, within int64."""
     low = x * (by & 0xFFFF)
     middle = x * (by >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _first_largest(scores: torch.Tensor) -> torch.Tensor:
-    """argmax; of equal scores the lowest index, which torch.argmax does not promise."""
+    """Return the argmax; of equal scores the lowest index, which torch.argmax does not promise."""
     return (scores == scores.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
 
 

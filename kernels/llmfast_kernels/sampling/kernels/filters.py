@@ -1,7 +1,7 @@
-"""Top-k and top-p by one program, over lists of the row's likely scores.
+"""Top-k and top-p over the lists of a row's candidates, by one program.
 
-There is a list for each chunk of the row, CHUNK scores apart, ``sizes`` long, in the row's order.
-Weights are whole numbers, so that their sums are exact in any order.
+A row has a list for each of its chunks: CHUNK scores apart, ``sizes`` long, in column order.
+Weights are integers, so their sums are exact in any order.
 """
 
 from __future__ import annotations
@@ -9,45 +9,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import key_of, ratio_and_weight, value_of
+from .scores import ratio_and_weight
+from .sort_keys import key_of, value_of
 
-_VALUE_STEPS = tl.constexpr(12)  # halvings of an interval of scores before those of keys
+_VALUE_STEPS = tl.constexpr(12)  # bisections of an interval of scores before those of keys
 
 
 @triton.jit
 def load_top_k(top_k_ptr, row, n_vocab):
-    """How many the row's top-k keeps, 0 if all."""
+    """Return the number of scores that the row's top-k keeps; 0: all."""
     k = tl.load(top_k_ptr + row)
     return tl.where((k > 0) & (k < n_vocab), k, 0).to(tl.int32)
 
 
 @triton.jit
 def load_top_p(top_p_ptr, row):
-    """The row's top-p, from 0 to 1; 1 keeps all."""
+    """Return the row's top-p, clamped to 0 to 1; NaN is 0. 1 keeps all."""
     p = tl.load(top_p_ptr + row)
     return tl.where(p >= 1.0, 1.0, tl.where(p > 0.0, p, 0.0))
 
 
 @triton.jit
 def load_min_p(min_p_ptr, row):
-    return tl.minimum(tl.load(min_p_ptr + row), 1.0)
+    """Return the row's min-p, at most 1; NaN is 1."""
+    p = tl.load(min_p_ptr + row)
+    return tl.where(p <= 1.0, p, 1.0)
 
 
 @triton.jit
-def _tile(lists_ptr, stride, sizes, start, WIDTH: tl.constexpr):
-    """The next scores of every list, -inf past its end."""
+def _load_tile(lists_ptr, stride, sizes, start, WIDTH: tl.constexpr):
+    """Load WIDTH scores of every list from ``start`` on, -inf past a list's end."""
     lists = tl.arange(0, sizes.shape[0])[:, None] * stride
-    at = start + tl.arange(0, WIDTH)[None, :]
-    return tl.load(lists_ptr + lists + at, mask=at < sizes[:, None], other=float("-inf"))
+    cols = start + tl.arange(0, WIDTH)[None, :]
+    return tl.load(lists_ptr + lists + cols, mask=cols < sizes[:, None], other=float("-inf"))
 
 
 @triton.jit
-def _above(lists_ptr, stride, sizes, longest, z_max, key, WEIGH: tl.constexpr, WIDTH: tl.constexpr):
-    """How many scores have more than this key, and their sum: of weights, or of ones."""
+def _sum_above(
+    lists_ptr, stride, sizes, longest, z_max, key, WEIGH: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the number of scores above a key and their sum: of weights, or of ones."""
     ones = tl.zeros([sizes.shape[0], WIDTH], tl.int32)
     weights = tl.zeros([sizes.shape[0], WIDTH], tl.int64)
     for start in range(0, longest, WIDTH):
-        z = _tile(lists_ptr, stride, sizes, start, WIDTH)
+        z = _load_tile(lists_ptr, stride, sizes, start, WIDTH)
         above = key_of(z) > key
         ones += above.to(tl.int32)
         if WEIGH:
@@ -58,14 +63,14 @@ def _above(lists_ptr, stride, sizes, longest, z_max, key, WEIGH: tl.constexpr, W
 
 
 @triton.jit
-def _narrow(lists_ptr, stride, sizes, longest, near_ptr, low, high, WIDTH: tl.constexpr):
-    """Copy what is between two keys to ``near``, as full lists WIDTH apart; returns their sizes."""
+def _compact(lists_ptr, stride, sizes, longest, scratch_ptr, low, high, WIDTH: tl.constexpr):
+    """Copy the scores between two keys to ``scratch``, as lists WIDTH apart; return their sizes."""
     TILE: tl.constexpr = sizes.shape[0] * WIDTH
     n = tl.zeros([], tl.int32)
     for start in range(0, longest, WIDTH):
-        z = tl.reshape(_tile(lists_ptr, stride, sizes, start, WIDTH), [TILE])
+        z = tl.reshape(_load_tile(lists_ptr, stride, sizes, start, WIDTH), [TILE])
         between = ((key_of(z) > low) & (key_of(z) <= high)).to(tl.int32)
-        tl.store(near_ptr + n + tl.cumsum(between, 0) - 1, z, mask=between > 0)
+        tl.store(scratch_ptr + n + tl.cumsum(between, 0) - 1, z, mask=between > 0)
         n += tl.sum(between)
     tl.debug_barrier()  # other lanes of the program read what these wrote
     return tl.minimum(tl.maximum(n - tl.arange(0, sizes.shape[0]) * WIDTH, 0), WIDTH)
@@ -73,8 +78,11 @@ def _narrow(lists_ptr, stride, sizes, longest, near_ptr, low, high, WIDTH: tl.co
 
 @triton.jit
 def _middle(low, high, step):
-    """A key between: of the values at first, since scores lie evenly; then of the keys."""
-    # further apart than an int32 may say
+    """Return a key between two: of the middle score in the first steps, then the middle key.
+
+    Scores are spread evenly, so bisecting them converges faster; bisecting keys always ends.
+    """
+    # the distance of two keys may exceed an int32
     middle = (low.to(tl.int64) + ((high.to(tl.int64) - low.to(tl.int64)) >> 1)).to(tl.int32)
     guess = key_of(0.5 * value_of(low) + 0.5 * value_of(high))
     inside = (step < _VALUE_STEPS) & (guess > low) & (guess < high)
@@ -82,10 +90,10 @@ def _middle(low, high, step):
 
 
 @triton.jit
-def _cut(
+def _find_cut(
     lists_ptr,
     sizes,
-    near_ptr,
+    scratch_ptr,
     z_max,
     target,
     low,
@@ -95,32 +103,32 @@ def _cut(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Find the largest scores whose sum reaches the target, by halving an interval of keys.
+    """Find the largest scores whose sum reaches the target, by bisecting an interval of keys.
 
-    Returns (last, n, above): they go down to the key ``last``, and above the last n of them the
-    sum is ``above``. These n are one token, or share one key, or are needed all.
+    Returns (last, n, above). ``last`` is the lowest key of these scores, ``n`` how many have it,
+    ``above`` the sum of the others. The n are one token, share one key, or are all needed.
     """
     TILE: tl.constexpr = sizes.shape[0] * WIDTH
     stride = tl.full([], CHUNK, tl.int32)
     longest = tl.max(sizes, 0)
     high = key_of(z_max)
-    # n and sum are of the scores above a key: sum_low >= target > sum_high
+    # n and sum are of the scores above a key; sum_low >= target > sum_high
     n_high, sum_high = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
-    n_left_out, sum_left_out = n_high, sum_high  # above high too, but not in the lists
+    n_left_out, sum_left_out = n_high, sum_high  # above high too, but no longer in the lists
     step = 0
     while (n_low - n_high > 1) & (sum_low > target) & (high.to(tl.int64) - low > 1):
         key = _middle(low, high, step)
         step += 1
-        n, sum = _above(lists_ptr, stride, sizes, longest, z_max, key, WEIGH, WIDTH)
+        n, sum = _sum_above(lists_ptr, stride, sizes, longest, z_max, key, WEIGH, WIDTH)
         n += n_left_out
         sum += sum_left_out
         if sum < target:
             high, n_high, sum_high = key, n, sum
         else:
             low, n_low, sum_low = key, n, sum
-        if (longest > WIDTH) & (n_low - n_high <= TILE):  # what is between fits in one tile
-            sizes = _narrow(lists_ptr, stride, sizes, longest, near_ptr, low, high, WIDTH)
-            lists_ptr = near_ptr
+        if (longest > WIDTH) & (n_low - n_high <= TILE):  # the interval's scores fit in one tile
+            sizes = _compact(lists_ptr, stride, sizes, longest, scratch_ptr, low, high, WIDTH)
+            lists_ptr = scratch_ptr
             stride = tl.full([], WIDTH, tl.int32)
             longest = stride
             n_left_out, sum_left_out = n_high, sum_high
@@ -131,10 +139,10 @@ def _cut(
 def cut_lists(
     lists_ptr,
     sizes,
-    near_ptr,  # scratch of sizes.shape[0] * WIDTH
+    scratch_ptr,  # sizes.shape[0] * WIDTH scores
     z_max,
-    bound,  # no listed score is less
-    weight,  # of the whole row
+    threshold,  # no listed score is lower
+    weight,  # sum of the whole row
     row,
     n_vocab,
     top_k_ptr,
@@ -142,10 +150,12 @@ def cut_lists(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What top-k and top-p keep: keys above ``last``, and of those that equal it all but the first
-    ``skip`` of the row. Returns (last, skip).
+    """Apply top-k and top-p. Return (last, skip).
+
+    Kept are the keys above ``last``, and the scores with key ``last`` except the row's first
+    ``skip``.
     """
-    low = key_of(bound) - 1
+    low = key_of(threshold) - 1
     n = tl.sum(sizes)
     skip = tl.zeros([], tl.int32)
     k = tl.zeros([], tl.int32)
@@ -155,18 +165,18 @@ def cut_lists(
     if top_p_ptr is not None:
         top_p = load_top_p(top_p_ptr, row)
     if k > 0:
-        last, _, _ = _cut(
-            lists_ptr, sizes, near_ptr, z_max, k.to(tl.int64), low, n, n.to(tl.int64),
+        last, _, _ = _find_cut(
+            lists_ptr, sizes, scratch_ptr, z_max, k.to(tl.int64), low, n, n.to(tl.int64),
             False, CHUNK, WIDTH,
         )  # fmt: skip
-        low = last - 1  # with all that equal the k-th
+        low = last - 1  # all that equal the k-th are kept
     if top_p < 1.0:
-        n, listed = _above(lists_ptr, CHUNK, sizes, tl.max(sizes, 0), z_max, low, True, WIDTH)
+        n, listed = _sum_above(lists_ptr, CHUNK, sizes, tl.max(sizes, 0), z_max, low, True, WIDTH)
         if k > 0:
             weight = listed
         target = tl.maximum((top_p.to(tl.float64) * weight.to(tl.float64)).to(tl.int64), 1)
-        last, n_ties, above = _cut(
-            lists_ptr, sizes, near_ptr, z_max, target, low, n, listed, True, CHUNK, WIDTH
+        last, n_ties, above = _find_cut(
+            lists_ptr, sizes, scratch_ptr, z_max, target, low, n, listed, True, CHUNK, WIDTH
         )
         low = last - 1
         _, each = ratio_and_weight(value_of(last), z_max)
@@ -179,11 +189,11 @@ def cut_lists(
 def weigh_lists(
     lists_ptr, sizes, z_max, last, skip, min_p, CHUNK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """What the kept scores of each list weigh, and how many that equal ``last`` come before it."""
+    """Return the weight of each list's kept scores, and the number of ``last`` in earlier lists."""
     weights = tl.zeros([sizes.shape[0], WIDTH], tl.int64)
     ties = tl.zeros([sizes.shape[0], WIDTH], tl.int32)
     for start in range(0, tl.max(sizes, 0), WIDTH):
-        z = _tile(lists_ptr, CHUNK, sizes, start, WIDTH)
+        z = _load_tile(lists_ptr, CHUNK, sizes, start, WIDTH)
         ratio, weight = ratio_and_weight(z, z_max)
         weights += tl.where((key_of(z) >= last) & (ratio >= min_p), weight, 0)
         ties += (key_of(z) == last).to(tl.int32)
