@@ -67,7 +67,7 @@ SUITES: dict[str, Suite] = {
     "linear": Suite(
         "the four linear layers of a block",
         ("us_per_block", "gb_per_s"),
-        "pytest bench/bench_linear.py",
+        "pytest bench/bench_linear.py bench/bench_quantized_linear.py",
     ),
     "attention_decode": Suite(
         "attention of one new token over a long context", _OPS, "pytest bench/bench_attention.py"

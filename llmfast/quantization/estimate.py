@@ -12,7 +12,7 @@ from ..model.costs import weight_bytes
 from ..weights.registry import FORMATS
 from .decoder import decoder_layers, linears
 
-MANY_TOKENS = 256  # from here on 16-bit weights were faster, or as fast: docs/ops/linear.md
+MANY_TOKENS = 256  # from here on 16-bit weights were as fast: docs/ops/quantized_linear.md
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from llmfast_kernels import begin_step, end_step, sample_tokens
-from llmfast_kernels.linear import workspace_bytes
+from llmfast_kernels.quantized_linear import workspace_bytes
 
 from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llmfast_kernels import int4_linear, pack_int4
-from llmfast_kernels.linear.int4_layout import dequantize_int4
+from llmfast_kernels.quantized_linear.formats import INT4
 
 from .integer import IntegerWeight, scale_bytes
 
@@ -46,5 +46,5 @@ class Int4Weight(IntegerWeight):
         exact = torch.promote_types(self.dtype, torch.float32)
         stored = (self.codes, self.scales, self.zeros)
         return self.unpermuted(
-            dequantize_int4(*stored, self.k, self.group_size, exact, self.minima)
+            INT4.dequantize(*stored, self.k, self.group_size, exact, self.minima)
         )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llmfast_kernels import gelu_mul, gelu_tanh_mul, int8_linear, pack_int8, silu_mul
-from llmfast_kernels.linear.reference import dequantize_int8
+from llmfast_kernels.quantized_linear.formats import INT8
 
 from .integer import IntegerWeight, scale_bytes
 
@@ -46,5 +46,5 @@ class Int8Weight(IntegerWeight):
         exact = torch.promote_types(self.dtype, torch.float32)
         stored = (self.codes, self.scales, self.zeros)
         return self.unpermuted(
-            dequantize_int8(*stored, self.k, self.group_size, exact, self.minima)
+            INT8.dequantize(*stored, self.k, self.group_size, exact, self.minima)
         )

@@ -1,16 +1,11 @@
-"""Layers with quantized weights for tests, and what they must come out at."""
+"""Linear layers with quantized weights for tests, and their exact results."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from llmfast_kernels.linear import pack_int4, pack_int8
-from llmfast_kernels.linear.int4_layout import dequantize_int4
-from llmfast_kernels.linear.reference import (
-    dequantize_int8,
-    int4_linear_reference,
-    int8_linear_reference,
-)
+from llmfast_kernels.quantized_linear.formats import FORMATS
+from llmfast_kernels.quantized_linear.reference import int4_linear_reference, int8_linear_reference
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
@@ -24,13 +19,11 @@ on_hopper = [
     ),
 ]
 
-PACK = {4: pack_int4, 8: pack_int8}
 REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
-_DEQUANTIZE = {4: dequantize_int4, 8: dequantize_int8}
 
 
 def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0, bits=4):
-    """The operation's arguments by name; results are about 1."""
+    """Make an operation's arguments by name; results are about 1."""
     tokens, k, n, group_size = shape
     gen = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)
@@ -38,7 +31,7 @@ def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0, bits=4):
     codes = torch.randint(0, largest + 1, (n, k), generator=gen, dtype=torch.uint8)
     args = {
         "x": torch.randn(tokens, k, generator=gen).to(dtype),
-        "packed": PACK[bits](codes),
+        "packed": FORMATS[bits].pack(codes),
         "scales": ((torch.rand(n, groups, generator=gen) + 0.5) * 3 / largest / k**0.5).to(dtype),
     }
     if kind == "minima":
@@ -55,14 +48,15 @@ def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0, bits=4):
 def in_float64(
     x, packed, scales, zeros=None, bias=None, *, group_size, minima=None, residual=None, bits=4
 ):
-    dequantize = _DEQUANTIZE[bits]
-    weight = dequantize(packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima)
+    weight = FORMATS[bits].dequantize(
+        packed, scales, zeros, x.shape[-1], group_size, torch.float64, minima
+    )
     y = linear(x.double(), weight, None if bias is None else bias.double())
     return y if residual is None else y + residual.double()
 
 
 def assert_as_good(ours, reference, exact):
-    """The relative rule: at most twice the reference's own error, or four epsilons."""
+    """Assert the relative rule: at most twice the reference's own error, or four epsilons."""
     assert ours.dtype == reference.dtype and ours.shape == reference.shape
     error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
     floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()

@@ -11,7 +11,7 @@ from llmfast.errors import UserError
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.weights import int4
 from llmfast.weights.model_weights import attach, quantized_weights_of
-from llmfast_kernels.linear.reference import int4_linear_reference
+from llmfast_kernels.quantized_linear.reference import int4_linear_reference
 from tiny_models import make, tokens
 
 # models are on the CPU in float32, which the kernel does not have: a test below runs it on a GPU

@@ -1,4 +1,4 @@
-"""Linear layers with eight-bit weights: the kernels against float64."""
+"""Linear layers with eight-bit weights: the kernels for any GPU, against float64."""
 
 from functools import partial
 
@@ -9,22 +9,19 @@ from hypothesis import strategies as st
 
 import quantized_cases
 from guards import BAND, GuardedEmpty, guard_all, guarded
-from llmfast_kernels.linear import (
-    free_workspaces,
+from llmfast_kernels.linear.launch import block_m
+from llmfast_kernels.quantized_linear import (
     int8_linear,
     pack_int8,
     unpack_int8,
     workspace_bytes,
 )
-from llmfast_kernels.linear.int8_kernel import (
-    MAX_TOKENS,
-    Int8Launch,
-    choose_int8_launch,
-    launch_dequantize_int8,
-    launch_int8_linear,
-)
-from llmfast_kernels.linear.launch import block_m
-from llmfast_kernels.linear.reference import dequantize_int8, int8_linear_reference
+from llmfast_kernels.quantized_linear.dequantize import launch_dequantize
+from llmfast_kernels.quantized_linear.formats import INT8
+from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
+from llmfast_kernels.quantized_linear.launch import MAX_TOKENS as MAX_TOKENS_BY_BITS
+from llmfast_kernels.quantized_linear.launch import Launch
+from llmfast_kernels.quantized_linear.reference import int8_linear_reference
 from quantized_cases import assert_as_good, each_dtype, each_kind
 
 # tokens, k, n, group size: odd rows, k on either side of a block, groups cut short, all columns
@@ -39,6 +36,8 @@ SHAPES = [
     (1, 1, 1, 32),
 ]
 
+launch_int8_linear = partial(launch_quantized_linear, fmt=INT8)
+MAX_TOKENS = MAX_TOKENS_BY_BITS[8]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 make = partial(quantized_cases.make, bits=8)
 in_float64 = partial(quantized_cases.in_float64, bits=8)
@@ -50,38 +49,13 @@ def skip_bfloat16_in_the_interpreter(device, dtype):
 
 
 def small(args):
-    """A launch of several steps and programs even at small shapes."""
+    """Return a launch of several steps and programs even at small shapes, where there is one."""
+    if len(args["x"]) > 1 and "minima" in args:
+        return None  # the workspace
     group = 128 if args["scales"].shape[1] == 1 else args["group_size"]
     if len(args["x"]) == 1:
-        return Int8Launch("gemv", 4, 128, 2, 1)
-    return Int8Launch("tiles", 16, group, 2, 2)
-
-
-def test_where_a_code_lies():
-    """As the module's docstring says: in word c columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9."""
-    codes = torch.arange(32, dtype=torch.uint8)[None]
-    words = pack_int8(codes).view(8, 4).tolist()
-    for start in (0, 16):
-        for c in range(4):
-            wanted = [start + column for column in (2 * c, 2 * c + 1, 2 * c + 8, 2 * c + 9)]
-            assert words[start // 4 + c] == wanted
-
-
-@settings(deadline=None, derandomize=True, max_examples=40)
-@given(n=st.integers(1, 9), k=st.integers(1, 70), seed=st.integers(0, 99))
-def test_pack_and_unpack_are_inverse(n, k, seed):
-    gen = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (n, k), generator=gen, dtype=torch.uint8)
-    packed = pack_int8(codes)
-    assert packed.is_contiguous() and packed.shape == (n, -(-k // 16) * 16)
-    assert torch.equal(unpack_int8(packed, k), codes)
-
-
-def test_bad_codes_are_named():
-    with pytest.raises(TypeError, match=r"^pack_int8: codes must be torch.uint8, got torch.int32"):
-        pack_int8(torch.zeros(2, 3, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"^pack_int8: .*\(3,\)"):
-        pack_int8(torch.zeros(3, dtype=torch.uint8))
+        return Launch("gemv", 1, 4, 128, num_warps=2)
+    return Launch("tiles", block_m(len(args["x"])), 16, group, num_warps=2, num_stages=2)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
@@ -110,7 +84,7 @@ def test_reference_is_the_formula(kind):
 def test_kernel_matches_float64(shape, dtype, kind, more, device):
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = make(shape, dtype, device, kind, more)
-    got = launch_int8_linear(**args, _launch=small(args))
+    got = launch_int8_linear(**args, launch=small(args))
     assert got.is_contiguous()
     assert_as_good(got, int8_linear_reference(**args), in_float64(**args))
 
@@ -137,7 +111,7 @@ def test_kernel_matches_at_any_shape(device, tokens, k, n, group_size, kind):
 @pytest.mark.parametrize("tokens", [1, 2])
 @each_dtype
 def test_every_code_and_zero_point_is_exact(tokens, dtype, device):
-    """One column at a time, a scale of 1: the weight itself comes out."""
+    """With one column at a time and a scale of 1, the output is the weight itself."""
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = {
         "packed": pack_int8(torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 2)).to(device),
@@ -157,7 +131,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(tokens, kind, device, mo
     reference, exact = int8_linear_reference(**args), in_float64(**args)
     args = guard_all(args, 255)
     monkeypatch.setattr(torch, "empty", empty)
-    got = launch_int8_linear(**args, _launch=small(args))
+    got = launch_int8_linear(**args, launch=small(args))
     assert_as_good(got, reference, exact)
     empty.assert_bands_are_whole(reference.numel())
 
@@ -192,7 +166,7 @@ def test_more_codes_than_an_int32_counts(tokens):
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 @each_kind
 def test_scales_may_be_float16(dtype, device_type, tokens, kind):
-    """As checkpoints have them: a model in another dtype does not round them."""
+    """Checkpoints have float16 scales; a model in another dtype does not round them."""
     if device_type == "cuda" and not torch.cuda.is_available():
         pytest.skip("wants a CUDA GPU")
     args = make((tokens, 256, 40, 64), torch.float16, device_type, kind)
@@ -206,74 +180,14 @@ def test_scales_may_be_float16(dtype, device_type, tokens, kind):
     assert error <= (1e-12 if dtype == torch.float64 else 2**-7)
 
 
-def test_op_runs_its_implementation(device):
-    args = make((3, 128, 40, 64), torch.float16, device)
-    run = launch_int8_linear if device.type == "cuda" else int8_linear_reference
-    assert torch.equal(int8_linear(**args), run(**args))
-    args = make((6, 128, 40, 64), torch.float16, device, more=False)
-    args["x"] = args["x"].view(2, 3, 128)
-    assert int8_linear(**args).shape == (2, 3, 40)
-    args["x"] = args["x"][:, :0]
-    assert launch_int8_linear(**args).shape == (2, 0, 40)
-
-
-@pytest.mark.parametrize("tokens", [1, 16, 33, MAX_TOKENS])
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("k", [1, 576, 4096, 14336])
-def test_launches_fit_every_gpu(k, group, tokens):
-    launch = choose_int8_launch(k, group, tokens)
-    if launch.tier == "gemv":
-        assert launch.block_k % group == 0
-        return
-    assert launch.block_k == group
-    stage = launch.block_n * launch.block_k + block_m(tokens) * launch.block_k * 2
-    assert stage * launch.num_stages <= 99 * 1024
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "says"),
-    [
-        ({"x": torch.ones(3, 128).int()}, TypeError, "x must be float16 or bfloat16"),
-        ({"x": torch.ones(3, 130).half()}, ValueError, r"packed must be \(40, 144\)"),
-        ({"x": torch.ones(128, 3).half().t()}, ValueError, r"x must be contiguous.*\(1, 3\)"),
-        ({"group_size": 48}, ValueError, "group_size must be 32, 64, 128 or k = 128; got 48"),
-        ({"packed": torch.ones(40, 128)}, TypeError, "packed must be torch.uint8"),
-        ({"packed": torch.ones(40).byte()}, ValueError, r"packed must be \(n, places\)"),
-        ({"scales": torch.ones(40, 3).half()}, ValueError, r"scales must be \(40, 2\).*\(40, 3\)"),
-        ({"scales": torch.ones(40, 2)}, TypeError, "scales must have x's dtype torch.float16"),
-        ({"zeros": torch.ones(40, 2)}, TypeError, "zeros must be torch.uint8"),
-        ({"minima": torch.ones(40, 2).half()}, ValueError, "zeros and minima exclude each other"),
-        ({"zeros": None, "minima": torch.ones(40, 2)}, TypeError, "minima must have x's dtype"),
-        ({"bias": torch.ones(39).half()}, ValueError, r"bias must be \(40,\)"),
-        ({"residual": torch.ones(40).half()}, ValueError, r"residual must be \(3, 40\)"),
-        (
-            {"scales": torch.ones(40, 2, dtype=torch.half, requires_grad=True)},
-            RuntimeError,
-            "no backward",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(change, error, says):
-    args = make((3, 128, 40, 64), torch.float16) | change
-    with pytest.raises(error, match=f"^int8_linear: .*{says}"):
-        int8_linear(**args)
-
-
 # ------------------------------------------------------------------------------------ many tokens
-
-
-@pytest.fixture
-def no_workspaces():
-    free_workspaces()
-    yield
-    free_workspaces()
 
 
 @each_shape
 @each_dtype
 @each_kind
 def test_weights_are_dequantized_with_one_rounding(shape, dtype, kind, device):
-    """Bit for bit: a scale times a code is exact in float32, and so rounded once."""
+    """Bit for bit: a scale times a code is exact in float32, so it is rounded once."""
     skip_bfloat16_in_the_interpreter(device, dtype)
     args = make(shape, dtype, device, kind)
     _, k, n, group_size = shape
@@ -281,8 +195,9 @@ def test_weights_are_dequantized_with_one_rounding(shape, dtype, kind, device):
         args.get(name) for name in ("packed", "scales", "zeros", "minima")
     )
     weight, buffer = guarded(torch.full((n, k), float("nan"), dtype=dtype, device=device), 7.0)
-    launch_dequantize_int8(packed, scales, zeros, minima, weight, group_size=group_size)
-    wanted = dequantize_int8(packed, scales, zeros, k, group_size, torch.float32, minima)
+    given = (packed, scales, zeros, minima, weight)
+    launch_dequantize(*given, fmt=INT8, group_size=group_size)
+    wanted = INT8.dequantize(packed, scales, zeros, k, group_size, torch.float32, minima)
     assert torch.equal(weight, wanted.to(dtype))
     assert (buffer[:BAND] == 7.0).all() and (buffer[-BAND:] == 7.0).all()
 

@@ -1,38 +1,35 @@
-"""Layers with four-bit weights for tens to hundreds of tokens.
+"""The scaled tiles main loop: tensor cores by ``mma.sync`` with weights that are scaled before.
 
-The weights are scaled before they are multiplied, in registers and in 16 bits, to just what
-dequantizing rounds them to. So the tensor cores sum all columns in one accumulator, and a program
-takes more tokens than where the products of each group are scaled.
+For tens to hundreds of tokens. The weights are scaled in registers, to the 16-bit numbers that
+dequantizing rounds them to. The tensor cores then sum all columns in one accumulator, so that a
+program takes more tokens than in :mod:`.tiles`, where each group's products are scaled.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
-from .int4_parts import (
-    CHUNK_COLUMNS,
-    CHUNK_WORDS,
-    MIDDLE_CODE,
-    PAIR_COLUMNS,
-    pair_of,
-    rows_of,
-    store,
-)
+from .call import Call
+from .epilogue import store_tile, tile_rows
+from .launch import Launch
+from .operands import CHUNK_COLUMNS, CHUNK_WORDS, INT4_MIDDLE, PAIR_COLUMNS, offset_codes
 
 _HALF = tl.constexpr(2 * PAIR_COLUMNS.value)  # columns of a product
 
 
 @triton.jit
 def _side_by_side(left, right):
-    """``[N, K]`` and ``[N, K]`` as ``[N, 2 K]``."""
+    """Concatenate ``[N, K]`` and ``[N, K]`` to ``[N, 2 K]``."""
     both = tl.permute(tl.join(left, right), (0, 2, 1))
     return tl.reshape(both, [left.shape[0], 2 * left.shape[1]])
 
 
 @triton.jit
-def _weights(
+def _scaled_pair(
     words,
     chunk,
     p: tl.constexpr,
@@ -45,9 +42,9 @@ def _weights(
     EVEN_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """A pair's weights: less the zero point they are exact, scaled they are rounded once.
+    """Return the weights of pair p, ``[N, PAIR_COLUMNS]``: exact until the scale rounds them once.
 
-    ``first`` is where the rows' groups begin.
+    ``first`` is the offset of the rows' first groups.
     """
     offset = 128 if dtype == tl.bfloat16 else 1024
     at = first
@@ -55,7 +52,7 @@ def _weights(
         group = (chunk * CHUNK_COLUMNS + p * PAIR_COLUMNS) // GROUP
         at += group if EVEN_K else tl.minimum(group, groups - 1)
     scale = tl.load(scales_ptr + at)
-    codes = pair_of(words, p, dtype)
+    codes = offset_codes(words, p, dtype)
     if minima_ptr is not None:
         codes -= tl.full(at.shape, offset, tl.float32).to(dtype)
         alike = tl.zeros_like(codes)
@@ -64,17 +61,17 @@ def _weights(
         codes -= (tl.load(zeros_ptr + at).to(tl.float32) + offset).to(dtype)
         return codes * scale
     else:
-        codes -= tl.full(at.shape, offset + MIDDLE_CODE, tl.float32).to(dtype)
+        codes -= tl.full(at.shape, offset + INT4_MIDDLE, tl.float32).to(dtype)
         return codes * scale
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n"])
-def _int4_many_kernel(
+def int4_scaled_tiles_kernel(
     x_ptr,  # [n_tokens, k]
     packed_ptr,  # [n, chunks * 16] words
     scales_ptr,  # [n, groups], of x's dtype, as the minima
     zeros_ptr,  # [n, groups], or None: 8
-    minima_ptr,  # [n, groups], or None; then there are no zeros
+    minima_ptr,  # [n, groups], or None; with minima there are no zeros
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
     y_ptr,  # [n_tokens, n], written; with ACT half as wide
@@ -84,16 +81,16 @@ def _int4_many_kernel(
     groups,
     GROUP: tl.constexpr,  # columns of a group, at most those of a chunk; 0: all columns
     EVEN_K: tl.constexpr,  # k is a multiple of a chunk
-    ACT: tl.constexpr,  # None, or what the gate goes through: its rows are the first half
+    ACT: tl.constexpr,  # None, or the gate's activation: its rows are the first half
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
-    tiles = tl.cdiv(n_tokens, BLOCK_M)  # that share rows of the weight are neighbours
+    tiles = tl.cdiv(n_tokens, BLOCK_M)  # neighbouring programs share rows of the weight
     pid = tl.program_id(0) // tiles
-    own, there = rows_of(pid, n, BLOCK_N, ACT is not None)
-    rows = own.to(tl.int64)  # rows times columns may pass 2**31; what is written does not
+    own, exists = tile_rows(pid, n, BLOCK_N, ACT is not None)
+    rows = own.to(tl.int64)  # rows times columns may exceed 2**31; output offsets do not
     tokens = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     lanes = tl.arange(0, _HALF)[:, None]
     chunks = tl.cdiv(k, CHUNK_COLUMNS)
@@ -103,11 +100,11 @@ def _int4_many_kernel(
     for chunk in range(0, chunks):
         words = tl.load(words_ptr + chunk * CHUNK_WORDS)
         for half in tl.static_range(2):
-            left = _weights(
+            left = _scaled_pair(
                 words, chunk, 2 * half, scales_ptr, zeros_ptr, minima_ptr, rows * groups, groups,
                 GROUP, EVEN_K, dtype,
             )  # fmt: skip
-            right = _weights(
+            right = _scaled_pair(
                 words, chunk, 2 * half + 1, scales_ptr, zeros_ptr, minima_ptr, rows * groups,
                 groups, GROUP, EVEN_K, dtype,
             )  # fmt: skip
@@ -117,8 +114,27 @@ def _int4_many_kernel(
             else:
                 x = tl.load(x_ptrs + first, mask=first + lanes < k, other=0.0)
             sums = tl.dot(_side_by_side(left, right), x, sums)
-        # Always so, but Triton cannot tell, and waits for the products here. If it waited where
-        # the next chunk needs their sum, ptxas would make each of their instructions wait, since
-        # the registers of the weights are written between.
+        # Always true, but Triton cannot tell, so it waits for the products here. A wait where the
+        # next chunk needs their sum would make ptxas wait after each MMA instruction, since the
+        # registers of the weights are written in between.
         sums = tl.where(chunk < chunks, sums, 0.0)
-    store(sums, bias_ptr, residual_ptr, y_ptr, pid, own, there, tokens, n_tokens, n, ACT)
+    store_tile(sums, bias_ptr, residual_ptr, y_ptr, pid, own, exists, tokens, n_tokens, n, ACT)
+
+
+_int4_scaled_tiles = CachedLauncher(int4_scaled_tiles_kernel, pdl=True)
+
+
+def launch_scaled_tiles(call: Call, y: torch.Tensor, launch: Launch) -> None:
+    """Compute ``y`` from int4 weights; scales and minima must have x's dtype."""
+    programs = -(-call.n // launch.block_n) * -(-call.tokens // launch.block_m)
+    even_k = call.k % launch.block_k == 0
+    _int4_scaled_tiles(
+        (programs,),
+        (
+            call.x, call.packed, call.scales, call.zeros, call.minima, call.bias, call.residual, y,
+            call.tokens, call.n, call.k, call.groups,
+            call.group, even_k, call.activation, launch.block_m, launch.block_n,
+        ),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )  # fmt: skip

@@ -1,13 +1,13 @@
-"""Layers with quantized weights for few tokens on Hopper: the weights are a stream.
+"""The stream main loop, for few tokens on Hopper: all SMs share the weight evenly (stream-K).
 
-All programs are resident, one or two on a multiprocessor, and share the weight evenly: its units,
-64 rows and 256 columns each, lie in a line that is cut into as many equal lengths. One warp of a
-program fetches units into a ring of stages, by TMA, the first of them before the kernel before has
-ended: weights are nobody's result. Two warpgroups multiply, each a half of a unit's columns.
+All programs are resident, one or two per SM. The weight is a line of units of 64 rows and 256
+columns, which is cut into one equal length per program. A producer warp loads units into a ring of
+stages by TMA. It loads the first words before the previous kernel has ended, since no kernel writes
+weights. Two consumer warpgroups multiply half of a unit's columns each (WGMMA).
 
-A program that has all columns of its rows stores them. Otherwise it leaves its sums in memory, and
-the last of those who share these rows to come adds them up in the order of columns, so the result
-does not depend on who that is.
+A program that holds all columns of a tile of rows stores the outputs. Otherwise it leaves its
+partial sums in memory, and the last arriver among the programs of the tile adds them up in the
+order of columns. The result does not depend on which program that is.
 """
 
 from __future__ import annotations
@@ -24,46 +24,48 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.launch import CachedLauncher
-from .hopper_launch import ROWS, STREAM
-from .hopper_parts import (
+from ...common.device import device_of
+from ...common.launch import CachedLauncher
+from ..call import Call
+from ..formats import CHUNK
+from ..launch import HOPPER_ROWS, STREAM, Launch
+from ..workspace import tickets
+from .operands import (
     BOX_WORDS,
     CHUNK_COLUMNS,
     HALF_CHUNK,
-    LANES,
     TILE_ROWS,
+    WORDS_IN_LANES,
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
     barrier,
-    fetch,
-    less_zeros,
-    operand,
-    zeros_of,
+    load_offsets,
+    mma_operand,
+    subtract_zero_points,
+    tma_load,
 )
-from .int4_layout import CHUNK
-from .kernel import multiprocessors_of
-from .workspace import tickets
+from .split_k import load_partial
 
-# of a lane, by programs on a multiprocessor: at first, while multiplying and while fetching
+# registers of a lane by programs per SM: at the launch, of a consumer, of the producer
 REGISTERS = {1: (168, 232, 40), 2: (80, 104, 24)}
 
 
 @gluon.jit
-def _start(program, units):
-    """A program's first unit."""
+def _first_unit(program, units):
+    """Return the first unit of a program."""
     return program * units // gl.num_programs(0)
 
 
 @gluon.jit
 def _owner(unit, units):
-    """The program that has a unit."""
+    """Return the program that has a unit."""
     return ((unit + 1) * gl.num_programs(0) - 1) // units
 
 
 @gluon.jit
-def _row_of(tile, place, n, GATED: gl.constexpr):
-    """GATED: half of a tile's rows are of the gate, and the other half those of up."""
+def _weight_row(tile, place, n, GATED: gl.constexpr):
+    """Return the weight row at a place of a tile. GATED: gate rows first, then matching up rows."""
     if GATED:
         HALF: gl.constexpr = TILE_ROWS // 2
         return tile * HALF + place % HALF + gl.where(place < HALF, 0, n // 2)
@@ -72,123 +74,126 @@ def _row_of(tile, place, n, GATED: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_words(
-    words_desc, words, come, stage, unit, pairs, n, BOXES: gl.constexpr, GATED: gl.constexpr
+def _load_unit_words(
+    words_desc, words, ready, stage, unit, pairs, n, BOXES: gl.constexpr, GATED: gl.constexpr
 ):
-    """BOXES: of words, for a unit's two chunks."""
+    """Load the words of a unit's two chunks, BOXES boxes, into a stage; ``ready`` counts bytes."""
     HEIGHT: gl.constexpr = words_desc.block_shape[0]
     row = unit // pairs * HEIGHT
     for box in gl.static_range(BOXES):
         column = (unit % pairs * BOXES + box) * BOX_WORDS
-        there = words.index(stage * BOXES + box)
+        target = words.index(stage * BOXES + box)
         if GATED:
-            fetch(words_desc, [row, column], come, there.slice(0, HEIGHT))
-            fetch(words_desc, [row + n // 2, column], come, there.slice(HEIGHT, HEIGHT))
+            tma_load(words_desc, [row, column], ready, target.slice(0, HEIGHT))
+            tma_load(words_desc, [row + n // 2, column], ready, target.slice(HEIGHT, HEIGHT))
         else:
-            fetch(words_desc, [row, column], come, there)
+            tma_load(words_desc, [row, column], ready, target)
 
 
 @gluon.jit
-def _fetch_x(x_desc, xs, come, stage, pair):
+def _load_unit_x(x_desc, xs, ready, stage, pair):
+    """Load the inputs of a unit's columns into a stage."""
     for part in gl.static_range(4):
         column = pair * 2 * CHUNK_COLUMNS + part * HALF_CHUNK
-        fetch(x_desc, [0, column], come, xs.index(4 * stage + part))
+        tma_load(x_desc, [0, column], ready, xs.index(4 * stage + part))
 
 
 @gluon.jit
-def _fetch_all(
+def _producer(
     x_desc, words_desc, ring, layer, BITS: gl.constexpr, ACT: gl.constexpr, STAGES: gl.constexpr
 ):
+    """Load a program's units into the ring; inputs only after the previous kernel has ended."""
     xs, words, full, empty = ring
     units, pairs, n, _ = layer
     BOXES: gl.constexpr = BITS // 2
     BYTES: gl.constexpr = BOXES * words.shape[1] * BOX_WORDS * 4 + 4 * xs.shape[1] * HALF_CHUNK * 2
     GATED: gl.constexpr = ACT is not None
-    first = _start(gl.program_id(0), units)
-    count = _start(gl.program_id(0) + 1, units) - first
+    first = _first_unit(gl.program_id(0), units)
+    count = _first_unit(gl.program_id(0) + 1, units) - first
     ahead = gl.minimum(count, STAGES)
     for step in range(ahead):
-        come = full.index(step)
-        mbarrier.expect(come, BYTES)
-        _fetch_words(words_desc, words, come, step, first + step, pairs, n, BOXES, GATED)
+        ready = full.index(step)
+        mbarrier.expect(ready, BYTES)
+        _load_unit_words(words_desc, words, ready, step, first + step, pairs, n, BOXES, GATED)
     gdc_wait()
     for step in range(ahead):
-        _fetch_x(x_desc, xs, full.index(step), step, (first + step) % pairs)
+        _load_unit_x(x_desc, xs, full.index(step), step, (first + step) % pairs)
     for step in range(ahead, count):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-        come = full.index(stage)
-        mbarrier.expect(come, BYTES)
-        _fetch_words(words_desc, words, come, stage, first + step, pairs, n, BOXES, GATED)
-        _fetch_x(x_desc, xs, come, stage, (first + step) % pairs)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        _load_unit_words(words_desc, words, ready, stage, first + step, pairs, n, BOXES, GATED)
+        _load_unit_x(x_desc, xs, ready, stage, (first + step) % pairs)
 
 
 @gluon.jit
-def _half(
+def _unscaled_half(
     words, half: gl.constexpr, zeros, BITS: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr
 ):
-    """Half of a chunk's codes less their zero points, for the tensor cores."""
+    """Return half of a chunk's codes minus their zero points, as WGMMA's operand."""
     first: gl.constexpr = 2 * half if BITS == 4 else 0
-    left = less_zeros(words, first, zeros, BITS, dtype)
-    right = less_zeros(words, first + 1, zeros, BITS, dtype)
-    return operand(left, right, BITS, dtype, layout)
+    left = subtract_zero_points(words, first, zeros, BITS, dtype)
+    right = subtract_zero_points(words, first + 1, zeros, BITS, dtype)
+    return mma_operand(left, right, BITS, dtype, layout)
 
 
 @gluon.jit
-def _multiply_all(
+def _consumer(
     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand, layer,
     WHICH: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Multiply half WHICH of each unit's columns. Warpgroup 0 adds both halves' sums and stores."""
     xs, words, full, empty = ring
     sent, given, taken = hand
     units, pairs, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
     dtype: gl.constexpr = xs.dtype
     GATED: gl.constexpr = ACT is not None
-    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
+    BOXES: gl.constexpr = BITS // 4  # of words, per chunk
     MIDDLE: gl.constexpr = 1 << (BITS - 1)
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     codes_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
+    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, WORDS_IN_LANES)), 1)
     of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, sums_layout)), 0)
     nothing = gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout)
     program = gl.program_id(0)
-    unit = _start(program, units)
-    end = _start(program + 1, units)
+    unit = _first_unit(program, units)
+    end = _first_unit(program + 1, units)
     step = 0
     turn = 0  # tiles done
     while unit < end:
         tile = unit // pairs
         first = unit % pairs
         last = gl.minimum(end - tile * pairs, pairs)
-        zeros_at = gl.minimum(_row_of(tile, own, n, GATED), n - 1) * groups
-        scales_at = gl.minimum(_row_of(tile, of_sums, n, GATED), n - 1) * groups
+        zeros_at = gl.minimum(_weight_row(tile, own, n, GATED), n - 1) * groups
+        scales_at = gl.minimum(_weight_row(tile, of_sums, n, GATED), n - 1) * groups
         sums = nothing
         for pair in range(first, last):
             stage = step % STAGES
             phase = step // STAGES & 1
             step += 1
             group = gl.minimum((2 * pair + WHICH) * PER_CHUNK, groups - 1)
-            zeros = zeros_of(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
+            zeros = load_offsets(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
             scale = gl.load(scales_ptr + scales_at + group).to(gl.float32)
             zeros_after = zeros
             scale_after = scale
             if GROUP == 64:
                 group = gl.minimum(group + 1, groups - 1)
-                zeros_after = zeros_of(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
+                zeros_after = load_offsets(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
                 scale_after = gl.load(scales_ptr + scales_at + group).to(gl.float32)
             mbarrier.wait(full.index(stage), phase)
-            codes = words.index((2 * stage + WHICH) * BOXES).load(LANES)
-            left = _half(codes, 0, zeros, BITS, dtype, codes_layout)
+            codes = words.index((2 * stage + WHICH) * BOXES).load(WORDS_IN_LANES)
+            left = _unscaled_half(codes, 0, zeros, BITS, dtype, codes_layout)
             x = xs.index(4 * stage + 2 * WHICH).permute((1, 0))
             part = warpgroup_mma_init(nothing)
             part = warpgroup_mma(left, x, part, use_acc=False, is_async=True)
             if BOXES == 2:
-                codes = words.index((2 * stage + WHICH) * BOXES + 1).load(LANES)
-            right = _half(codes, 1, zeros_after, BITS, dtype, codes_layout)
+                codes = words.index((2 * stage + WHICH) * BOXES + 1).load(WORDS_IN_LANES)
+            right = _unscaled_half(codes, 1, zeros_after, BITS, dtype, codes_layout)
             x = xs.index(4 * stage + 2 * WHICH + 1).permute((1, 0))
             if GROUP == 64:
                 after = warpgroup_mma_init(nothing)
@@ -209,51 +214,49 @@ def _multiply_all(
             mbarrier.wait(given, turn & 1)
             sums += sent.load(sums_layout)
             if last - first == pairs:
-                _store(sums, out, n_tokens, sent, tile, n, dtype, ACT)
+                _store_tile(sums, out, n_tokens, sent, tile, n, dtype, ACT)
             else:
                 SIZE: gl.constexpr = TILE_ROWS * TOKENS
                 at = of_sums * TOKENS + token
                 owner = _owner(tile * pairs, units)
                 others = _owner(tile * pairs + pairs - 1, units) - owner
-                # a program's first tile, or the last, which it is the first owner of
+                # slot 1: the program's last tile, whose first owner it is; slot 0: its first tile
                 slot = 2 * program + (program == owner).to(gl.int32)
                 gl.store(partial_ptr + slot * SIZE + at, sums)
-                barrier()  # all of it is stored before the ticket is drawn
+                barrier()  # every thread has stored before the ticket is drawn
                 if gl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == others:
-                    sums = _load(partial_ptr + (2 * owner + 1) * SIZE + at, at >= 0)
-                    AHEAD: gl.constexpr = 4 if SIZE <= 1024 else 1  # on their way at a time
+                    sums = load_partial(partial_ptr + (2 * owner + 1) * SIZE + at, at >= 0)
+                    AHEAD: gl.constexpr = 4 if SIZE <= 1024 else 1  # loads in flight at a time
                     for other in range(1, others + 1, AHEAD):
                         ptr = partial_ptr + 2 * (owner + other) * SIZE + at
                         left = (others - other) * SIZE
                         if AHEAD == 1:
-                            sums += _load(ptr, at >= 0)
+                            sums += load_partial(ptr, at >= 0)
                         else:
-                            second = _load(ptr + 2 * SIZE, at < left)
-                            third = _load(ptr + 4 * SIZE, at < left - SIZE)
-                            fourth = _load(ptr + 6 * SIZE, at < left - 2 * SIZE)
-                            sums += _load(ptr, at >= 0)
+                            second = load_partial(ptr + 2 * SIZE, at < left)
+                            third = load_partial(ptr + 4 * SIZE, at < left - SIZE)
+                            fourth = load_partial(ptr + 6 * SIZE, at < left - 2 * SIZE)
+                            sums += load_partial(ptr, at >= 0)
                             sums += second
                             sums += third
                             sums += fourth
-                    _store(sums, out, n_tokens, sent, tile, n, dtype, ACT)
+                    _store_tile(sums, out, n_tokens, sent, tile, n, dtype, ACT)
                     gl.store(tickets_ptr + tile, 0)
             mbarrier.arrive(taken, count=1)
         turn += 1
 
 
 @gluon.jit
-def _load(ptr, mask):
-    return gl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+def _store_tile(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.constexpr):
+    """Round the sums, with the bias; then add the residual, or gate; then store.
 
-
-@gluon.jit
-def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.constexpr):
-    """Round the sums, with the bias; then add the residual, or gate. ``free`` is as large."""
+    ``free`` is shared memory as large as the sums, which gating uses.
+    """
     bias_ptr, residual_ptr, y_ptr = out
     TOKENS: gl.constexpr = sums.shape[1]
     layout: gl.constexpr = sums.type.layout
     place = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, layout)), 1)
-    row = _row_of(tile, place, n, ACT is not None)
+    row = _weight_row(tile, place, n, ACT is not None)
     if bias_ptr is not None:
         sums += gl.load(bias_ptr + gl.minimum(row, n - 1)).to(gl.float32)
     y = sums.to(dtype).to(gl.float32)
@@ -278,11 +281,11 @@ def _store(sums, out, n_tokens, free, tile, n, dtype: gl.constexpr, ACT: gl.cons
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
-def _stream_kernel(
+def stream_kernel(
     x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
     words_desc,  # [n, words] in boxes of [64, 16], with ACT half as high
     scales_ptr,  # [n, groups]
-    zeros_ptr,  # [n, groups], or None: half of the codes are below 0
+    zeros_ptr,  # [n, groups], or None: the middle code is 0
     bias_ptr,  # [n] or None
     residual_ptr,  # [n_tokens, n] or None
     y_ptr,  # [n_tokens, n], written; with ACT half as wide
@@ -294,13 +297,13 @@ def _stream_kernel(
     groups,
     BITS: gl.constexpr,  # 4 or 8
     GROUP: gl.constexpr,  # 64, or columns of a chunk; 0: all columns
-    ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
+    ACT: gl.constexpr,  # None, or the gate's activation: its rows are the first half
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
-    OF_MULTIPLY: gl.constexpr,
-    OF_FETCH: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
-    gdc_launch_dependents()  # at once: programs of the next kernel come as these go
+    gdc_launch_dependents()  # at once: the next kernel's programs start as these end
     pairs = (k + 2 * CHUNK_COLUMNS - 1) // (2 * CHUNK_COLUMNS)  # of chunks
     units = (n + TILE_ROWS - 1) // TILE_ROWS * pairs
     xs = gl.allocate_shared_memory(x_desc.dtype, [4 * STAGES, TOKENS, HALF_CHUNK], x_desc.layout)
@@ -325,71 +328,54 @@ def _stream_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply_all,
+                _consumer,
                 (
                     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand,
                     layer, gl.constexpr(0), BITS, GROUP, ACT, STAGES,
                 ),
             ),
             (
-                _multiply_all,
+                _consumer,
                 (
                     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand,
                     layer, gl.constexpr(1), BITS, GROUP, ACT, STAGES,
                 ),
             ),
-            (_fetch_all, (x_desc, words_desc, ring, layer, BITS, ACT, STAGES)),
+            (_producer, (x_desc, words_desc, ring, layer, BITS, ACT, STAGES)),
         ],
-        [4, 1],  # warps of the second and the third, and registers of each of their lanes
-        [OF_MULTIPLY, OF_FETCH],
+        [4, 1],  # warps of the second and third partition; below, registers of their lanes
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
-_stream = CachedLauncher(_stream_kernel, pdl=True)
+_stream = CachedLauncher(stream_kernel, pdl=True)
 
 
-def launch_stream(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    y: torch.Tensor,
-    *,
-    bits: int,
-    group: int,
-    activation: str | None,
-    tokens: int,
-) -> None:
-    """Write ``y``.
+def launch_stream(call: Call, y: torch.Tensor, launch: Launch) -> None:
+    """Compute ``y`` for at most ``launch.block_m`` tokens.
 
-    x and packed at multiples of 16 bytes; the columns of x multiples of 8.
-
-    Args:
-        bits: 4 or 8.
-        group: columns that share a scale: 64, 128, or 0 for all.
-        tokens: of a program, a key of STREAM[bits]; at least x's.
+    TMA wants x and packed at multiples of 16 bytes, and a multiple of 8 columns of x. Groups are
+    64 or 128 columns, or all.
     """
-    n, k = len(packed), x.shape[-1]
-    n_tokens = x.numel() // k
-    stages, per_sm = STREAM[bits][tokens]
-    at_first, *registers = REGISTERS[per_sm]
-    x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
-    packed = packed.view(torch.int32)
-    words, box = packed.shape[1], ROWS if activation is None else ROWS // 2
+    x, n, k, tokens = call.x, call.n, call.k, launch.block_m
+    per_sm = STREAM[call.fmt.bits][tokens].programs
+    at_launch, *registers = REGISTERS[per_sm]
+    box = HOPPER_ROWS if call.activation is None else HOPPER_ROWS // 2
+    packed = call.packed.view(torch.int32)
+    words = packed.shape[1]
+    x_desc = TensorDescriptor(x, [call.tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
     words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, 16], WORDS_LAYOUT)
-    units = -(-n // ROWS) * -(-k // (2 * CHUNK))
-    programs = min(units, per_sm * multiprocessors_of(x.get_device()))
-    partial = torch.empty((programs * 2 * ROWS * tokens,), dtype=torch.float32, device=x.device)
-    given = (scales, zeros, bias, residual, y, partial, tickets(x.device))
-    groups = scales.shape[1]
+    tiles = -(-n // HOPPER_ROWS)
+    programs = min(tiles * -(-k // (2 * CHUNK)), per_sm * device_of(x).sm_count)
+    size = programs * 2 * HOPPER_ROWS * tokens
+    partial = torch.empty((size,), dtype=torch.float32, device=x.device)
     _stream(
         (programs,),
         (
-            *(x_desc, words_desc, *given, n_tokens, n, k, groups),
-            *(bits, group, activation, tokens, stages, *registers),
+            x_desc, words_desc, call.scales, call.zeros, call.bias, call.residual, y,
+            partial, tickets(x.device, tiles), call.tokens, n, k, call.groups,
+            call.fmt.bits, call.group, call.activation, tokens, launch.num_stages, *registers,
         ),
         num_warps=4,
-        maxnreg=at_first,
-    )
+        maxnreg=at_launch,
+    )  # fmt: skip

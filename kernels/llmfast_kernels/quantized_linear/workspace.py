@@ -29,8 +29,14 @@ def workspace(device: torch.device, dtype: torch.dtype, size: int) -> torch.Tens
     return held[-1][:size]
 
 
-def tickets(device: torch.device) -> torch.Tensor:
-    """MAX_TICKETS int32 zeros, which a kernel that counts in them leaves as zeros again."""
+def tickets(device: torch.device, count: int) -> torch.Tensor:
+    """Return at least ``count`` int32 zeros, which the kernel must leave as zeros.
+
+    Raises:
+        ValueError: more than MAX_TICKETS.
+    """
+    if count > MAX_TICKETS:
+        raise ValueError(f"quantized_linear: {count} tiles share columns, more than {MAX_TICKETS}")
     if device not in _tickets:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("int4_linear: run it once before a CUDA graph captures it")

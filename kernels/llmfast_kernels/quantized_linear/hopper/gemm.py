@@ -1,17 +1,17 @@
-"""Layers with quantized weights for more than a few tokens, on Hopper's tensor cores.
+"""The GEMM main loop, for more than a few tokens on Hopper: warp-specialized, persistent.
 
-A program has three parts that run beside each other. One warp fetches tokens and words of columns
-into a ring of stages, by TMA; the first words before the kernel before has ended, since weights
-are nobody's result. Two warpgroups, 64 rows of the weight each, wait for a stage, dequantize its
-weights in registers and multiply, each at its own pace: while one dequantizes, the tensor cores
-work for the other. The weights are rounded to just what dequantizing rounds them to.
+A producer warp loads inputs and words into a ring of stages by TMA. It loads the first words before
+the previous kernel has ended, since no kernel writes weights. Two consumer warpgroups of 64 weight
+rows each wait for a stage, dequantize its weights in registers and multiply (WGMMA). Each runs at
+its own pace: while one dequantizes, the tensor cores work for the other. The weights are rounded
+to the numbers that dequantizing rounds them to.
 
-Tiles follow each other in a program, and the ring goes on from one to the next. After a tile's
-columns comes one stage more, in which the residual is fetched and from which the tile is stored.
+A program computes several tiles, and the ring continues from one tile to the next. After a tile's
+columns comes one more stage, into which the residual is loaded and from which the tile is stored.
 
-Where tiles are too few for all multiprocessors, programs split the columns: each leaves its sums in
-memory, and the last of a tile's programs to come adds them up in the order of columns, so the
-result does not depend on who that is.
+Where there are fewer tiles than SMs, programs split the columns (split-K): each leaves its partial
+sums in memory, and the tile's last arriver adds them up in the order of columns. The result does
+not depend on which program that is.
 """
 
 from __future__ import annotations
@@ -30,36 +30,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.launch import CachedLauncher
-from .hopper_launch import ROWS, TILE_STAGES
-from .hopper_parts import (
+from ...common.device import device_of
+from ...common.launch import CachedLauncher
+from ..call import Call
+from ..formats import CHUNK
+from ..launch import HOPPER_ROWS, Launch
+from ..workspace import tickets
+from .operands import (
     BOX_WORDS,
     CHUNK_COLUMNS,
     HALF_CHUNK,
-    LANES,
     TILE_ROWS,
+    WORDS_IN_LANES,
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
     barrier,
-    fetch,
-    less_zeros,
-    operand,
-    put,
-    scaled,
-    twice,
-    zeros_of,
+    load_offsets,
+    mma_operand,
+    scale_weights,
+    splat16,
+    subtract_zero_points,
+    tma_load,
+    tma_store,
 )
-from .int4_layout import CHUNK
-from .kernel import multiprocessors_of
-from .workspace import tickets
+from .split_k import load_partial
 
-_BAND = gl.constexpr(8)  # tiles of tokens whose programs are neighbours
+_BAND = gl.constexpr(8)  # tiles of tokens of neighbouring programs, which share weights in the L2
 
 
 @gluon.jit
-def _place(index, token_tiles, row_tiles, TOKENS: gl.constexpr):
-    """A tile's first token, and which of the tiles of rows it is of."""
+def _tile_position(index, token_tiles, row_tiles, TOKENS: gl.constexpr):
+    """Return a tile's first token, and the index of its rows."""
     band = index // (_BAND * row_tiles)
     within = index % (_BAND * row_tiles)
     width = gl.minimum(token_tiles - band * _BAND, _BAND)
@@ -68,7 +70,10 @@ def _place(index, token_tiles, row_tiles, TOKENS: gl.constexpr):
 
 @gluon.jit
 def _first_row(row_tile, n, which: gl.constexpr, GATED: gl.constexpr):
-    """Of a warpgroup. GATED: one has the gate's rows, the other those of up that belong to them."""
+    """Return the first weight row of a warpgroup.
+
+    GATED: warpgroup 0 takes gate rows, and warpgroup 1 the matching up rows.
+    """
     if GATED:
         return row_tile * TILE_ROWS + which * (n // 2)
     else:
@@ -76,8 +81,8 @@ def _first_row(row_tile, n, which: gl.constexpr, GATED: gl.constexpr):
 
 
 @gluon.jit
-def _share(layer):
-    """A program's first tile, which of the splits of its columns it has, and how many there are."""
+def _split_of_program(layer):
+    """Return a program's first tile, its split of the columns, and the number of splits."""
     token_tiles, row_tiles, _, _, _ = layer
     splits = gl.maximum(gl.num_programs(0) // (token_tiles * row_tiles), 1)
     return gl.program_id(0) // splits, gl.program_id(0) % splits, splits
@@ -85,165 +90,164 @@ def _share(layer):
 
 @gluon.jit
 def _stage(step, STAGES: gl.constexpr):
-    """The stage of a step, and the phase of its barriers."""
+    """Return the stage of a step, and the phase of its barriers."""
     return step % STAGES, step // STAGES & 1
 
 
 @gluon.jit
-def _fetch_words(
+def _load_chunk_words(
     words_desc, ring, stage, row_tile, chunk, n, BITS: gl.constexpr, GATED: gl.constexpr
 ):
-    """Let a stage expect a chunk, and fetch its words."""
+    """Load the words of a chunk into a stage, whose barrier expects the inputs too."""
     xs, words, full, _ = ring
-    BOXES: gl.constexpr = BITS // 4  # of words, for a chunk
-    come = full.index(stage)
-    mbarrier.expect(come, 2 * (xs.shape[1] * HALF_CHUNK * 2 + BOXES * TILE_ROWS * BOX_WORDS * 4))
+    BOXES: gl.constexpr = BITS // 4  # of words, per chunk
+    ready = full.index(stage)
+    mbarrier.expect(ready, 2 * (xs.shape[1] * HALF_CHUNK * 2 + BOXES * TILE_ROWS * BOX_WORDS * 4))
     for which in gl.static_range(2):
         row = _first_row(row_tile, n, which, GATED)
         for box in gl.static_range(BOXES):
             place = [row, (chunk * BOXES + box) * BOX_WORDS]
-            fetch(words_desc, place, come, words.index((2 * stage + which) * BOXES + box))
+            tma_load(words_desc, place, ready, words.index((2 * stage + which) * BOXES + box))
 
 
 @gluon.jit
-def _fetch_all(
+def _producer(
     x_desc, words_desc, residual_desc, ring, layer,
     BITS: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Load a program's tiles into the ring; inputs only after the previous kernel has ended."""
     xs, _, full, empty = ring
     token_tiles, row_tiles, chunks, n, _ = layer
     TOKENS: gl.constexpr = xs.shape[1]
     GATED: gl.constexpr = ACT is not None
-    tile, split, splits = _share(layer)
+    tile, split, splits = _split_of_program(layer)
     first = split * chunks // splits
     last = (split + 1) * chunks // splits
     ahead = gl.minimum(last - first, STAGES)
-    token, row_tile = _place(tile, token_tiles, row_tiles, TOKENS)
+    token, row_tile = _tile_position(tile, token_tiles, row_tiles, TOKENS)
     for step in range(ahead):
-        _fetch_words(words_desc, ring, step, row_tile, first + step, n, BITS, GATED)
+        _load_chunk_words(words_desc, ring, step, row_tile, first + step, n, BITS, GATED)
     gdc_wait()
     step = 0
     for index in range(tile, token_tiles * row_tiles, gl.num_programs(0)):
-        token, row_tile = _place(index, token_tiles, row_tiles, TOKENS)
+        token, row_tile = _tile_position(index, token_tiles, row_tiles, TOKENS)
         for chunk in range(first, last):
             stage, phase = _stage(step, STAGES)
             if step >= ahead:
                 mbarrier.wait(empty.index(stage), phase ^ 1)
-                _fetch_words(words_desc, ring, stage, row_tile, chunk, n, BITS, GATED)
+                _load_chunk_words(words_desc, ring, stage, row_tile, chunk, n, BITS, GATED)
             step += 1
             for which in gl.static_range(2):
                 column = chunk * CHUNK_COLUMNS + which * HALF_CHUNK
-                fetch(x_desc, [token, column], full.index(stage), xs.index(2 * stage + which))
+                tma_load(x_desc, [token, column], full.index(stage), xs.index(2 * stage + which))
         stage, phase = _stage(step, STAGES)
         step += 1
         mbarrier.wait(empty.index(stage), phase ^ 1)
-        come = full.index(stage)
+        ready = full.index(stage)
         if RESIDUAL:
-            mbarrier.expect(come, 2 * (TOKENS * TILE_ROWS * 2))
+            mbarrier.expect(ready, 2 * (TOKENS * TILE_ROWS * 2))
             for which in gl.static_range(2):
                 row = _first_row(row_tile, n, which, GATED)
-                fetch(residual_desc, [token, row], come, xs.index(2 * stage + which))
+                tma_load(residual_desc, [token, row], ready, xs.index(2 * stage + which))
         else:
-            mbarrier.arrive(come, count=1)
+            mbarrier.arrive(ready, count=1)
 
 
 @gluon.jit
-def _group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS: gl.constexpr, dtype: gl.constexpr):
-    """What is subtracted from a group's codes, its scale and its minimum."""
+def _load_group(
+    scales_ptr, zeros_ptr, minima_ptr, at, last, BITS: gl.constexpr, dtype: gl.constexpr
+):
+    """Load a group's offsets (see load_offsets), scale and minimum, for each row."""
     at = gl.minimum(at, last)  # past a row's last group there are no columns
-    scale = twice(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
+    scale = splat16(gl.load(scales_ptr + at).to(gl.int16, bitcast=True))
     if minima_ptr is not None:
-        minimum = twice(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
-        return zeros_of(None, at, 0, BITS, dtype), scale, minimum
+        minimum = splat16(gl.load(minima_ptr + at).to(gl.int16, bitcast=True))
+        return load_offsets(None, at, 0, BITS, dtype), scale, minimum
     else:
         MIDDLE: gl.constexpr = 1 << (BITS - 1)
-        return zeros_of(zeros_ptr, at, MIDDLE, BITS, dtype), scale, scale
+        return load_offsets(zeros_ptr, at, MIDDLE, BITS, dtype), scale, scale
 
 
 @gluon.jit
-def _half(
+def _scaled_half(
     words, half: gl.constexpr, group, after, MINIMA: gl.constexpr, BITS: gl.constexpr,
     dtype: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """The weights of half a chunk. Of four bits its second quarter may be of a group of its own."""
+    """Return the weights of half a chunk. In int4 its second quarter may be of another group."""
     zero, scale, minimum = group
     zero_after, scale_after, minimum_after = after
     first: gl.constexpr = 2 * half if BITS == 4 else 0
-    left = less_zeros(words, first, zero, BITS, dtype)
-    right = less_zeros(words, first + 1, zero_after, BITS, dtype)
-    left = scaled(left, scale, minimum, MINIMA, dtype)
-    right = scaled(right, scale_after, minimum_after, MINIMA, dtype)
-    return operand(left, right, BITS, dtype, layout)
+    left = subtract_zero_points(words, first, zero, BITS, dtype)
+    right = subtract_zero_points(words, first + 1, zero_after, BITS, dtype)
+    left = scale_weights(left, scale, minimum, MINIMA, dtype)
+    right = scale_weights(right, scale_after, minimum_after, MINIMA, dtype)
+    return mma_operand(left, right, BITS, dtype, layout)
 
 
 @gluon.jit
-def _groups(
+def _load_chunk_groups(
     scales_ptr, zeros_ptr, minima_ptr, first, groups, chunk,
     BITS: gl.constexpr, GROUP: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """Those of a chunk's four quarters, for rows whose first groups are at ``first``."""
+    """Load the groups of a chunk's four quarters, for rows whose first groups are at ``first``."""
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     at = first + chunk * PER_CHUNK
     last = first + groups - 1
-    group0 = _group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS, dtype)
+    group0 = _load_group(scales_ptr, zeros_ptr, minima_ptr, at, last, BITS, dtype)
     group1 = group0
     group2 = group0
     if GROUP == 32:
-        group1 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
-        group2 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 2, last, BITS, dtype)
+        group1 = _load_group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
+        group2 = _load_group(scales_ptr, zeros_ptr, minima_ptr, at + 2, last, BITS, dtype)
     elif GROUP == 64:
-        group2 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
+        group2 = _load_group(scales_ptr, zeros_ptr, minima_ptr, at + 1, last, BITS, dtype)
     group3 = group2
     if GROUP == 32:
-        group3 = _group(scales_ptr, zeros_ptr, minima_ptr, at + 3, last, BITS, dtype)
+        group3 = _load_group(scales_ptr, zeros_ptr, minima_ptr, at + 3, last, BITS, dtype)
     return group0, group1, group2, group3
 
 
 @gluon.jit
-def _multiply(
+def _multiply_stage(
     sums, ring, stage, groups, WHICH: gl.constexpr, MINIMA: gl.constexpr, BITS: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
-    """Add a stage's products."""
+    """Return the sums plus a stage's products."""
     xs, words, _, _ = ring
     group0, group1, group2, group3 = groups
     dtype: gl.constexpr = xs.dtype
     BOXES: gl.constexpr = BITS // 4
     at = (2 * stage + WHICH) * BOXES
-    codes = words.index(at).load(LANES)
-    left = _half(codes, 0, group0, group1, MINIMA, BITS, dtype, layout)
+    codes = words.index(at).load(WORDS_IN_LANES)
+    left = _scaled_half(codes, 0, group0, group1, MINIMA, BITS, dtype, layout)
     sums = warpgroup_mma(left, xs.index(2 * stage).permute((1, 0)), sums, is_async=True)
     if BOXES == 2:
-        codes = words.index(at + 1).load(LANES)
-    right = _half(codes, 1, group2, group3, MINIMA, BITS, dtype, layout)
+        codes = words.index(at + 1).load(WORDS_IN_LANES)
+    right = _scaled_half(codes, 1, group2, group3, MINIMA, BITS, dtype, layout)
     sums = warpgroup_mma(right, xs.index(2 * stage + 1).permute((1, 0)), sums, is_async=True)
-    # across the loop's end ptxas would make each instruction wait
+    # waiting across the loop's end would make ptxas wait after each MMA instruction
     return warpgroup_mma_init(warpgroup_mma_wait(0, deps=(sums,)))
 
 
 @gluon.jit
-def _add_up(partial_ptr, splits, places, SIZE: gl.constexpr):
-    """What a tile's programs have left, SIZE sums each, from the first to the last."""
-    sums = _load(partial_ptr + places, places >= 0)
-    for split in range(1, splits, 2):  # two are on their way at a time
+def _sum_partials(partial_ptr, splits, places, SIZE: gl.constexpr):
+    """Sum what a tile's programs have left, SIZE partial sums each, in the order of columns."""
+    sums = load_partial(partial_ptr + places, places >= 0)
+    for split in range(1, splits, 2):  # two loads are in flight at a time
         ptr = partial_ptr + split * SIZE + places
-        second = _load(ptr + SIZE, places < (splits - split - 1) * SIZE)
-        sums += _load(ptr, places >= 0)
+        second = load_partial(ptr + SIZE, places < (splits - split - 1) * SIZE)
+        sums += load_partial(ptr, places >= 0)
         sums += second
     return sums
 
 
 @gluon.jit
-def _load(ptr, mask):
-    return gl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@gluon.jit
-def _multiply_all(
+def _consumer(
     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, partial_ptr, tickets_ptr, ring, gated,
     layer, WHICH: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr,
     RESIDUAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Multiply 64 rows of each tile, and store them by TMA from the ring's next stage."""
     xs, _, full, empty = ring
     token_tiles, row_tiles, chunks, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
@@ -252,32 +256,32 @@ def _multiply_all(
     SIZE: gl.constexpr = 2 * TILE_ROWS * TOKENS  # of a tile
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LANES)), 1)
+    own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, WORDS_IN_LANES)), 1)
     of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     place = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, sums_layout)), 0)
-    places = (WHICH * TILE_ROWS + of_sums) * TOKENS + place  # in a program's part of the memory
-    tile, split, splits = _share(layer)
+    places = (WHICH * TILE_ROWS + of_sums) * TOKENS + place  # in a program's partial sums
+    tile, split, splits = _split_of_program(layer)
     step = 0
     turn = 0  # tiles done
     for index in range(tile, token_tiles * row_tiles, gl.num_programs(0)):
-        token, row_tile = _place(index, token_tiles, row_tiles, TOKENS)
+        token, row_tile = _tile_position(index, token_tiles, row_tiles, TOKENS)
         row = _first_row(row_tile, n, WHICH, ACT is not None)
         first = gl.minimum(row + own, n - 1) * groups
         sums = warpgroup_mma_init(gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout))
         for chunk in range(split * chunks // splits, (split + 1) * chunks // splits):
             stage, phase = _stage(step, STAGES)
             step += 1
-            of_chunk = _groups(
+            of_chunk = _load_chunk_groups(
                 scales_ptr, zeros_ptr, minima_ptr, first, groups, chunk, BITS, GROUP, dtype
             )
             mbarrier.wait(full.index(stage), phase)
-            sums = _multiply(sums, ring, stage, of_chunk, WHICH, MINIMA, BITS, weights_layout)
+            sums = _multiply_stage(sums, ring, stage, of_chunk, WHICH, MINIMA, BITS, weights_layout)
             mbarrier.arrive(empty.index(stage), count=1)
         total = warpgroup_mma_wait(0, deps=(sums,))
         complete = True
         if partial_ptr is not None:
             gl.store(partial_ptr + gl.program_id(0) * SIZE + places, total)
-            barrier()  # all of it is stored before the ticket is drawn
+            barrier()  # every thread has stored before the ticket is drawn
             ticket = tickets_ptr + 2 * index + WHICH
             complete = gl.atomic_add(ticket, 1, sem="acq_rel") == splits - 1
         stage, phase = _stage(step, STAGES)
@@ -285,7 +289,7 @@ def _multiply_all(
         mbarrier.wait(full.index(stage), phase)
         if complete:
             if partial_ptr is not None:
-                total = _add_up(partial_ptr + index * splits * SIZE, splits, places, SIZE)
+                total = _sum_partials(partial_ptr + index * splits * SIZE, splits, places, SIZE)
                 gl.store(ticket, 0)
             if bias_ptr is not None:
                 total += gl.load(bias_ptr + gl.minimum(row + of_sums, n - 1)).to(gl.float32)
@@ -307,37 +311,37 @@ def _multiply_all(
             else:
                 fence_async_shared()
                 if ACT is not None:
-                    row -= n // 2  # of up's row its unit
-                put(y_desc, [token, row], box)
+                    row -= n // 2  # from up's row to the output's column
+                tma_store(y_desc, [token, row], box)
                 tma.store_wait(0)
         turn += 1
         mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
-def _hopper_kernel(
+def gemm_kernel(
     x_desc,  # [n_tokens, k] in boxes of [TOKENS, 64]
     words_desc,  # [n, words] in boxes of [64, 16]
     residual_desc,  # [n_tokens, n] in boxes as x's, read only if RESIDUAL
     y_desc,  # [n_tokens, n] in boxes as x's, written; with ACT half as wide
-    scales_ptr,  # [n, groups], of x's dtype, as the minima
-    zeros_ptr,  # [n, groups], or None: half of the codes are below 0
-    minima_ptr,  # [n, groups], or None; then there are no zeros
+    scales_ptr,  # [n, groups], of x's dtype, like the minima
+    zeros_ptr,  # [n, groups], or None: the middle code is 0
+    minima_ptr,  # [n, groups], or None; with minima there are no zeros
     bias_ptr,  # [n] or None
-    partial_ptr,  # float32 [programs, 128, TOKENS], written; None: columns are not split
+    partial_ptr,  # float32 [programs, 128, TOKENS], written; None if columns are not split
     tickets_ptr,  # int32, 0 for each half of a tile before and after; None likewise
     n_tokens,
     n,
     k,
     groups,
     BITS: gl.constexpr,  # 4 or 8
-    GROUP: gl.constexpr,  # columns of a group: of four bits 32, then 64, 128, or 0 for all
-    ACT: gl.constexpr,  # None, or what the gate goes through: its rows are the first half
+    GROUP: gl.constexpr,  # columns of a group: 64, 128, 0 for all; in int4 also 32
+    ACT: gl.constexpr,  # None, or the gate's activation: its rows are the first half
     RESIDUAL: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    gdc_launch_dependents()  # at once: programs of the next kernel come as these go
+    gdc_launch_dependents()  # at once: the next kernel's programs start as these end
     token_tiles = (n_tokens + TOKENS - 1) // TOKENS
     row_tiles = (n + 2 * TILE_ROWS - 1) // (2 * TILE_ROWS)
     chunks = (k + CHUNK_COLUMNS - 1) // CHUNK_COLUMNS
@@ -351,91 +355,70 @@ def _hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    # a warpgroup cannot be two tiles ahead, since a tile's columns fill the ring
+    # one phase is enough: a tile's columns fill the ring, so no warpgroup is two tiles ahead
     mbarrier.init(gated, count=1)
     ring = (xs, words, full, empty)
     layer = (token_tiles, row_tiles, chunks, n, groups)
     gl.warp_specialize(
         [
             (
-                _multiply_all,
+                _consumer,
                 (
                     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, partial_ptr, tickets_ptr,
                     ring, gated, layer, gl.constexpr(0), BITS, GROUP, ACT, RESIDUAL, STAGES,
                 ),
             ),
             (
-                _multiply_all,
+                _consumer,
                 (
                     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, partial_ptr, tickets_ptr,
                     ring, gated, layer, gl.constexpr(1), BITS, GROUP, ACT, RESIDUAL, STAGES,
                 ),
             ),
             (
-                _fetch_all,
+                _producer,
                 (x_desc, words_desc, residual_desc, ring, layer, BITS, ACT, RESIDUAL, STAGES),
             ),
         ],
-        [4, 1],  # warps of the second and the third, and registers of each of their lanes
+        [4, 1],  # warps of the second and third partition; below, registers of their lanes
         [232, 40],
     )  # fmt: skip
 
 
-_hopper = CachedLauncher(_hopper_kernel, pdl=True)
+_gemm = CachedLauncher(gemm_kernel, pdl=True)
 
 
-def launch_hopper(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    minima: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    y: torch.Tensor,
-    *,
-    bits: int,
-    group: int,
-    activation: str | None,
-    tokens: int,
-    splits: int,
-) -> None:
-    """Write ``y``.
+def launch_gemm(call: Call, y: torch.Tensor, launch: Launch) -> None:
+    """Compute ``y`` in tiles of ``launch.block_m`` tokens, whose columns fill the stages.
 
-    x, packed, residual and y at multiples of 16 bytes; the columns of x and y multiples of 8.
-
-    Args:
-        bits: 4 or 8.
-        group: columns that share a scale, 0 for all; of eight bits not 32.
-        tokens: of a tile, a key of TILE_STAGES[bits]; the columns fill as many stages.
-        splits: programs of a tile, at most one for each chunk of columns; with an activation, or
-            with more than MAX_TICKETS / 2 tiles, one.
+    TMA wants x, packed, residual and y at multiples of 16 bytes, and a multiple of 8 columns of x
+    and of y. With eight bits groups are not 32 columns. Columns are split into at most one split
+    per chunk, and not with an activation.
     """
-    n, k, width = len(packed), x.shape[-1], y.shape[-1]
-    n_tokens = x.numel() // k
-    wide = [tokens, CHUNK // 2]
-    x_desc = TensorDescriptor(x, [n_tokens, k], [k, 1], wide, X_LAYOUT)
-    packed = packed.view(torch.int32)
+    x, n, k, tokens, splits = call.x, call.n, call.k, launch.block_m, launch.splits
+    residual, width = call.residual, y.shape[-1]
+    box = [tokens, CHUNK // 2]
+    packed = call.packed.view(torch.int32)
     words = packed.shape[1]
-    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [ROWS, 16], WORDS_LAYOUT)
+    x_desc = TensorDescriptor(x, [call.tokens, k], [k, 1], box, X_LAYOUT)
+    words_desc = TensorDescriptor(packed, [n, words], [words, 1], [HOPPER_ROWS, 16], WORDS_LAYOUT)
     y_desc, residual_desc = (
-        TensorDescriptor(out, [n_tokens, width], [width, 1], wide, X_LAYOUT)
+        TensorDescriptor(out, [call.tokens, width], [width, 1], box, X_LAYOUT)
         for out in (y, y if residual is None else residual)
     )
-    tiles = -(-n_tokens // tokens) * -(-n // (2 * ROWS))
-    programs = min(tiles, multiprocessors_of(x.get_device())) if splits == 1 else splits * tiles
-    partial = counts = None
+    tiles = -(-call.tokens // tokens) * -(-n // (2 * HOPPER_ROWS))
+    programs = min(tiles, device_of(x).sm_count) if splits == 1 else splits * tiles
+    partial = ticket = None
     if splits > 1:
-        size = programs * 2 * ROWS * tokens
+        size = programs * 2 * HOPPER_ROWS * tokens
         partial = torch.empty((size,), dtype=torch.float32, device=x.device)
-        counts = tickets(x.device)
-    given = (scales, zeros, minima, bias, partial, counts)
-    groups = scales.shape[1]
-    _hopper(
+        ticket = tickets(x.device, 2 * tiles)
+    _gemm(
         (programs,),
         (
-            *(x_desc, words_desc, residual_desc, y_desc, *given, n_tokens, n, k, groups),
-            *(bits, group, activation, residual is not None, tokens, TILE_STAGES[bits][tokens]),
+            x_desc, words_desc, residual_desc, y_desc, call.scales, call.zeros, call.minima,
+            call.bias, partial, ticket, call.tokens, n, k, call.groups, call.fmt.bits, call.group,
+            call.activation, residual is not None, tokens, launch.num_stages,
         ),
         num_warps=4,
-    )
+    )  # fmt: skip
