@@ -26,9 +26,16 @@ def check_like(
     if tensor.dtype != (dtype or x.dtype):
         wanted = f"be {dtype}" if dtype not in (None, x.dtype) else f"have x's dtype {x.dtype}"
         raise TypeError(f"{op}: {name} must {wanted}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape or tensor.device != x.device or not tensor.is_contiguous():
+    check_layout(op, name, tensor, shape, x.device)
+
+
+def check_layout(
+    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Raise unless a tensor is contiguous, of ``shape`` and on ``device``."""
+    if tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
         raise ValueError(
-            f"{op}: {name} must be {shape}, contiguous, on {x.device}; got {tuple(tensor.shape)} "
+            f"{op}: {name} must be {shape}, contiguous, on {device}; got {tuple(tensor.shape)} "
             f"with strides {tensor.stride()} on {tensor.device}"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..common.checks import check_layout
 from .reference import begin_step_reference, end_step_reference
 
 
@@ -122,8 +123,4 @@ def _check(
 ) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape or tensor.device != like.device or not tensor.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} must be {shape}, contiguous, on {like.device}; got "
-            f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-        )
+    check_layout(op, name, tensor, shape, like.device)
