@@ -175,7 +175,7 @@ class AsyncLLM:
     # ------------------------------------------------------------------------- in the thread
 
     def _work(self) -> None:
-        device = self._llm._executor.cache.keys[0].device
+        device = self._llm._executor.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
         while True:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .executor import Executor, Flight
-from .logits import limit_scored, score
+from .model_runner import LaunchedBatch, ModelRunner
 from .outputs import Outputs
 from .processor import InputProcessor
 from .request import Answer, Request, RequestOutput, Sequence, SequenceStatus
-from .sampler import SampledToken
+from .sampling import SampledToken, limit_scored, score
 from .scheduler import Scheduler, SchedulerOutput
 
 logger = logging.getLogger("llmfast")
@@ -32,7 +31,7 @@ _STATUS = {
 class InFlightStep:
     """A step that is on its way."""
 
-    flight: Flight
+    flight: LaunchedBatch
     # of each sequence: its tokens in the cache after the step, and how often it was preempted
     computed: dict[Sequence, tuple[int, int]]
     sampled: list[Sequence]
@@ -41,7 +40,7 @@ class InFlightStep:
 class EngineCore:
     """What :class:`.llm.LLM` does with requests."""
 
-    _executor: Executor  # these are LLM's
+    _executor: ModelRunner  # these are LLM's
     _scheduler: Scheduler
     _processor: InputProcessor
     _outputs: Outputs
@@ -222,7 +221,7 @@ class EngineCore:
                 sequence.pending -= 1
                 self._take(*self._owners[sequence], choice)
 
-    def _take_prompts(self, flight: Flight, alive: set[Sequence]) -> None:
+    def _take_prompts(self, flight: LaunchedBatch, alive: set[Sequence]) -> None:
         """Append log-probabilities of prompts."""
         start = 0
         for sequence, count in flight.scored.items():

@@ -20,7 +20,7 @@ from ..weights.quantized import Quantized
 from .block_manager import BlockManager
 from .chunking import chunk_sizer_of
 from .core import EngineCore
-from .executor import Executor
+from .model_runner import ModelRunner
 from .outputs import Outputs
 from .processor import InputProcessor, Prompt, end_tokens_of
 from .request import RequestOutput
@@ -127,7 +127,7 @@ class LLM(EngineCore):
         self.tokenizer = tokenizer
         end_tokens = end_tokens_of(model, tokenizer)
         try:
-            self._executor = Executor(
+            self._executor = ModelRunner(
                 model,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,

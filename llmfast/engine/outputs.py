@@ -9,7 +9,7 @@ from .request import Answer, CompletionOutput, Logprob, Request, RequestOutput
 from .text import Decoder, Detokenizer, find_stop, held_back
 
 if TYPE_CHECKING:
-    from .sampler import SampledToken
+    from .sampling import SampledToken
 
 
 class Outputs:

@@ -1,4 +1,4 @@
-"""The paged cache: blocks of keys and values, and who has which."""
+"""The paged cache: blocks of keys and values, and a list of the free ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class PagedCache:
         device: torch.device,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        """``shapes``: heads and head dimension of each layer."""
+        """
+        Args:
+            shapes: heads and head dimension of each layer.
+        """
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.keys, self.values = (
@@ -42,8 +45,18 @@ class PagedCache:
     def num_free(self) -> int:
         return len(self._free)
 
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy blocks, in every layer; int64 ``[n]`` each."""
+        for tensor in (*self.keys, *self.values):
+            tensor[targets] = tensor[sources]
+
+    def close(self) -> None:
+        """Free the storage even if someone still holds the cache object."""
+        self.keys.clear()
+        self.values.clear()
+
     def allocate(self, tokens: int) -> list[int]:
-        """Blocks for ``tokens`` tokens.
+        """Take blocks for ``tokens`` tokens from the free list.
 
         Raises:
             UserError: there are not enough free blocks.
@@ -57,4 +70,5 @@ class PagedCache:
         return [self._free.pop() for _ in range(count)]
 
     def free(self, blocks: Iterable[int]) -> None:
+        """Put blocks back on the free list."""
         self._free.extend(blocks)

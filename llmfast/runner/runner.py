@@ -6,12 +6,14 @@ A step of decoding reads and writes that state on the device alone, so the host 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +22,8 @@ from llmfast_kernels.quantized_linear import workspace_bytes
 
 from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache
-from .graphs import StepGraph, capture, held_memory, new_pool
+from .capture import StepGraph, capture, held_memory, new_pool
+from .inputs import StepTensors
 from .model import StepModel
 from .step import Step
 
@@ -172,8 +175,7 @@ class Runner:
         """Let go of the graphs and the cache; the runner is of no use after."""
         self._graphs.clear()
         self._seen = self._logits = None
-        self.cache.keys.clear()  # whoever still has the cache, has no memory of it
-        self.cache.values.clear()
+        self.cache.close()
 
     # ---------------------------------------------------------------------------- one batch
 
@@ -315,7 +317,7 @@ class Runner:
             place += (torch.tensor(begin, device=device) - bounds[:-1])[of_row]
             table = state.block_table[row:stop]
             block = table[of_row, place // BLOCK_SIZE].long()
-            step = Step(
+            step = _step(
                 token_ids=input_ids[first:until],
                 positions=place + state.first_row[row],
                 slots=block * BLOCK_SIZE + place % BLOCK_SIZE,
@@ -337,7 +339,7 @@ class Runner:
         positions, slots, context_len = begin_step(
             state.context[:n], state.first_row[:n], table, block_size=BLOCK_SIZE
         )
-        step = Step(
+        step = _step(
             token_ids=state.tokens[:n],
             positions=positions,
             slots=slots,
@@ -428,6 +430,13 @@ class Runner:
             self._state.context.zero_()
         seconds = time.perf_counter() - started
         logger.info("llmfast: captured a step of %d rows in %.1f s", plan.rows, seconds)
+
+
+def _step(*, max_query_len: int, max_context_len: int | None = None, **given: torch.Tensor) -> Step:
+    """Return a step of the fields that its model reads."""
+    names = [field.name for field in dataclasses.fields(StepTensors)]
+    tensors: dict[str, Any] = dict.fromkeys(names, torch.empty(0)) | given
+    return Step(**tensors, max_query_len=max_query_len, max_context_len=max_context_len)
 
 
 def _bucket(rows: int) -> int:

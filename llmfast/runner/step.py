@@ -1,4 +1,4 @@
-"""One step: a flat list of tokens of several sequences, and the paged cache that they go to."""
+"""A step as the model runs it: flat tokens of several sequences, and the cache they go to."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+from .inputs import GraphKey, StepInputs, StepShape, StepTensors, views
 
 
 @dataclass
-class Step:
-    """The tensors of one step; T tokens of B sequences. What changes between replays is in them."""
+class Step(StepTensors):
+    """The tensors of a step, which change between replays of a graph, and its fixed sizes."""
 
-    token_ids: torch.Tensor  # int64 [T]
-    positions: torch.Tensor  # int64 [T], rows of the rotary tables
-    slots: torch.Tensor  # int64 [T], where in the cache; -1: nowhere
-    query_start: torch.Tensor  # int32 [B + 1], where a sequence's tokens begin
-    context_len: torch.Tensor  # int32 [B], tokens in the cache with this step's; 0: padding
-    block_table: torch.Tensor  # int32 [B, max_blocks]
-    max_query_len: int  # no sequence has more tokens in this step
+    max_query_len: int = 1  # tokens of a row at most
     max_context_len: int | None = None  # about the longest context, for the number of programs
-    max_prompts: int | None = None  # that have several tokens; None: one kernel takes all
+    max_prompts: int | None = None  # rows with several tokens; None: one kernel takes all rows
 
     def attend(
         self,
@@ -31,7 +28,7 @@ class Step:
         values: torch.Tensor,
         **options: Any,
     ) -> torch.Tensor:
-        """Attention of the step's queries ``[T, Hq, D]`` over a layer's cache, by an operation."""
+        """Attend from the step's queries ``[T, Hq, D]`` to a layer's cache, by an operation."""
         out: torch.Tensor = paged_attention(
             q,
             keys,
@@ -47,6 +44,22 @@ class Step:
         return out
 
 
+def step_of(
+    tensors: StepTensors,
+    shape: StepShape,
+    *,
+    max_context_len: int | None = None,
+    **changed: torch.Tensor,
+) -> Step:
+    """Return the step of some fields, a few of them ``changed``."""
+    return Step(
+        **(vars(tensors) | changed),
+        max_query_len=shape.max_query_len,
+        max_context_len=max_context_len,
+        max_prompts=shape.max_prompts,
+    )
+
+
 @dataclass
 class Chunk:
     """Consecutive tokens of one sequence."""
@@ -60,25 +73,20 @@ class Chunk:
 def make_step(
     chunks: Sequence[Chunk], block_size: int, max_blocks: int, device: torch.device | str
 ) -> Step:
-    """Lay chunks end to end, for tests and for steps that no graph replays."""
-    starts, positions, slots, context, tables = [0], [], [], [], []
-    for chunk in chunks:
-        places = range(chunk.start, chunk.start + len(chunk.token_ids))
-        starts.append(starts[-1] + len(places))
-        positions += [chunk.first_row + p for p in places]
-        slots += [chunk.blocks[p // block_size] * block_size + p % block_size for p in places]
-        context.append(places.stop)
-        tables.append([*chunk.blocks, *[-1] * (max_blocks - len(chunk.blocks))])
-
-    def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return Step(
-        token_ids=tensor([t for c in chunks for t in c.token_ids], torch.int64),
-        positions=tensor(positions, torch.int64),
-        slots=tensor(slots, torch.int64),
-        query_start=tensor(starts, torch.int32),
-        context_len=tensor(context, torch.int32),
-        block_table=tensor(tables, torch.int32),
-        max_query_len=max(len(c.token_ids) for c in chunks),
+    """Return the step of some chunks, without an executor: for checks and tests."""
+    counts = np.array([len(chunk.token_ids) for chunk in chunks], np.int64)
+    table = np.zeros((len(chunks), max_blocks), np.int64)
+    for row, chunk in enumerate(chunks):
+        table[row, : len(chunk.blocks)] = chunk.blocks
+    tokens = int(counts.sum())
+    shape = StepShape(tokens, len(chunks), max_blocks, 0, max_query_len=int(counts.max()))
+    inputs = StepInputs(GraphKey(shape, None))
+    inputs.place(
+        np.array([chunk.start for chunk in chunks], np.int64),
+        counts,
+        table,
+        block_size=block_size,
+        first_position=np.array([chunk.first_row for chunk in chunks], np.int64),
     )
+    inputs.arrays["token_ids"][:] = [token for chunk in chunks for token in chunk.token_ids]
+    return step_of(views(inputs.buffer.to(device), shape), shape)

@@ -6,17 +6,24 @@ import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from rich.progress import track
 from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .cache import BLOCK_SIZE
+from .executor import Executor
 from .generate import takeover_of
+from .graphs import MIXED_TOKENS
+from .inputs import SamplingOps
 from .runner import PREFILL_TOKENS, Runner, Sampling
 
+MANY_PROMPTS = 15  # of a step: sampling lays out many rows in another way than few
 # lengths of prompts that between them reach every kernel variant of a prefill
+
 _PROMPTS = (1, 3, 6, 12, 40, 200, 2500)
 
 
@@ -80,6 +87,70 @@ def warmup(
         packed = takeover.blocks.packed_bytes if takeover.blocks is not None else 0
     memory = {"weights": packed + sum(s.nbytes() for s in weights.values()), **done.memory}
     return dataclasses.replace(done, memory=memory)
+
+
+def compile_steps(executor: Executor, max_tokens: int) -> None:
+    """Run steps of every kind without graphs, so that no kernel compiles in front of a request.
+
+    No sequence may be running. Nobody reads what the steps leave in the cache.
+
+    Args:
+        max_tokens: the tokens of the largest step.
+    """
+    greedy, draws = SamplingOps(), SamplingOps(draws=True)
+    all_ops = (greedy, draws, SamplingOps(draws=True, filters=True))
+    small = min(MIXED_TOKENS, max_tokens)
+    for tokens, prompts, ops in (
+        (max_tokens, 1, greedy),
+        *((small, 1, ops) for ops in all_ops),
+        *((small, MANY_PROMPTS, ops) for ops in all_ops),
+    ):
+        longest = max(1, min(executor.max_length, -(-tokens // prompts)))
+        counts = [1]  # a row that decodes, and prompts: more than asked for if they get too long
+        while (left := tokens - sum(counts)) > 0:
+            counts.append(min(left, longest))
+        run_step(executor, counts, ops)
+
+
+def run_step(executor: Executor, counts: Sequence[int], sampling: SamplingOps | None) -> None:
+    """Run one step without a graph, of as many rows as there is room for.
+
+    Args:
+        counts: tokens of each row. A row of one token decodes: it has a context.
+    """
+    size = executor.cache.block_size
+    starts, blocks = [], [0]
+    for count in counts[: executor.max_rows]:
+        start = int(count == 1)
+        end = blocks[-1] - (-(start + count) // size)
+        if end > executor.cache.num_blocks:
+            break
+        starts.append(start)
+        blocks.append(end)
+    rows = len(starts)
+    if not rows:
+        return
+    computed, known = np.array(counts[:rows], np.int64), np.array(starts, np.int64)
+    longest = int((computed + known).max())
+    inputs = executor.new_step(
+        num_tokens=int(computed.sum()),
+        num_rows=rows,
+        max_query_len=int(computed.max()),
+        num_prompts=int((computed > 1).sum()),
+        max_context_len=longest,
+        num_logits=rows,
+        sampling=sampling,
+        num_sampled=0 if sampling is None else rows,
+        eager=True,
+    )
+    table = np.zeros((rows, executor.width), np.int64)
+    for row, (first, end) in enumerate(pairwise(blocks)):
+        table[row, : end - first] = range(first, end)
+    ends = inputs.place(known, computed, table, block_size=size, first_position=0)
+    inputs.arrays["logit_tokens"][:] = ends - 1
+    for name, value in {"temperature": 1.0, "top_k": 8, "top_p": 1.0}.items():
+        inputs.arrays[name][:] = value
+    executor.collect(executor.launch(inputs))
 
 
 def warm_up(

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 import llmfast
-from engines import LONG, check_empty, engine, model_of, options
+from engines import LONG, check_empty, engine, executor_of, model_of, options
 from generating import tokenizer as byte_tokenizer
 from llmfast import AsyncLLM, SamplingParams
 from llmfast.errors import UserError
@@ -269,7 +269,7 @@ def test_closing_ends_what_is_in_work():
         with pytest.raises(RuntimeError, match="it is closed"):
             await last(llm, PROMPTS[0])
         await llm.abort("any")
-        assert not llm._thread.is_alive() and not llm._llm._executor.cache.keys
+        assert not llm._thread.is_alive() and not executor_of(llm._llm).cache.keys
 
     asyncio.run(asyncio.wait_for(body(), 60))
 

@@ -11,12 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llmfast
-from engines import check_empty, model_of
+from engines import check_empty, executor_of, model_of
+from fake_graphs import use_fake_graphs
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
-from llmfast.engine import executor, graphs
-from llmfast.engine.executor import Executor
+from llmfast.engine import model_runner
+from llmfast.engine.model_runner import ModelRunner
 from llmfast.errors import UserError
+from llmfast.runner.executor import Executor
+from llmfast.runner.warmup import compile_steps
 from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make, tokens
 
@@ -27,7 +30,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 def engine(kind="Llama", model=None, **kwargs):
     kwargs = {"num_blocks": 40, "block_size": 16, "max_num_seqs": 16, **kwargs}
     llm = LLM(model_of(kind) if model is None else model, **kwargs)
-    for tensor in (*llm._executor.cache.keys, *llm._executor.cache.values):
+    cache = executor_of(llm).cache
+    for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # so that what is read without having been written shows
     return llm
 
@@ -204,7 +208,7 @@ def test_any_mix_of_requests_yields_what_each_yields_alone(data):
 def test_warming_up_changes_nothing(rows, tokens, blocks):
     prompts = ids(9, 20)
     with engine(max_num_seqs=rows, max_num_batched_tokens=tokens, num_blocks=blocks) as llm:
-        llm._executor.warm_up(rows, tokens)
+        compile_steps(executor_of(llm), tokens)
         got = [answers(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
         check_empty(llm)
     with engine() as llm:
@@ -212,27 +216,24 @@ def test_warming_up_changes_nothing(rows, tokens, blocks):
     assert got == wanted
 
 
-def test_warming_up_runs_every_sampling_of_few_rows_and_of_many(monkeypatch):
+def test_warming_up_runs_every_sampling_of_few_rows_and_of_many(how, monkeypatch):
     """And no graph: that would sample with every filter, and compile nothing of the others."""
-    seen, tokens, replayed = set(), [], []
+    seen, tokens, launch = set(), [], Executor.launch
+
+    def note(self, inputs):
+        ops, shape = inputs.key.sampling, inputs.shape
+        seen.add((inputs.num_sampled > 8, ops.draws, ops.filters))
+        tokens.append(shape.tokens)
+        return launch(self, inputs)
+
     with engine(max_num_seqs=32, max_num_batched_tokens=700, num_blocks=60) as llm:
-        launch = llm._executor.launch
-
-        def note(plan, given, *args):
-            seen.update((len(given), a.params.temperature > 0, a.params.top_k > 0) for a in given)
-            tokens.append(sum(plan.num_scheduled_tokens.values()))
-            return launch(plan, given, *args)
-
-        had = llm._executor._graphs
-        monkeypatch.setattr(llm._executor, "launch", note)
-        monkeypatch.setattr(Executor, "_fixed_step", lambda *_: replayed.append(1))
-        llm._executor.warm_up(32, 700)
-        assert llm._executor._graphs is had
+        monkeypatch.setattr(Executor, "launch", note)
+        compile_steps(executor_of(llm), 700)
         check_empty(llm)
     ways = [(False, False), (True, False), (True, True)]  # greedy, drawn, drawn with filters
     # up to 8 rows sampling lays out otherwise than more
-    assert {(n > 8, *way) for n, *way in seen} == {(large, *w) for large in (0, 1) for w in ways}
-    assert tokens[0] == 700 and not replayed
+    assert seen == {(large, *way) for large in (False, True) for way in ways}
+    assert tokens[0] == 700 and (how is None or not how.replayed)
 
 
 def test_a_cache_that_runs_out_changes_nothing():
@@ -479,7 +480,8 @@ def test_nothing_left_to_choose():
 
 
 @pytest.mark.parametrize(
-    ("where", "nth"), [((Executor, "launch"), 1), ((Executor, "launch"), 4), ((LLM, "_take"), 3)]
+    ("where", "nth"),
+    [((ModelRunner, "launch"), 1), ((ModelRunner, "launch"), 4), ((LLM, "_take"), 3)],
 )
 def test_a_step_that_raises_leaves_the_engine_usable(where, nth, monkeypatch):
     with engine() as llm:
@@ -672,7 +674,9 @@ def test_closing_frees_the_cache_and_leaves_the_model_as_it_was():
         expected = llm.generate([LONG[:9]], GREEDY, use_tqdm=False)
         stream = llm.stream([LONG[:9]], GREEDY)
         next(stream)
-        cache = [weakref.ref(t) for t in (*llm._executor.cache.keys, *llm._executor.cache.values)]
+        cache = [
+            weakref.ref(t) for t in (*executor_of(llm).cache.keys, *executor_of(llm).cache.values)
+        ]
         assert all(ref() is not None for ref in cache)
     assert not [ref for ref in cache if ref() is not None]
     llm.close()
@@ -704,14 +708,16 @@ def test_models_that_it_cannot_run():
 
 def test_the_size_of_a_cache_on_the_cpu():
     with LLM(make("Llama"), max_num_seqs=3, max_model_len=100) as llm:
-        assert llm._executor.cache.num_blocks == 3 * 2 and llm._executor.cache.block_size == 64
+        assert (
+            executor_of(llm).cache.num_blocks == 3 * 2 and executor_of(llm).cache.block_size == 64
+        )
 
 
 @pytest.mark.parametrize(("chunked", "tokens_of_a_step"), [(True, 9), (False, 40)])
 def test_without_chunks_a_step_may_be_a_whole_context(chunked, tokens_of_a_step, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        executor,
+        model_runner,
         "count_blocks",
         lambda model, **sizes: asked.append(sizes["max_num_batched_tokens"]) or 8,
     )
@@ -725,61 +731,61 @@ def test_without_chunks_a_step_may_be_a_whole_context(chunked, tokens_of_a_step,
 # ---------------------------------------------------------------------------- steps ahead
 
 
-def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(request, monkeypatch):
-    waiting, decoded, mixed = [], [], []
-    launch, step = Executor.launch, Executor._fixed_step
+def sizes_of(keys):
+    """The tokens and rows of captured steps: of those without and of those with prompts."""
+    decoded, mixed = [], []
+    for key in keys:
+        prompts = key.shape.max_query_len > 1
+        (mixed if prompts else decoded).append((key.shape.tokens, key.shape.rows))
+    return decoded, mixed
+
+
+def test_a_step_is_started_before_the_tokens_of_the_one_before_are_known(how, monkeypatch):
+    ahead, waiting, launch = how is not None, [], ModelRunner.launch
 
     def watch(self, plan, answers, previous, *args):
         waiting.append(previous is not None)
         return launch(self, plan, answers, previous, *args)
 
-    def count(self, size):
-        (mixed if size.prompts else decoded).append((size.tokens, size.rows))
-        return step(self, size)
+    def replayed():
+        found = sizes_of(how.replayed) if how else ([], [])
+        if how:
+            how.replayed.clear()
+        return found
 
-    monkeypatch.setattr(Executor, "launch", watch)
-    monkeypatch.setattr(Executor, "_fixed_step", count)
+    monkeypatch.setattr(ModelRunner, "launch", watch)
     with engine(enable_prefix_caching=False, max_num_seqs=8) as llm:
-        ahead = llm._executor.asynchronous
-        assert decoded == ([(8, 8), (4, 4), (2, 2), (1, 1)] if ahead else [])
-        assert mixed == ([(64, 8), (32, 8)] if ahead else [])
-        decoded.clear()
-        mixed.clear()
+        if how:
+            decoded, mixed = sizes_of(how.captured)
+            assert decoded == [(8, 8), (4, 4), (2, 2), (1, 1)] and mixed == [(64, 8), (32, 8)]
         llm.generate(ids(3, 9, 7, 1), GREEDY, use_tqdm=False)
         assert any(waiting) == ahead
+        decoded, mixed = replayed()
         assert set(decoded) == ({(4, 4)} if ahead else set())  # all decode together until all end
         assert mixed == ([(32, 8)] if ahead else [])
-        mixed.clear()
         llm.generate(ids(3, 9, 7, 20), GREEDY, use_tqdm=False)  # more prompts than a graph has
         llm.generate(ids(65, 1), GREEDY, use_tqdm=False)  # more tokens
-        assert mixed == []
+        assert replayed()[1] == []
         waiting.clear()
         llm.generate(PROMPTS[:2], PARAMS[1], use_tqdm=False)  # its penalty wants every token
         assert not any(waiting)
         check_empty(llm)
     with engine(enable_prefix_caching=False, max_num_seqs=1) as llm:
-        waiting.clear()  # of what warmed up
+        waiting.clear()
         llm.generate(ids(3, 9), [GREEDY, PARAMS[1]], use_tqdm=False)
     # while the second only waits, nobody waits for its penalty
     assert (waiting[:20].count(True) == 19) == ahead and not any(waiting[21:])
 
 
-def test_full_steps_are_graphs_too(how, monkeypatch):
-    sizes = []
-    step = Executor._fixed_step
-
-    def count(self, size):
-        sizes.append((size.tokens, size.rows))
-        return step(self, size)
-
-    monkeypatch.setattr(Executor, "_fixed_step", count)
+def test_full_steps_are_graphs_too(how):
     prompts = ids(60, 60, 33)
     with engine(max_num_seqs=4, max_num_batched_tokens=100) as llm:
-        captured = len(sizes)
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
-        if llm._executor.asynchronous:
-            assert sizes[0] == (100, 4)  # the largest is captured first
-            assert sizes[captured:][:2] == [(100, 4), (64, 4)]  # 60 + 40, 20 + 33 and one decodes
+        if how:
+            first = how.captured[0].shape
+            assert (first.tokens, first.rows) == (100, 4)  # the largest is captured first
+            # 60 + 40, 20 + 33 and one decodes
+            assert sizes_of(how.replayed)[1][:2] == [(100, 4), (64, 4)]
         check_empty(llm)
     for prompt, output in zip(prompts, outputs, strict=True):
         with engine() as llm:
@@ -788,20 +794,19 @@ def test_full_steps_are_graphs_too(how, monkeypatch):
 
 
 def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
-    def capture(step, device, pool):
+    def capture(step):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setitem(executor.GRAPHS, "cpu", graphs.StepGraphs)
-    monkeypatch.setattr(graphs, "new_pool", object)
+    use_fake_graphs(monkeypatch, capture)
     with engine() as llm:
         assert len(caplog.records) == 1 and "since one raised: operation not perm" in caplog.text
         (output,) = llm.generate([PROMPTS[4]], GREEDY, use_tqdm=False)
         assert_as_alone(output, 4, 0)
 
 
-def test_eager_steps_have_no_graphs():
+def test_eager_steps_have_no_graphs(how):
     with engine(enforce_eager=True) as llm:
-        assert llm._executor._graphs is None
+        assert executor_of(llm).num_graphs == 0
         (output,) = llm.generate([PROMPTS[4]], GREEDY, use_tqdm=False)
         assert_as_alone(output, 4, 0)
+    assert how is None or not how.captured

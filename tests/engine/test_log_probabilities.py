@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llmfast
+from engines import executor_of
 from llmfast.measure.texts import read_text
 
 pytestmark = pytest.mark.gpu
@@ -100,7 +101,7 @@ def test_tokens_of_graphs(model, exact, prompts):
     Two logits, each with at most twice transformers' own largest error, decide.
     """
     with llmfast.LLM(model, max_model_len=1024, max_num_batched_tokens=256) as llm:
-        assert llm._executor._graphs is not None
+        assert executor_of(llm).num_graphs
         outputs = llm.generate(prompts, params())
     for prompt, output in zip(prompts, outputs, strict=True):
         answer = output.outputs[0].token_ids

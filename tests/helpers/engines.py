@@ -10,6 +10,7 @@ import torch
 from block_books import check_books
 from generating import tokenizer
 from llmfast import LLM
+from llmfast.runner.executor import Executor
 from tiny_models import make, tokens
 
 LONG = tokens(1, 60)[0].tolist()
@@ -33,6 +34,11 @@ def engine(**changes: Any) -> LLM:
 def text_engine(**changes: Any) -> LLM:
     """One whose token is a byte."""
     return engine(tokenizer=tokenizer(), **changes)
+
+
+def executor_of(llm: LLM) -> Executor:
+    """What runs the steps: with the cache and the graphs."""
+    return llm._executor.executor
 
 
 def check_empty(llm: LLM) -> None:

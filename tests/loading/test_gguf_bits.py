@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llmfast
+from engines import executor_of
 from llmfast.errors import UserError
 from llmfast.quantization.driver import quantize
 from llmfast.runner.check import run_sequences
@@ -85,7 +86,7 @@ def test_on_the_cpu_nothing_is_multiplied_in_its_own_bits_by_default(load):
     assert model.generate.args[1].blocks.packed_bytes == 0
     llmfast.unpatch(model)
     with llmfast.LLM(model) as llm:
-        assert llm._executor._model.packed_bytes == 0
+        assert executor_of(llm).model.packed_bytes == 0
     llmfast.patch(model, ops="generate", weights="own")
     assert model.generate.args[1].blocks.packed_bytes > 0
     llmfast.unpatch(model)

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines import engine
-from llmfast.engine.executor import Executor
+from engines import engine, executor_of
 from llmfast.errors import UserError
 from llmfast.measure import gpu_busy, offline, shapes
 from llmfast.measure.figures import BenchResult
@@ -17,6 +16,7 @@ from llmfast.measure.gpu_busy import StepProfile, busy_share, profile_steps, uni
 from llmfast.measure.shapes import Source
 from llmfast.measure.suites import SUITES
 from llmfast.measure.workload import Workload
+from llmfast.runner.executor import StepHandle
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_steps_are_looked_at_once_all_decode(monkeypatch):
             running = llm._scheduler.running
             steps.append((len(running), [s.remaining for s in running]))
             step()
-            llm._executor.waited += 0.25
+            executor_of(llm).waited += 0.25
 
         monkeypatch.setattr(llm, "_step", watch)
         monkeypatch.setattr(gpu_busy, "_now", lambda: float(next(clock)))
@@ -147,17 +147,20 @@ def test_answers_that_end_too_early_are_the_users_mistake():
 
 def test_waiting_for_a_step_is_counted(monkeypatch):
     now = iter([3.0, 5.5, 7.0, 8.0])
-    monkeypatch.setattr("llmfast.engine.executor.time.perf_counter", lambda: next(now))
-    executor = object.__new__(Executor)
-    executor.waited = 0.0
     waits = []
 
-    class Flight:
-        done = type("Event", (), {"synchronize": lambda self: waits.append(1)})()
-        result, choices = None, ["what it chose"]
+    class Event:
+        def synchronize(self):
+            waits.append(1)
 
-    assert executor.collect(Flight()) == executor.collect(Flight()) == ["what it chose"]
-    assert executor.waited == 2.5 + 1 and len(waits) == 2
+    with engine() as llm:
+        executor = executor_of(llm)
+        monkeypatch.setattr("llmfast.runner.executor.time.perf_counter", lambda: next(now))
+        for _ in range(2):
+            result = executor.collect(StepHandle(1, result=torch.tensor([[7], [0]]), done=Event()))
+            assert (result.tokens.tolist(), result.status.tolist()) == ([7], [0])
+        monkeypatch.undo()
+        assert executor.waited == llm._executor.waited == 2.5 + 1 and len(waits) == 2
 
 
 def test_figures():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llmfast
+from engines import executor_of
 from generating import batch
 from llmfast.errors import UserError
 from llmfast.quantization.driver import quantize, simulate
@@ -199,16 +200,16 @@ def test_the_engine_s_cache_goes_before_dense_weights_come_back(monkeypatch):
     model = make("Llama")
     before = state(model)
     llm = llmfast.LLM(model, max_num_seqs=2, weights="int4", group_size=32)
-    cache, restore_dense, seen = llm._executor.cache, step_model.restore_dense, []
+    executor, restore_dense, seen = executor_of(llm), step_model.restore_dense, []
 
     def watched(model):
-        seen.append((len(cache.keys), llm._executor._graphs))
+        seen.append((len(executor.cache.keys), executor.num_graphs))
         restore_dense(model)
 
     monkeypatch.setattr(step_model, "restore_dense", watched)
-    assert cache.keys
+    assert executor.cache.keys
     llm.close()
-    assert seen == [(0, None)]
+    assert seen == [(0, 0)]
     assert_is(model, before)
 
 

@@ -1,0 +1,224 @@
+"""The inputs of a step: one host buffer, so that a single copy takes all of them to the GPU.
+
+A field is declared once, in :class:`StepTensors`: its name, extent and dtype. The layout of the
+buffer, the arrays that the host writes and the tensors that the device reads follow from that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import lru_cache
+from math import prod
+from typing import Annotated, get_type_hints
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 16  # bytes, of each field's start
+
+
+class Extent(Enum):
+    """How many elements a field has."""
+
+    TOKEN = auto()  # one per token
+    ROW = auto()  # one per row: a row is a sequence of the step
+    BOUNDARY = auto()  # one per row, and one more
+    TABLE = auto()  # ``width`` per row
+    LOGITS = auto()  # one per row of logits
+    COPY = auto()  # two per block copy
+
+
+@dataclass
+class StepTensors:
+    """The fields of a step. Its tokens are flat: those of row 0, then those of row 1, and so on."""
+
+    token_ids: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]
+    # row of the latest step that sampled this token; -1: the token is in token_ids
+    source_row: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]
+    positions: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]  # rows of the rotary tables
+    slots: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]  # in the cache; -1: not written
+    query_start: Annotated[torch.Tensor, Extent.BOUNDARY, torch.int32]  # a row's first token
+    # tokens in the cache once the step has run; 0: the row is idle
+    context_len: Annotated[torch.Tensor, Extent.ROW, torch.int32]
+    block_table: Annotated[torch.Tensor, Extent.TABLE, torch.int32]
+    # tokens whose logits are wanted; several of a row verify several tokens
+    logit_tokens: Annotated[torch.Tensor, Extent.LOGITS, torch.int64]
+    # the sampling parameters of each row of logits, as sample_tokens takes them
+    seeds: Annotated[torch.Tensor, Extent.LOGITS, torch.int64]
+    draws: Annotated[torch.Tensor, Extent.LOGITS, torch.int64]  # index of the draw: its position
+    temperature: Annotated[torch.Tensor, Extent.LOGITS, torch.float32]
+    top_k: Annotated[torch.Tensor, Extent.LOGITS, torch.int32]
+    top_p: Annotated[torch.Tensor, Extent.LOGITS, torch.float32]
+    min_p: Annotated[torch.Tensor, Extent.LOGITS, torch.float32]
+    # blocks (from, to) to copy before the step. Last, so that it moves no other field
+    block_copies: Annotated[torch.Tensor, Extent.COPY, torch.int64]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of a step's fields."""
+
+    tokens: int
+    rows: int
+    width: int  # blocks per row of the block table
+    logit_rows: int
+    max_query_len: int = 1  # tokens of a row at most
+    max_prompts: int | None = None  # rows with several tokens at most; None: any number
+    copies: int = 0
+
+    def of(self, extent: Extent) -> tuple[int, ...]:
+        """Return the shape of a field."""
+        match extent:
+            case Extent.TOKEN:
+                return (self.tokens,)
+            case Extent.ROW:
+                return (self.rows,)
+            case Extent.BOUNDARY:
+                return (self.rows + 1,)
+            case Extent.TABLE:
+                return (self.rows, self.width)
+            case Extent.LOGITS:
+                return (self.logit_rows,)
+            case Extent.COPY:
+                return (self.copies, 2)
+
+
+@dataclass(frozen=True)
+class SamplingOps:
+    """The parts of sampling that a step runs on the device; parts left out cost nothing."""
+
+    draws: bool = False  # temperatures; without it every row is greedy
+    filters: bool = False  # top-k, top-p and min-p
+    repetition_penalty: bool = False
+    suppress_stop_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """Everything that a captured step is specialised for."""
+
+    shape: StepShape
+    sampling: SamplingOps | None  # None: the step ends at the logits
+    self_advancing: bool = False  # the device makes each step's inputs from the step before
+
+
+class StepInputs:
+    """One step as the host describes it: a buffer and a few integers, no objects of a caller."""
+
+    def __init__(
+        self,
+        key: GraphKey,
+        *,
+        num_sampled: int = 0,
+        num_copies: int = 0,
+        max_context_len: int | None = None,
+        captured: bool = False,
+        pinned: bool = False,
+    ) -> None:
+        """
+        Args:
+            key: the sizes of the buffer, and how tokens are sampled.
+            num_sampled: the first rows of logits, whose tokens are sampled on the device.
+            num_copies: blocks that are copied before the step.
+            max_context_len: the longest context, as a hint for the number of programs.
+            captured: the step is replayed from the graph of ``key``.
+            pinned: allocate memory that a GPU can read while the host goes on.
+        """
+        self.key = key
+        self.num_sampled = num_sampled
+        self.max_context_len = max_context_len
+        self.captured = captured
+        shape = key.shape
+        self.shape = dataclasses.replace(shape, copies=num_copies) if num_copies else shape
+        size = buffer_bytes(self.shape)
+        self.buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+        tensors = views(self.buffer, self.shape)
+        self.arrays: dict[str, np.ndarray] = {n: t.numpy() for n, t in vars(tensors).items()}
+
+    def make_idle(self) -> None:
+        """Make every row idle."""
+        none = np.zeros(0, np.int64)
+        table = np.zeros((0, self.shape.width), np.int64)
+        self.place(none, none, table, block_size=1, first_position=0)
+
+    def place(
+        self,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        block_table: np.ndarray,
+        *,
+        block_size: int,
+        first_position: int | np.ndarray,
+    ) -> np.ndarray:
+        """Write where each token goes; rows and tokens that are left over are idle.
+
+        Args:
+            starts: int64, for each row how many of its tokens are in the cache already.
+            counts: int64, for each row how many tokens of it the step computes.
+            block_table: ``[rows, width]``, the blocks of each row in order.
+            block_size: tokens per block.
+            first_position: of the rotary tables, for all rows or for each.
+
+        Returns:
+            For each row the end of its tokens in the flat order.
+        """
+        arrays, shape = self.arrays, self.shape
+        rows, total = len(counts), int(counts.sum())
+        ends: np.ndarray = np.cumsum(counts)
+        arrays["query_start"][1 : rows + 1] = ends
+        # an idle row has one token while there are some; tokens beyond belong to no row
+        idle = total + np.arange(1, shape.rows - rows + 1)
+        arrays["query_start"][rows + 1 :] = np.minimum(idle, shape.tokens)
+        arrays["context_len"][:rows] = starts + counts
+        arrays["block_table"][:rows] = block_table[:, : shape.width]
+
+        owners, places = np.arange(rows), starts
+        if total != rows:
+            owners = np.repeat(owners, counts)
+            places = np.arange(total) + np.repeat(starts - (ends - counts), counts)
+        blocks, within = np.divmod(places, block_size)
+        if isinstance(first_position, np.ndarray):
+            first_position = first_position[owners]
+        arrays["positions"][:total] = first_position + places
+        arrays["slots"][:total] = block_table[owners, blocks] * block_size + within
+        arrays["slots"][total:] = -1
+        arrays["source_row"].fill(-1)
+        return ends
+
+
+def buffer_bytes(shape: StepShape) -> int:
+    """Return the bytes of a step's buffer."""
+    return _layout(shape)[1]
+
+
+def views(buffer: torch.Tensor, shape: StepShape) -> StepTensors:
+    """Return a step's fields in a uint8 buffer, on whatever device the buffer is."""
+    places, _ = _layout(shape)
+    return StepTensors(
+        **{
+            name: buffer[start : start + size].view(dtype).view(dims)
+            for name, (start, size, dtype, dims) in places.items()
+        }
+    )
+
+
+@lru_cache(maxsize=1)
+def _declared() -> dict[str, tuple[Extent, torch.dtype]]:
+    hints = get_type_hints(StepTensors, include_extras=True)
+    return {name: hint.__metadata__ for name, hint in hints.items()}
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    shape: StepShape,
+) -> tuple[dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]], int]:
+    """Return (start, bytes, dtype, shape) of each field, and the bytes of all."""
+    places, end = {}, 0
+    for name, (extent, dtype) in _declared().items():
+        dims = shape.of(extent)
+        size = prod(dims) * dtype.itemsize
+        places[name] = (end, size, dtype, dims)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return places, end

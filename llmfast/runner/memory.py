@@ -1,0 +1,78 @@
+"""How many blocks of the cache fit in a device's memory."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UserError
+from ..model.costs import kv_bytes
+from .cache import PagedCache
+from .model import StepModel
+from .step import Chunk, make_step
+
+CPU_CACHE_BYTES = 2**30  # on the CPU there is no memory that only the cache would use
+_SAMPLING_COPIES = 8  # of the logits in float32: the most that sampling with all parameters holds
+
+
+def count_blocks(
+    model: StepModel,
+    *,
+    block_size: int,
+    utilization: float,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    eager: bool = False,
+) -> int:
+    """Return the number of blocks that fit beside the weights and the largest step.
+
+    On a GPU the largest step runs once, and its peak is taken from ``utilization`` of all memory:
+    twice unless all steps are eager, since a CUDA graph of it has memory of its own. On the CPU the
+    cache has what ``max_num_seqs`` sequences of ``max_model_len`` need, 1 GiB at most.
+
+    Raises:
+        UserError: not one block fits.
+    """
+    token = sum(kv_bytes(heads, dim, model.dtype) for heads, dim in model.cache_shapes)
+    each = token * block_size
+    if model.device.type != "cuda":
+        wanted = max_num_seqs * -(-max_model_len // block_size)
+        return max(1, min(wanted, CPU_CACHE_BYTES // each))
+    device = model.device
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _run_largest_step(model, block_size, max_model_len, max_num_seqs, max_num_batched_tokens)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    activations *= 1 if eager else 2
+    sampling = _SAMPLING_COPIES * max_num_seqs * model.vocabulary * 4
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(free - (1 - utilization) * total - activations - sampling)
+    if room < each:
+        raise UserError(
+            f"LLM: no memory is left for the cache: {free / 2**30:.1f} GiB of "
+            f"{total / 2**30:.1f} are free, a step takes {(activations + sampling) / 2**30:.1f} "
+            f"and gpu_memory_utilization is {utilization}; raise it, or lower max_num_seqs or "
+            "max_num_batched_tokens"
+        )
+    return room // each
+
+
+def _run_largest_step(
+    model: StepModel, block_size: int, max_model_len: int, max_num_seqs: int, tokens: int
+) -> None:
+    model.resize(max_model_len)
+    first_row = model.admit(max_model_len)
+    chunks = []
+    blocks = 0
+    while tokens:
+        count = min(tokens, max_model_len)
+        own = -(-count // block_size)
+        chunks.append(Chunk([0] * count, 0, range(blocks, blocks + own), first_row))
+        blocks += own
+        tokens -= count
+    cache = PagedCache(model.cache_shapes, blocks, model.dtype, model.device, block_size)
+    table = max(len(chunk.blocks) for chunk in chunks)
+    step = make_step(chunks, block_size, table, model.device)
+    rows = torch.arange(max_num_seqs, device=model.device) % len(step.token_ids)
+    model(step, cache, rows)
