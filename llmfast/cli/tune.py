@@ -47,7 +47,8 @@ def tune_command(
 
         if not torch.cuda.is_available():
             raise UserError("tune: needs a CUDA device, and there is none here")
-        from llmfast_kernels.linear import launch as tables
+        from llmfast_kernels.common.device import device_at
+        from llmfast_kernels.linear import launch_tables as tables
 
         from ..measure.tune import layers_of, tune
 
@@ -58,7 +59,7 @@ def tune_command(
         else:
             configs = [config_of(name) for name in shape or SHAPES]
         layers = list(dict.fromkeys(layer for config in configs for layer in layers_of(config)))
-        gpu = torch.cuda.get_device_name()
+        gpu = device_at(torch.cuda.current_device())
         path = out or tables.OWN / tables.table_name(gpu)
         try:
             known = tables.read_table(path, gpu) if path.exists() else {}

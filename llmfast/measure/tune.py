@@ -1,4 +1,4 @@
-"""Measure which launch of a linear layer is the fastest on this GPU: the tables of ``linear``."""
+"""Measure which launch of a 16-bit linear layer is the fastest on this GPU."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from llmfast_kernels.linear.launch import Key, Launch
 
 TOKENS = (1, 16, 32, 64, 128)
-MARGIN = 0.99  # ours is taken where it needs at most this part of the library's time
+MARGIN = 0.99  # ours is chosen where it takes at most this share of the library's time
 MAX_WORKERS = 16  # each holds a CUDA context
-SECONDS = 0.03  # of one candidate
+SECONDS = 0.03  # spent on one candidate
 TOGETHER = 12  # candidates that are timed side by side
 
-Progress = Callable[[str, int, int], None]  # what is done now, layers done, layers in all
+Progress = Callable[[str, int, int], None]  # what runs now, layers done, layers in all
 Layer = tuple[str, int, int]  # an operation, features of its result, in_features
 
 
 def layers_of(config: Any) -> list[Layer]:
-    """The linear layers that decoding a model runs, and gate and up with their activation."""
+    """Return the linear layers of a decoding model, gate and up also with their activation."""
     sizes = linear_sizes(config)
     found = [("dense_linear", *size) for size in (*sizes.block, sizes.head)]
     found.append(("gated_linear", sizes.gate_up[0] // 2, sizes.gate_up[1]))
@@ -37,7 +37,7 @@ def layers_of(config: Any) -> list[Layer]:
 
 
 def candidates(operation: str, k: int, tokens: int, shared_memory: int) -> list[Launch]:
-    """Launches of ours that are worth timing. Pure: it asks no device."""
+    """Return the launches of our kernels that are worth timing. Pure: it asks no device."""
     from llmfast_kernels.linear.launch import Launch, block_m
 
     factor = 2 if operation == "gated_linear" else 1
@@ -56,7 +56,7 @@ def candidates(operation: str, k: int, tokens: int, shared_memory: int) -> list[
         if block_k > widest or sums > 128 or block_n * block_k < 4096:
             continue
         stage = (factor * block_n + block_m(tokens)) * block_k * 2
-        for programs in (1, 2, 3):  # of a multiprocessor, each with as many stages as fit
+        for programs in (1, 2, 3):  # per SM, each with as many stages as fit
             num_stages = min(shared_memory // programs // stage, 8)
             if num_stages > 1:
                 found.append(Launch("tiles", block_n, block_k, num_warps, num_stages))
@@ -70,18 +70,17 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[Key, Launch]:
-    """Time every candidate for every layer and number of tokens; the fastest of each.
+    """Time every candidate for every layer and number of tokens; return the fastest of each.
 
     Candidates and cuBLAS are timed side by side in CUDA graphs, over rotated weights. A gated layer
-    is ours in one launch where that beats the dense layer, as it was found just before, and the
-    activation after it.
+    is fused where that beats the dense layer, as it was tuned just before, and the activation.
 
     Raises:
         UserError: there is no CUDA device.
     """
-    from llmfast_kernels.linear.kernel import shared_memory_of
+    from llmfast_kernels.common.device import device_at
 
-    shared_memory = shared_memory_of(torch.cuda.current_device())
+    shared_memory = device_at(torch.cuda.current_device()).shared_memory
     todo = {
         (*layer, count): candidates(layer[0], layer[2], count, shared_memory)
         for layer, count in product(sorted(layers), tokens)  # dense layers first
@@ -97,9 +96,9 @@ def tune(
 
 
 def _compile(todo: Mapping[Key, list[Launch]], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Compile all candidates, in as many processes as there are cores; what is done, and of all.
+    """Compile all candidates, one process per core; yield the number done and the number in all.
 
-    A variant does not depend on the number of rows, so each is launched once, on very few.
+    A variant does not depend on the number of rows, so each is launched once, on very few rows.
     """
     from llmfast_kernels.linear.launch import block_m
 
@@ -111,7 +110,7 @@ def _compile(todo: Mapping[Key, list[Launch]], dtype: torch.dtype) -> Iterator[t
     workers = min(os.cpu_count() or 1, MAX_WORKERS, len(jobs))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = [pool.submit(_compile_one, *job) for job in jobs.values()]
-        for done, _ in enumerate(as_completed(running), 1):  # one that fails is seen when timed
+        for done, _ in enumerate(as_completed(running), 1):  # a failure shows when it is timed
             yield done, len(running)
 
 
@@ -119,7 +118,7 @@ def _compile_one(key: Key, launch: Launch, dtype: torch.dtype) -> None:
     operation, _, k, count = key
     rows = launch.block_n * (2 if operation == "gated_linear" else 1)
     x, weight = (torch.zeros(size, k, device="cuda", dtype=dtype) for size in (count, rows))
-    _run_of(operation)(x, weight, _launch=launch)
+    _run_of(operation)(x, weight, launch=launch)
 
 
 def _run_of(operation: str) -> Callable[..., torch.Tensor]:
@@ -141,12 +140,12 @@ def _fastest(
         x = torch.randn(tokens, k, device="cuda", dtype=dtype)
         return x, torch.randn(rows, k, device="cuda", dtype=dtype) / k**0.5
 
-    library = partial(_run_of("dense_linear"), _launch=dense or VENDOR["dense_linear"])
+    library = partial(_run_of("dense_linear"), launch=dense or VENDOR["dense_linear"])
     best, share = VENDOR[operation], MARGIN
     for start in range(0, len(launches), TOGETHER):
         some = {str(i): launch for i, launch in enumerate(launches[start : start + TOGETHER])}
         impls: dict[str, Callable[..., torch.Tensor]] = {
-            name: partial(_run_of(operation), _launch=launch) for name, launch in some.items()
+            name: partial(_run_of(operation), launch=launch) for name, launch in some.items()
         }
         if operation == "dense_linear":
             impls["library"] = library

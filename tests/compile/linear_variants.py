@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
+from variant import Variant, device
 
-from llmfast_kernels.linear.launch import block_m, choose_launch, prefetched
+from llmfast_kernels.linear.launch import block_m, choose_launch, prefetch_cols
 
 
 def _linear(
     dtype: str, tokens: int, n: int, k: int, target: str, *, act: str | None, bias: bool
 ) -> Variant:
     everywhere = target == "sm_80"
-    launch = choose_launch(
-        "dense_linear" if act is None else "gated_linear",
-        n,
-        k,
-        tokens,
-        shared_memory=SHARED_LIMIT_EVERYWHERE if everywhere else SHARED_LIMIT[target],
-    )
+    gpu = device(target, everywhere=everywhere)
+    operation = "dense_linear" if act is None else "gated_linear"
+    launch = choose_launch(operation, n, k, tokens, gpu)
     pointer = f"*{dtype}:16"
     signature = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), pointer) | {"n": "i32"}
     signature["k"] = "i32" if k % 16 else "i32:16"
@@ -32,7 +28,7 @@ def _linear(
     constexprs |= {name: None for name, there in present.items() if not there}
     if launch.tier == "tiles":
         signature["n_tokens"] = "i32"
-        constexprs |= {"BLOCK_M": block_m(tokens), "PREFETCH": prefetched(tokens)}
+        constexprs |= {"BLOCK_M": block_m(tokens), "PREFETCH": prefetch_cols(tokens, gpu)}
     return Variant(
         name=f"linear/{launch.tier} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
         kernel=f"llmfast_kernels.linear.kernel:_{launch.tier}_kernel",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
+from variant import Variant, device
 
-from llmfast_kernels.common.device import Device
 from llmfast_kernels.quantized_linear.dequantize import INT4_ROWS
 from llmfast_kernels.quantized_linear.hopper.operands import WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.quantized_linear.hopper.stream import REGISTERS
@@ -20,19 +19,14 @@ from llmfast_kernels.quantized_linear.launch import (
 PACKAGE = "llmfast_kernels.quantized_linear"
 
 
-def _gpu(target: str, shared_memory: int | None = None) -> Device:
-    return Device("", target, 132, shared_memory or SHARED_LIMIT[target], 50 * 2**20)
-
-
 def _int4(
     dtype: str, tokens: int, n: int, k: int, group: int, target: str, *, kind: str, act: str | None
 ) -> Variant:
     everywhere = target == "sm_80"
-    shared_memory = SHARED_LIMIT_EVERYWHERE if everywhere else SHARED_LIMIT[target]
     minima = kind == "minima"
     # not as on Hopper, which has main loops of its own
     problem = Problem(4, n, k, tokens, group, minima, gated=act is not None, tma_loads=False)
-    launch = plan(problem, _gpu(target, shared_memory))
+    launch = plan(problem, device(target, everywhere=everywhere))
     pointer, groups = f"*{dtype}:16", -(-k // group)
     signature = {
         "x_ptr": pointer,
@@ -90,7 +84,7 @@ def _on_hopper(
 ) -> Variant:
     """``more``: a bias, and without an activation a residual."""
     problem = Problem(bits, n, k, tokens, group, kind == "minima", gated=act is not None)
-    launch = plan(problem, _gpu("sm_90"))
+    launch = plan(problem, device("sm_90"))
     pointer, groups = f"*{dtype}:16", -(-k // group)
     wide = f"tensordesc<{dtype}[{launch.block_m}, {CHUNK // 2}],{X_LAYOUT!r}>"
     signature = {
@@ -174,7 +168,7 @@ def _int8(
 ) -> Variant:
     """``group`` 0: one scale for all columns."""
     minima = kind == "minima"
-    launch = plan(Problem(8, n, k, tokens, group, minima, tma_loads=False), _gpu(target))
+    launch = plan(Problem(8, n, k, tokens, group, minima, tma_loads=False), device(target))
     pointer, groups = f"*{dtype}:16", k // group if group else 1
     signature = {
         "x_ptr": pointer,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmfast_kernels.common.device import Device
+
 # shared memory that one program may use, bytes; sm_86, sm_89 and sm_120 have the least
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
@@ -13,6 +15,17 @@ SHARED_LIMIT = {
     "gfx942": 64 * 1024,
 }
 SHARED_LIMIT_EVERYWHERE = 99 * 1024
+
+
+def device(target: str, *, everywhere: bool = False) -> Device:
+    """Return a GPU to choose launches for, with an H100's SMs and L2.
+
+    Args:
+        target: its architecture, a key of ``SHARED_LIMIT``.
+        everywhere: its shared memory is the least that any GPU has.
+    """
+    shared_memory = SHARED_LIMIT_EVERYWHERE if everywhere else SHARED_LIMIT[target]
+    return Device("", target, 132, shared_memory, 50 * 2**20)
 
 
 @dataclass(frozen=True)

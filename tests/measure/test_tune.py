@@ -1,4 +1,6 @@
-"""Tuning without a GPU: the candidates, the choice among them, and the table that it makes."""
+"""Tuning without a GPU: the candidates, the choice among them, and the table."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from llmfast.measure.shapes import config_of
 from llmfast.measure.stats import Estimate
 from llmfast.measure.timing import Failure, Timing
 from llmfast.measure.tune import candidates, layers_of, tune
-from llmfast_kernels.linear import kernel
-from llmfast_kernels.linear.launch import VENDOR, Launch, read_table
+from llmfast_kernels.common import device
+from llmfast_kernels.common.device import INTERPRETER
+from llmfast_kernels.linear.launch import VENDOR, Launch
+from llmfast_kernels.linear.launch_tables import read_table
 
 SHARED = [99 * 1024, 163 * 1024, 227 * 1024]
-CUBLAS, APART = VENDOR.values()
+CUBLAS, UNFUSED = VENDOR.values()
+TOY = replace(INTERPRETER, name="NVIDIA Toy", sm_count=3)
 
 
 def test_the_layers_of_the_8b_shape():
@@ -41,13 +46,13 @@ def test_candidates_fit_and_are_different(operation, tokens, shared_memory):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """A clock that is told how long a launch takes: a function of (launch, tokens)."""
+    """Return a function that sets how long a launch takes: a function of (launch, tokens)."""
 
     def tell(us):
         def time(impls, make_inputs, seconds):
             times = {}
             for name, impl in impls.items():
-                launch = getattr(impl, "keywords", {"_launch": APART})["_launch"]
+                launch = getattr(impl, "keywords", {"launch": UNFUSED})["launch"]
                 took = us(launch, time.key[3])
                 ok = Timing(Estimate(took, took, took), 11, 20, 1) if took else None
                 times[name] = ok or Failure("out of registers")
@@ -66,7 +71,7 @@ def timed(monkeypatch):
 
     dense_layers = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(kernel, "shared_memory_of", lambda index: SHARED[-1])
+    monkeypatch.setattr(device, "device_at", lambda index: TOY)
     return tell
 
 
@@ -89,12 +94,12 @@ def test_the_fastest_is_chosen_and_cublas_where_nothing_is_faster(timed):
 
 def test_a_gated_layer_is_held_to_its_dense_layer_and_the_activation(timed):
     dense, gated = ("dense_linear", 28672, 4096), ("gated_linear", 14336, 4096)
-    given = timed(lambda launch, tokens: 10.0 if launch in (CUBLAS, APART) else 8.0)
+    given = timed(lambda launch, tokens: 10.0 if launch in (CUBLAS, UNFUSED) else 8.0)
     found = tune([gated, dense], (32,))
     assert given == [((*dense, 32), None), ((*gated, 32), found[*dense, 32])]
     assert {launch.tier for launch in found.values()} == {"tiles"}
-    timed(lambda launch, tokens: {APART: 4.0}.get(launch, 5.0))
-    assert tune([gated], (32,)) == {(*gated, 32): APART}
+    timed(lambda launch, tokens: {UNFUSED: 4.0}.get(launch, 5.0))
+    assert tune([gated], (32,)) == {(*gated, 32): UNFUSED}
 
 
 @pytest.mark.gpu
@@ -105,19 +110,18 @@ def test_candidates_are_compiled_in_other_processes():
 
 def test_the_command_adds_to_its_table(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "NVIDIA Toy")
     out = tmp_path / "table.json"
 
     def call(shape):
         done = CliRunner().invoke(app, ["tune", "--shape", shape, "--out", str(out)])
         assert done.exit_code == 0, done.output
-        return done.stdout, read_table(out, "NVIDIA Toy")
+        return done.stdout, read_table(out, TOY)
 
     timed(lambda launch, tokens: 10.0)
     said, first = call("smollm2-135m")
     assert "30 launches measured, 0 of them ours" in said.replace("\n", " ")
-    assert set(first.values()) == {CUBLAS, APART}
-    timed(lambda launch, tokens: 10.0 if launch in (CUBLAS, APART) else 5.0)
+    assert set(first.values()) == {CUBLAS, UNFUSED}
+    timed(lambda launch, tokens: 10.0 if launch in (CUBLAS, UNFUSED) else 5.0)
     _, both = call("qwen3-0.6b")
     assert first.items() <= both.items()
     assert {c.tier for key, c in both.items() if key not in first} == {"gemv", "tiles"}
@@ -125,7 +129,6 @@ def test_the_command_adds_to_its_table(timed, monkeypatch, tmp_path):
 
 def test_a_damaged_table_is_not_written_over(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "NVIDIA Toy")
     timed(lambda launch, tokens: 10.0)
     out = tmp_path / "table.json"
     out.write_text("{")

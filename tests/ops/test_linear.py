@@ -1,4 +1,4 @@
-"""Linear layers of few tokens: the reference against float64, the kernels against both."""
+"""Linear layers for few tokens: the reference against float64, the kernels against both."""
 
 import json
 from dataclasses import asdict, replace
@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 from torch.nn.functional import gelu, linear, silu
 
 from guards import GuardedEmpty, guarded
-from llmfast_kernels.linear import dense_linear, gated_linear, kernel
+from llmfast_kernels.common.device import Device
+from llmfast_kernels.common.options import launch_options
+from llmfast_kernels.linear import dense_linear, gated_linear, kernel, launch_tables
 from llmfast_kernels.linear import launch as launches
 from llmfast_kernels.linear.kernel import launch_dense_linear, launch_gated_linear
-from llmfast_kernels.linear.launch import BadTable, Launch, choose_launch, read_table, write_table
+from llmfast_kernels.linear.launch import Launch, choose_launch
+from llmfast_kernels.linear.launch_tables import BadTable, read_table, table_of, write_table
 from llmfast_kernels.linear.reference import dense_linear_reference, gated_linear_reference
 
 DTYPES = [torch.float16, torch.bfloat16]
 GEMV = Launch("gemv", 4, 64, num_warps=2)
 TILES = Launch("tiles", 16, 32, num_warps=2, num_stages=2)
-CUBLAS, APART = Launch("cublas"), Launch("apart")
+CUBLAS, UNFUSED = Launch("cublas"), Launch("unfused")
 EXTRAS = ["plain", "bias", "residual", "both"]
 ACTIVATIONS = {"silu": silu, "gelu_tanh": partial(gelu, approximate="tanh"), "gelu": gelu}
 # tokens, in_features, out_features: odd, prime, and on either side of a tile's edge
@@ -39,7 +42,7 @@ def skip_bfloat16_in_the_interpreter(device, dtype):
 
 
 def make(shape, dtype, device="cpu", extras="both", gated=False):
-    """x, weight and the keyword arguments; results are about 1."""
+    """Make x, weight and the keyword arguments; results are about 1."""
     tokens, k, n = shape
     gen = torch.Generator().manual_seed(0)
 
@@ -64,7 +67,7 @@ def in_float64(x, weight, bias=None, residual=None, activation=None):
 
 
 def assert_as_good(ours, reference, exact):
-    """The relative rule: at most twice PyTorch's own error in the dtype, or four epsilons."""
+    """Assert the relative rule: at most twice PyTorch's own error, or four epsilons."""
     assert ours.dtype == reference.dtype and ours.shape == reference.shape
     error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
     floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
@@ -95,7 +98,7 @@ def test_kernels_match_float64(shape, dtype, extras, device):
     x, weight, more = make(shape, dtype, device, extras)
     reference, exact = dense_linear_reference(x, weight, **more), in_float64(x, weight, **more)
     for launch in tiers(len(x)):
-        got = launch_dense_linear(x, weight, **more, _launch=launch)
+        got = launch_dense_linear(x, weight, **more, launch=launch)
         assert got.is_contiguous()
         assert_as_good(got, reference, exact)
 
@@ -110,13 +113,13 @@ def test_gated_kernels_match_float64(shape, dtype, activation, extras, device):
     reference = gated_linear_reference(x, weight, **more, activation=activation)
     exact = in_float64(x, weight, **more, activation=activation)
     for launch in tiers(len(x)):
-        got = launch_gated_linear(x, weight, **more, activation=activation, _launch=launch)
+        got = launch_gated_linear(x, weight, **more, activation=activation, launch=launch)
         assert_as_good(got, reference, exact)
 
 
 @each_dtype
 def test_it_rounds_where_a_layer_and_an_activation_round(dtype, device):
-    """Sums of a few small whole numbers are exact, so every bit is that of the two steps."""
+    """Sums of small integers are exact, so the bits must be those of the two steps."""
     skip_bfloat16_in_the_interpreter(device, dtype)
     gen = torch.Generator().manual_seed(1)
     x = torch.randint(-3, 4, (5, 40), generator=gen).to(device, dtype)
@@ -126,7 +129,7 @@ def test_it_rounds_where_a_layer_and_an_activation_round(dtype, device):
     for tokens in (1, 5):
         for launch in tiers(tokens):
             some = x[:tokens].contiguous()
-            got = launch_dense_linear(some, weight, residual=residual[:tokens], _launch=launch)
+            got = launch_dense_linear(some, weight, residual=residual[:tokens], launch=launch)
             wanted = dense_linear_reference(some, weight, residual=residual[:tokens])
             assert torch.equal(got, wanted)
 
@@ -150,22 +153,22 @@ def test_kernels_match_at_any_shape(device, shape, extras, gated, tile):
         run = launch_gated_linear if gated else launch_dense_linear
         reference = gated_linear_reference if gated else dense_linear_reference
         exact = in_float64(x, weight, **more, activation="silu" if gated else None)
-        got = run(x, weight, **more, _launch=launch)
+        got = run(x, weight, **more, launch=launch)
         assert_as_good(got, reference(x, weight, **more), exact)
 
 
 @each_dtype
 def test_tiers_agree(dtype, device):
-    """Of one token, and of tokens one by one and together: the sum's order differs, no more."""
+    """Tokens one by one and together differ in the order of the sum only."""
     skip_bfloat16_in_the_interpreter(device, dtype)
     x, weight, more = make((4, 131, 37), dtype, device)
     exact = in_float64(x, weight, **more)
     for launch in (TILES, CUBLAS, replace(TILES, block_n=32, block_k=64)):
-        got = launch_dense_linear(x, weight, **more, _launch=launch)
+        got = launch_dense_linear(x, weight, **more, launch=launch)
         assert_as_good(got, dense_linear_reference(x, weight, **more), exact)
     for i in range(4):
         row = {"bias": more["bias"], "residual": more["residual"][i]}
-        got = launch_dense_linear(x[i], weight, **row, _launch=GEMV)
+        got = launch_dense_linear(x[i], weight, **row, launch=GEMV)
         assert got.shape == (37,)
         assert_as_good(got, dense_linear_reference(x[i], weight, **row), exact[i])
 
@@ -173,11 +176,11 @@ def test_tiers_agree(dtype, device):
 def test_the_library_s_tiers_compute_the_same(device):
     x, weight, more = make((5, 67, 33), torch.float16, device)
     before = more["residual"].clone()
-    got = launch_dense_linear(x, weight, **more, _launch=CUBLAS)
+    got = launch_dense_linear(x, weight, **more, launch=CUBLAS)
     assert torch.equal(got, dense_linear_reference(x, weight, **more))
     assert torch.equal(more["residual"], before)
     x, weight, more = make((5, 67, 33), torch.float16, device, gated=True)
-    got = launch_gated_linear(x, weight, **more, activation="gelu", _launch=APART)
+    got = launch_gated_linear(x, weight, **more, activation="gelu", launch=UNFUSED)
     exact = in_float64(x, weight, **more, activation="gelu")
     assert_as_good(got, gated_linear_reference(x, weight, **more, activation="gelu"), exact)
 
@@ -195,7 +198,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(shape, gated, device, mo
     monkeypatch.setattr(torch, "empty", empty)
     for launch in tiers(len(x)):
         run = launch_gated_linear if gated else launch_dense_linear
-        assert_as_good(run(x, weight, **more, _launch=launch), reference, exact)
+        assert_as_good(run(x, weight, **more, launch=launch), reference, exact)
         empty.assert_bands_are_whole(reference.numel())
         empty.buffers.clear()
 
@@ -218,7 +221,7 @@ def test_offsets_pass_2_to_the_31(tokens):
 @pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
 @each_dtype
 def test_the_operation_at_a_model_s_shapes(tokens, gated, dtype):
-    """What is launched by default, whatever the table says."""
+    """The default launches, whatever the table says."""
     for k, n in ((4096, 6144), (4096, 4096), (14336, 4096), (576, 1536)):
         x, weight, more = make((tokens, k, n), dtype, "cuda", "both", gated)
         op, reference = dense_linear, dense_linear_reference
@@ -287,55 +290,91 @@ def test_bad_arguments_of_a_gated_layer_are_named():
 
 # ------------------------------------------------------------------------------------- launches
 
-SHARED = [99 * 1024, 163 * 1024, 227 * 1024]
+TOY = Device("NVIDIA Toy", "sm_77", 3, 99 * 1024, 2**20)
+H100 = Device("NVIDIA H100 80GB HBM3", "sm_90", 132, 227 * 1024, 50 * 2**20)
+GPUS = [replace(H100, shared_memory=size * 1024) for size in (99, 163, 227)]
 
 
-@pytest.mark.parametrize("shared_memory", SHARED)
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.shared_memory)
 @pytest.mark.parametrize("operation", launches.VENDOR)
-def test_heuristic_launches_fit(operation, shared_memory):
+def test_heuristic_launches_fit(operation, gpu):
     for n, k in ((1, 1), (64, 576), (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336)):
         for tokens in range(1, launches.MAX_TOKENS + 2):
-            launch = choose_launch(operation, n, k, tokens, shared_memory=shared_memory)
-            assert launch.fits(tokens, operation == "gated_linear", shared_memory)
+            launch = choose_launch(operation, n, k, tokens, gpu)
+            assert launch.fits(tokens, operation == "gated_linear", gpu.shared_memory)
             assert (launch.tier == "gemv") == (tokens == 1)
             if tokens > launches.MAX_TOKENS:
                 assert launch == launches.VENDOR[operation]
 
 
-def test_a_table_goes_before_the_heuristic():
+def test_a_table_takes_precedence_over_the_heuristic():
     key = ("dense_linear", 6144, 4096, 16)
-    choose = partial(choose_launch, "dense_linear", 6144, 4096, shared_memory=SHARED[0])
+
+    def choose(tokens, table=None):
+        return choose_launch("dense_linear", 6144, 4096, tokens, H100, table)
+
     table = {key: TILES}
-    assert choose(2, table=table) == choose(16, table=table) == TILES
-    assert choose(17, table=table) == choose(17) != TILES
-    assert choose(16) != TILES and choose(1, table=table).tier == "gemv"
+    assert choose(2, table) == choose(16, table) == TILES
+    assert choose(17, table) == choose(17) != TILES
+    assert choose(16) != TILES and choose(1, table).tier == "gemv"
     beyond = {("dense_linear", 6144, 4096, 256): TILES}
-    assert choose(129, table=beyond) == CUBLAS
+    assert choose(129, beyond) == CUBLAS
 
 
-def test_ours_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(launches, "WANTED", False)
-    for operation, vendor in launches.VENDOR.items():
-        for tokens in (1, 16):
-            table = {(operation, 6144, 4096, tokens): TILES}
-            choose = partial(choose_launch, operation, 6144, 4096, tokens)
-            assert choose(shared_memory=SHARED[0], table=table) == vendor
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_launch_options_choose_the_library(tokens, device, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a kernel of ours was launched")
 
+    monkeypatch.setattr(kernel, "_gemv", refuse)
+    monkeypatch.setattr(kernel, "_tiles", refuse)
+    x, weight, more = make((tokens, 64, 34), torch.float16, device)
+    with launch_options(library_linear=True):
+        got = launch_dense_linear(x, weight, **more)
+        launch_gated_linear(x, weight)
+    assert torch.equal(got, dense_linear_reference(x, weight, **more))
+    with pytest.raises(AssertionError, match="of ours"):
+        launch_dense_linear(x, weight)
+
+
+# ---------------------------------------------------------------------------------------- tables
 
 TABLE = {("dense_linear", 6144, 4096, 1): GEMV, ("gated_linear", 14336, 4096, 16): TILES}
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "deep/table.json"
-    write_table(path, "NVIDIA Toy", TABLE)
-    assert read_table(path, "NVIDIA Toy") == TABLE
-    assert json.loads(path.read_text())["launches"][0] == {
+    write_table(path, TOY, TABLE)
+    assert read_table(path, TOY) == TABLE
+    data = json.loads(path.read_text())
+    assert (data["gpu"], data["arch"], data["sms"]) == ("NVIDIA Toy", "sm_77", 3)
+    assert data["launches"][0] == {
         "operation": "dense_linear",
         "n": 6144,
         "k": 4096,
         "tokens": 1,
         **asdict(GEMV),
     }
+
+
+def test_a_table_is_for_a_name_or_for_an_architecture_and_its_sms(tmp_path):
+    path = tmp_path / "table.json"
+    write_table(path, TOY, TABLE)
+    assert read_table(path, replace(TOY, name="NVIDIA Other")) == TABLE
+    assert read_table(path, replace(TOY, sm_count=4)) == TABLE
+    with pytest.raises(BadTable, match="is for 'NVIDIA Toy', this GPU is 'NVIDIA Other'"):
+        read_table(path, replace(TOY, name="NVIDIA Other", sm_count=4))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Return empty folders for the user's tables and for the package's."""
+    own, packaged = tmp_path / "own", tmp_path / "packaged"
+    monkeypatch.setattr(launch_tables, "OWN", own)
+    monkeypatch.setattr(launch_tables, "PACKAGED", packaged)
+    table_of.cache_clear()
+    yield own, packaged
+    table_of.cache_clear()
 
 
 def _damage(text):
@@ -346,64 +385,74 @@ def _damage(text):
     ("damage", "says"),
     [
         (_damage(lambda text: text[: len(text) // 2]), "cannot be read"),
-        (_damage(lambda text: text.replace("NVIDIA Toy", "NVIDIA Other")), "NVIDIA Other"),
-        (_damage(lambda text: text.replace('"schema": 1', '"schema": 2')), "schema 1"),
+        (
+            _damage(lambda text: text.replace("NVIDIA Toy", "NVIDIA Other").replace("_77", "_78")),
+            "NVIDIA Other",
+        ),
+        (_damage(lambda text: text.replace('"schema": 2', '"schema": 1')), "schema 2"),
         (_damage(lambda text: text.replace('"n": 6144', '"n": "6144"')), "damaged"),
         (_damage(lambda text: text.replace('"block_k": 64', '"block_k": 65')), "damaged"),
         (_damage(lambda text: text.replace('"tier": "gemv"', '"tier": "magic"')), "damaged"),
-        (_damage(lambda text: text.replace('"tier": "gemv"', '"tier": "apart"')), "damaged"),
+        (_damage(lambda text: text.replace('"tier": "gemv"', '"tier": "unfused"')), "damaged"),
         (_damage(lambda text: text.replace('"num_warps"', '"warps"')), "damaged"),
         (_damage(lambda text: text.replace('"tokens": 1,', '"tokens": 2,')), "damaged"),
-        (_damage(lambda text: "[]"), "schema 1"),
+        (_damage(lambda text: "[]"), "schema 2"),
     ],
 )
-def test_a_bad_table_is_refused_and_the_heuristic_serves(
-    damage, says, tmp_path, monkeypatch, caplog
-):
-    path = tmp_path / launches.table_name("NVIDIA Toy")
-    write_table(path, "NVIDIA Toy", TABLE)
+def test_a_bad_table_is_refused_and_the_heuristic_serves(damage, says, folders, caplog):
+    path = folders[0] / launch_tables.table_name(TOY)
+    write_table(path, TOY, TABLE)
     damage(path)
     with pytest.raises(BadTable, match=says):
-        read_table(path, "NVIDIA Toy")
-    monkeypatch.setattr(launches, "OWN", tmp_path)
-    launches.table_of.cache_clear()
-    try:
-        assert launches.table_of("NVIDIA Toy") is None
-        assert launches.table_of("NVIDIA Toy") is None
-        assert len(caplog.records) == 1 and says in caplog.text
-    finally:
-        launches.table_of.cache_clear()
+        read_table(path, TOY)
+    assert table_of(TOY) is None
+    assert table_of(TOY) is None
+    assert len(caplog.records) == 1 and says in caplog.text
 
 
-def test_one_s_own_table_goes_before_the_package_s(tmp_path, monkeypatch):
-    own, packaged = tmp_path / "own", tmp_path / "packaged"
-    monkeypatch.setattr(launches, "OWN", own)
-    monkeypatch.setattr(launches, "PACKAGED", packaged)
-    write_table(packaged / launches.table_name("A (B)"), "A (B)", TABLE)
-    try:
-        launches.table_of.cache_clear()
-        assert launches.table_of("A (B)") == TABLE and launches.table_of("A") is None
-        write_table(own / launches.table_name("A (B)"), "A (B)", {})
-        launches.table_of.cache_clear()
-        assert launches.table_of("A (B)") == {}
-    finally:
-        launches.table_of.cache_clear()
+def test_the_users_table_comes_first_then_the_name_then_the_sms(folders, caplog):
+    own, packaged = folders
+    gpu = replace(TOY, name="A (B)")
+    write_table(packaged / launch_tables.shared_table_name(gpu), TOY, TABLE)
+    assert table_of(gpu) == TABLE
+    more_sms = replace(gpu, sm_count=4)
+    assert table_of(more_sms) is None
+    assert "llmfast tune" in caplog.text and "A (B) (sm_77, 4 SMs)" in caplog.text
+    assert table_of(more_sms) is None and len(caplog.records) == 1  # once
+    named = {("dense_linear", 8, 8, 1): GEMV}
+    write_table(packaged / launch_tables.table_name(gpu), gpu, named)
+    table_of.cache_clear()
+    assert table_of(gpu) == named
+    write_table(own / launch_tables.table_name(gpu), gpu, {})
+    table_of.cache_clear()
+    assert table_of(gpu) == {}
+    assert len(caplog.records) == 1
 
 
-def test_every_table_of_the_package_is_good():
-    for path in launches.PACKAGED.glob("*.json"):
-        gpu = json.loads(path.read_text())["gpu"]
-        assert path.name == launches.table_name(gpu)
+def test_an_h200_has_the_table_of_an_h100():
+    h200, pcie = replace(H100, name="NVIDIA H200"), replace(H100, name="H100 PCIe", sm_count=114)
+    shared = launch_tables.PACKAGED / launch_tables.shared_table_name(h200)
+    assert read_table(shared, h200) == read_table(shared, H100) != {}
+    assert not (launch_tables.PACKAGED / launch_tables.shared_table_name(pcie)).exists()
+
+
+def test_every_packaged_table_is_good():
+    for path in launch_tables.PACKAGED.glob("*.json"):
+        data = json.loads(path.read_text())
+        gpu = replace(H100, name=data["gpu"], arch=data["arch"], sm_count=data["sms"])
+        assert path.name in (launch_tables.table_name(gpu), launch_tables.shared_table_name(gpu))
         for (operation, _, _, tokens), launch in read_table(path, gpu).items():
-            assert launch.fits(tokens, operation == "gated_linear", SHARED[-1])
+            assert launch.fits(tokens, operation == "gated_linear", gpu.shared_memory)
             assert tokens == launches.bucket(tokens)
 
 
 @needs_cuda
 def test_the_launch_follows_the_table_of_the_gpu(monkeypatch):
     grids, table = [], {("dense_linear", 24, 40, 16): TILES}
-    monkeypatch.setattr(kernel, "table_of", lambda gpu: table if gpu else None)
+    monkeypatch.setattr(kernel, "table_of", lambda gpu: table)
+    kernel._choose.cache_clear()
     monkeypatch.setattr(kernel, "_tiles", lambda grid, args, **options: grids.append(grid))
     x, weight, _ = make((3, 40, 24), torch.float16, "cuda")
     launch_dense_linear(x, weight)
     assert grids == [(2,)]
+    kernel._choose.cache_clear()

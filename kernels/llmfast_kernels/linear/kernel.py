@@ -1,8 +1,8 @@
-"""Linear layers of few tokens in Triton. Arguments are checked by op.py; here they are good.
+"""Linear layers for few tokens in Triton. Arguments are checked by op.py; here they are good.
 
-Every weight is read once and every other tensor is small beside it, so that the time is that of
-reading the weights. A program takes some rows of the weight whole: nothing is added up between
-programs, and the same input gives the same bits.
+Every weight is read once and all other tensors are small, so that reading the weights takes the
+time. A program takes whole rows of the weight: nothing is added up between programs, and the same
+input gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ import triton.language as tl
 from torch.nn import functional
 
 from ..activation.kernel import activate, launch_gelu_mul, launch_gelu_tanh_mul, launch_silu_mul
+from ..common.device import Device, device_of
 from ..common.launch import CachedLauncher
+from ..common.options import current_options
 from ..common.pdl import prefetch_rows, wait_for_inputs
-from .launch import (
-    MAX_TOKENS,
-    VENDOR,
-    Launch,
-    block_m,
-    choose_launch,
-    prefetched,
-    table_of,
-)
+from .launch import MAX_TOKENS, VENDOR, Launch, block_m, choose_launch, prefetch_cols
+from .launch_tables import table_of
 
 GATED = {
     "silu": launch_silu_mul,
@@ -36,7 +31,7 @@ GATED = {
 
 @triton.jit
 def _rounded(sums, bias_ptr, rows, dtype: tl.constexpr):
-    """What a linear layer returns of float32 sums, as float32; ``rows`` are within the weight."""
+    """Add the bias to float32 sums, round them to ``dtype``, and return them as float32."""
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + rows).to(tl.float32)
     return sums.to(dtype).to(tl.float32)
@@ -51,7 +46,7 @@ def _gemv_kernel(
     y_ptr,  # [n], written
     n,
     k,
-    ACT: tl.constexpr,  # None, or what the gate goes through
+    ACT: tl.constexpr,  # None, or the gate's activation
     EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,7 +54,7 @@ def _gemv_kernel(
     wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: rows times columns may pass 2**31
+    rows = tl.minimum(out, n - 1).to(tl.int64)  # rows times columns may exceed 2**31
     lanes = tl.arange(0, BLOCK_K)
     row_ptrs = weight_ptr + rows[:, None] * k
     n_times_k = n.to(tl.int64) * k
@@ -101,16 +96,16 @@ def _tiles_kernel(
     n_tokens,
     n,
     k,
-    ACT: tl.constexpr,  # None, or what the gate goes through
+    ACT: tl.constexpr,  # None, or the gate's activation
     EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,  # n_tokens or more
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr,  # elements of each row that are asked for before x is there
+    PREFETCH: tl.constexpr,  # columns of each row that are prefetched before x is ready
 ):
     dtype = y_ptr.dtype.element_ty
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    rows = tl.minimum(out, n - 1).to(tl.int64)  # int64: as above
+    rows = tl.minimum(out, n - 1).to(tl.int64)  # rows times columns may exceed 2**31
     tokens = tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, BLOCK_K)
@@ -120,7 +115,7 @@ def _tiles_kernel(
     if ACT is not None:
         prefetch_rows(row_ptrs + n_times_k, k, PREFETCH)
     wait_for_inputs()
-    # the weight stands first: its rows fill the matrix units, however few tokens there are
+    # the weight is the left operand: its rows fill the tensor cores however few tokens there are
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, k, BLOCK_K):
@@ -161,9 +156,10 @@ def launch_dense_linear(
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
-    _launch: Launch | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
-    return _run(None, x, weight, bias, residual, _launch)
+    """Run :func:`~.op.dense_linear`; ``launch`` overrides the choice."""
+    return _run(None, x, weight, bias, residual, launch)
 
 
 def launch_gated_linear(
@@ -172,9 +168,10 @@ def launch_gated_linear(
     bias: torch.Tensor | None = None,
     *,
     activation: str = "silu",
-    _launch: Launch | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
-    return _run(activation, x, weight, bias, None, _launch)
+    """Run :func:`~.op.gated_linear`; ``launch`` overrides the choice."""
+    return _run(activation, x, weight, bias, None, launch)
 
 
 def _run(
@@ -187,10 +184,14 @@ def _run(
 ) -> torch.Tensor:
     *leading, k = x.shape
     n = len(weight) if act is None else len(weight) // 2
-    n_tokens = x.numel() // k
+    n_tokens, device = x.numel() // k, device_of(x)
+    operation = "dense_linear" if act is None else "gated_linear"
     if launch is None:
-        launch = _choose(act, x, n, k, n_tokens)
-    if launch.tier == "apart":
+        launch = VENDOR[operation]
+        if x.element_size() == 2 and 0 < n_tokens <= MAX_TOKENS:
+            if not current_options().library_linear:
+                launch = _choose(operation, n, k, n_tokens, device)
+    if launch.tier == "unfused":
         assert act is not None
         return GATED[act](launch_dense_linear(x, weight, bias))
     if launch.tier == "cublas":
@@ -205,52 +206,17 @@ def _run(
         constexprs = (act, even_k, *tile)
         _gemv(grid, (*tensors, n, k, *constexprs), num_warps=launch.num_warps)
     else:
+        prefetch = prefetch_cols(n_tokens, device)
         _tiles(
             grid,
-            (*tensors, n_tokens, n, k, act, even_k, block_m(n_tokens), *tile, prefetched(n_tokens)),
+            (*tensors, n_tokens, n, k, act, even_k, block_m(n_tokens), *tile, prefetch),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
     return y
 
 
-def _choose(act: str | None, x: torch.Tensor, n: int, k: int, n_tokens: int) -> Launch:
-    operation = "dense_linear" if act is None else "gated_linear"
-    if x.element_size() != 2 or not 0 < n_tokens <= MAX_TOKENS:
-        return VENDOR[operation]
-    if not x.is_cuda:  # Triton's interpreter: as an H100 without a table
-        return choose_launch(operation, n, k, n_tokens, shared_memory=227 * 1024)
-    index = x.get_device()
-    return choose_launch(
-        operation,
-        n,
-        k,
-        n_tokens,
-        shared_memory=shared_memory_of(index),
-        table=table_of(_name_of(index)),
-    )
-
-
-_name_of = cache(torch.cuda.get_device_name)
-
-
 @cache
-def shared_memory_of(index: int) -> int:
-    """Bytes of shared memory that a program may use on a GPU."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    size: int = properties["max_shared_mem"]
-    return size
-
-
-@cache
-def multiprocessors_of(index: int) -> int:
-    """The multiprocessors of a GPU."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    count: int = properties["multiprocessor_count"]
-    return count
-
-
-@cache
-def is_hopper(index: int) -> bool:
-    """Whether a GPU has Hopper's tensor cores, which take weights from registers."""
-    return torch.cuda.get_device_capability(index) == (9, 0)
+def _choose(operation: str, n: int, k: int, tokens: int, device: Device) -> Launch:
+    table = None if device.interpreted else table_of(device)
+    return choose_launch(operation, n, k, tokens, device, table)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..common.device import Device
 from ..linear.launch import block_m
 from .formats import CHUNK
-from .tables import Constants, constants_of
+from .tables import CONSTANTS, Constants
 from .workspace import MAX_TICKETS
 
 MAX_TOKENS = {4: 256, 8: 128}  # by bits, of tiles and scaled_tiles; for more cuBLAS is faster
@@ -93,7 +93,7 @@ class Launch:
 @cache
 def plan(problem: Problem, device: Device) -> Launch:
     """Choose the launch of a call with at least one token. Pure: it asks no device."""
-    constants = constants_of(device)
+    constants = CONSTANTS.of(device)
     launch = None
     if device.is_hopper and problem.tma_loads:
         launch = _stream(problem, constants) or _gemm(problem, device, constants)

@@ -1,7 +1,6 @@
-"""Measured constants that decide which main loop multiplies a layer, and how: a table per GPU.
+"""Measured constants that decide which main loop multiplies a layer, and how, by kind of GPU.
 
-A GPU is looked up by its name, then by architecture and number of SMs. Numbers of programs are
-scaled to the SMs of a GPU that has no row of its own.
+Only an H100 was measured so far. Numbers of programs are scaled to the SMs of other GPUs.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..common.device import Device
+from ..common.tables import GpuTable
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,4 @@ _H100 = Constants(
     launches_us=5.0,
 )
 
-BY_NAME: dict[str, Constants] = {}  # GPUs that differ from others of their architecture and SMs
-BY_SMS: dict[tuple[str, int], Constants] = {("sm_90", 132): _H100}
-
-
-def constants_of(device: Device) -> Constants:
-    """Return the constants of a GPU; the H100's for GPUs that nobody has measured."""
-    return BY_NAME.get(device.name) or BY_SMS.get((device.arch, device.sm_count)) or _H100
+CONSTANTS = GpuTable({("sm_90", 132): _H100}, default=_H100)
