@@ -118,6 +118,7 @@ def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
     except NotTraced as error:
         if strict:
             raise UserError(f"patch(strict=True): generate is transformers' own: {error}") from None
+        report.generate_fallback = str(error)
         report.notes.append(f"generate: transformers' own, since {error}.")
         return
     take_over(model, steps)

@@ -187,7 +187,7 @@ def _room(model: Any, prompt_tokens: int, max_tokens: int) -> int:
     """
     from ..model.sizes import ModelSizes
 
-    context = ModelSizes.of(model).context_length
+    context = ModelSizes.from_config(model.config).context_length
     if not context:
         return max_tokens  # no limit
     if prompt_tokens >= context:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,7 +112,7 @@ def read_lines(
             except json.JSONDecodeError as error:
                 bad[index] = f"not JSON: {error}"
             except (ValueError, TypeError, RecursionError) as error:  # bad UTF-8 too
-                bad[index] = str(error).replace("SamplingParams.__init__() got", "it has")
+                bad[index] = str(error)
             else:
                 keys.add(line.key)
                 yield line
@@ -141,6 +141,9 @@ def _parse(data: Any, index: int, defaults: dict[str, Any], seed: int) -> Line:
         raise ValueError("messages must be a list of objects, not empty")
     if isinstance(given.get("logit_bias"), dict):  # JSON has only text keys
         given["logit_bias"] = {int(token): by for token, by in given["logit_bias"].items()}
+    known = {field.name for field in fields(SamplingParams)}
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"it has an unexpected keyword argument {unknown[0]!r}")
     params = SamplingParams(**{**defaults, "seed": seed + index, **given})
     return Line(index, own, prompt, messages, params)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
     from ..engine.sampling_params import SamplingParams
@@ -25,6 +25,5 @@ def sampling_params(**options: Any) -> SamplingParams:
         given["temperature"] = 0.0
     try:
         return SamplingParams(**given)
-    except ValueError as error:
-        name, _, rest = str(error).removeprefix("SamplingParams: ").partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+    except ArgumentError as error:
+        raise UserError(f"--{error.argument.replace('_', '-')} {error.reason}") from None

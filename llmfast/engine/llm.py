@@ -118,11 +118,8 @@ class LLM(EngineCore):
             raise ValueError(
                 "LLM: dtype and device are of a model that is loaded; this one was given"
             )
-        try:
-            refuse(model)
-            select_weights(model, weights, group_size)
-        except UserError as error:
-            raise UserError(str(error).replace("patch:", "LLM:", 1)) from None
+        refuse(model, "LLM")
+        select_weights(model, weights, group_size, what="LLM")
         self._rounded = None if weights is None else model
         self.tokenizer = tokenizer
         end_tokens = end_tokens_of(model, tokenizer)

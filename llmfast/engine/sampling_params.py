@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArgumentError
+
 if TYPE_CHECKING:
     import torch
 
@@ -265,5 +267,5 @@ def _is_number(value: object) -> bool:
     return _is_integer(value) or (isinstance(value, float) and not math.isnan(value))
 
 
-def _wrong(name: str, wanted: str, got: object) -> ValueError:
-    return ValueError(f"SamplingParams: {name} must be {wanted}; got {got!r}")
+def _wrong(name: str, wanted: str, got: object) -> ArgumentError:
+    return ArgumentError("SamplingParams", name, f"must be {wanted}; got {got!r}")

@@ -283,8 +283,7 @@ def _patched(model: Any, weights: str | None = None) -> Iterator[Takeover]:
     try:
         takeover = takeover_of(model)
         if takeover is None:
-            why = [note for note in report.notes if note.startswith("generate")]
-            raise UserError(f"the runner does not run this model. {'; '.join(why)}")
+            raise UserError(f"the runner does not run this model: {report.generate_fallback}")
         yield takeover
     finally:
         llmfast.unpatch(model)

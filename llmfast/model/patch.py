@@ -110,27 +110,27 @@ def swap_out(model: PreTrainedModel) -> None:
     delattr(model, PATCH)
 
 
-def refuse(model: PreTrainedModel) -> None:
-    """Raise UserError if a model cannot be patched."""
+def refuse(model: PreTrainedModel, what: str = "patch") -> None:
+    """Raise UserError, beginning with ``what``, if a model cannot be patched."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in _modules(model)):
-        raise UserError("patch: this model is compiled; patch it first, then call torch.compile")
+        raise UserError(f"{what}: this model is compiled; patch it first, then call torch.compile")
     if not isinstance(model, PreTrainedModel):
-        raise UserError(f"patch: wants a model of transformers, got {type(model).__name__}")
+        raise UserError(f"{what}: wants a model of transformers, got {type(model).__name__}")
     if PATCH in vars(model):
-        raise UserError("patch: this model is patched already; call llmfast.unpatch(model) first")
+        raise UserError(f"{what}: this model is patched already; call llmfast.unpatch(model) first")
     if model.config.is_encoder_decoder:
         raise UserError(
-            f"patch: {type(model).__name__} is an encoder-decoder model; "
+            f"{what}: {type(model).__name__} is an encoder-decoder model; "
             "llmfast takes decoder-only ones"
         )
     device = model.device
     if device.type not in ("cuda", "cpu"):
         raise UserError(
-            f"patch: the model is on {device}; move it to a GPU first, model.to('cuda')"
+            f"{what}: the model is on {device}; move it to a GPU first, model.to('cuda')"
         )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         raise UserError(
-            f"patch: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{what}: {torch.cuda.get_device_name(device)} has compute capability "
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; the kernels want 8.0"
         )
 

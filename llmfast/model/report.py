@@ -40,6 +40,9 @@ class Report:
     notes: list[str] = field(default_factory=list)
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
     seconds: float = 0.0  # duration of the patch
+    generate_fallback: str | None = (
+        None  # why generate stays transformers' own, if it was asked for
+    )
 
     @property
     def swapped(self) -> int:

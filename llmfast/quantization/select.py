@@ -35,6 +35,8 @@ def select_weights(
     group_size: int | str | None = "auto",
     method: str = "nearest",
     calibration: torch.Tensor | None = None,
+    *,
+    what: str = "patch",
 ) -> list[str]:
     """Let the model carry the weights that are asked for, until :func:`.model_weights.detach`.
 
@@ -42,7 +44,8 @@ def select_weights(
 
     Args:
         model: that is not patched.
-        weights, group_size, method, calibration: of :func:`llmfast.patch`.
+        weights, group_size, method, calibration: as :func:`llmfast.patch` takes them.
+        what: the operation that messages begin with.
 
     Returns:
         What to tell of it, in full sentences.
@@ -52,7 +55,7 @@ def select_weights(
             already; nothing is changed then.
     """
     if isinstance(weights, str) and weights in OWN:
-        use_checkpoint_weights(model, OWN[weights])
+        use_checkpoint_weights(what, model, OWN[weights])
         weights = None
     if weights is None:
         own = quantized_weights_of(model)
@@ -65,17 +68,17 @@ def select_weights(
                 text += ": on the CPU that is faster (weights='own' has them in their own bits)"
         return [f"{text}."]
     if not is_requantizable(model):
-        raise UserError("patch: weights: this model has quantized weights already")
+        raise UserError(f"{what}: weights: this model has quantized weights already")
     if isinstance(weights, str):
         if weights not in WEIGHTS:
             raise UserError(
-                "patch: weights must be 'int4', 'int8', 'own', 'dequantized' or what "
+                f"{what}: weights must be 'int4', 'int8', 'own', 'dequantized' or what "
                 f"llmfast.quantize gives; got {weights!r}"
             )
         if isinstance(group_size, str):
             if group_size != "auto":
                 raise UserError(
-                    f"patch: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
+                    f"{what}: group_size must be 32, 64, 128, None or 'auto'; got {group_size!r}"
                 )
             group_size = GROUP_SIZE[weights]
         told = partial(estimate_quantization, model, weights=weights, group_size=group_size)

@@ -92,10 +92,11 @@ def set_quantized(
     setattr(model, _ATTRIBUTE, _Carried(weights, requantizable=requantizable))
 
 
-def use_checkpoint_weights(model: nn.Module, where: str) -> None:
+def use_checkpoint_weights(what: str, model: nn.Module, where: str) -> None:
     """Set where the runner multiplies with the weights that ``model`` was loaded with.
 
     Args:
+        what: the operation that a message begins with.
         model: as it was loaded.
         where: ``GPU``, ``EVERYWHERE`` or ``NOWHERE``.
 
@@ -104,7 +105,7 @@ def use_checkpoint_weights(model: nn.Module, where: str) -> None:
     """
     found = _carried(model)
     if found is None:
-        raise UserError("patch: weights: this model was not loaded with quantized weights")
+        raise UserError(f"{what}: weights: this model was not loaded with quantized weights")
     setattr(model, _ATTRIBUTE, replace(found, where=where))
 
 
