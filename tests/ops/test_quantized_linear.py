@@ -3,6 +3,9 @@
 The kernels are tested in test_quantized_linear_int4, _int8, _stream and _gemm.
 """
 
+import gc
+import threading
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +26,7 @@ from llmfast_kernels.quantized_linear.launch import (
     plan,
     stage_bytes,
 )
+from llmfast_kernels.quantized_linear.workspace import MAX_TICKETS, Scratch, workspace
 from quantized_cases import REFERENCE, assert_as_good, each_bits, in_float64, make
 
 OPERATION = {4: int4_linear, 8: int8_linear}
@@ -292,8 +296,91 @@ def device_of(device):
     return torch.empty(0, device=device).device  # with its index
 
 
+CPU = torch.device("cpu")
+
+
+class Where:
+    """A current stream and capture that a test sets."""
+
+    def __init__(self):
+        self.now = (0, None)
+
+    def __call__(self, device):
+        return self.now
+
+
+@pytest.fixture
+def where():
+    return Where()
+
+
+@pytest.fixture
+def scratch(where):
+    return Scratch(where)
+
+
+def test_layers_of_a_stream_share_scratch_memory_and_streams_do_not(scratch, where):
+    weight, drawn = scratch.workspace(CPU, torch.half, 64), scratch.tickets(CPU, 3)
+    assert not drawn.any() and len(drawn) == MAX_TICKETS
+    assert scratch.workspace(CPU, torch.half, 32).data_ptr() == weight.data_ptr()
+    assert scratch.tickets(CPU, 1) is drawn
+    assert scratch.workspace(CPU, torch.bfloat16, 8).data_ptr() != weight.data_ptr()
+    where.now = (1, None)
+    assert scratch.workspace(CPU, torch.half, 32).data_ptr() != weight.data_ptr()
+    assert scratch.tickets(CPU, 1) is not drawn
+    where.now = (0, None)
+    assert scratch.workspace(CPU, torch.half, 64).data_ptr() == weight.data_ptr()
+    assert scratch.workspace_bytes(CPU) == 2 * (64 + 8 + 32)
+
+
+def test_a_larger_layer_gets_a_larger_workspace(scratch):
+    scratch.workspace(CPU, torch.half, 8)
+    assert len(scratch.workspace(CPU, torch.half, 16)) == 16
+    assert scratch.workspace_bytes() == 32
+    with pytest.raises(ValueError, match=f"{MAX_TICKETS + 1} tickets, more than {MAX_TICKETS}"):
+        scratch.tickets(CPU, MAX_TICKETS + 1)
+
+
+def test_captures_share_with_no_other_capture_and_no_stream(scratch, where):
+    eager = scratch.tickets(CPU, 1)
+    found = {}
+    for capture, stream in ((7, 0), (7, 1), (8, 0)):
+        where.now = (stream, capture)
+        found[where.now] = scratch.tickets(CPU, 1)
+        assert scratch.tickets(CPU, 1) is found[where.now]
+        scratch.workspace(CPU, torch.half, 99)
+    assert len({t.data_ptr() for t in (eager, *found.values())}) == 4
+    assert scratch.workspace_bytes() == 0  # graphs' memory is in their pools
+
+
+def test_the_memory_of_a_capture_that_ended_is_not_held(scratch, where):
+    where.now = (0, 7)
+    drawn = weakref.ref(scratch.tickets(CPU, 1))
+    where.now = (0, 8)
+    scratch.tickets(CPU, 1)
+    assert drawn() is None  # another capture on the stream
+    drawn = weakref.ref(scratch.tickets(CPU, 1))
+    where.now = (0, None)
+    scratch.tickets(CPU, 1)
+    assert drawn() is None  # a call on the stream that is not captured
+
+
+def test_threads_do_not_share_and_leave_nothing(no_workspaces):
+    def run():
+        found.append(workspace(CPU, torch.half, 16).data_ptr())
+        sizes.append(workspace_bytes(CPU))
+
+    found, sizes = [workspace(CPU, torch.half, 16).data_ptr()], []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found[0] != found[1] and sizes == [64]
+    gc.collect()
+    assert workspace_bytes(CPU) == 32
+
+
 @pytest.mark.gpu
-def test_a_captured_workspace_stays_where_it_is(no_workspaces):
+def test_a_graph_keeps_the_workspace_that_it_was_captured_with(no_workspaces):
     many = MAX_TOKENS[4] + 1
     args = make((many, 128, 40, 64), torch.float16, "cuda")
     wanted = int4_linear(**args)
@@ -301,8 +388,33 @@ def test_a_captured_workspace_stays_where_it_is(no_workspaces):
     with torch.cuda.graph(graph):
         got = int4_linear(**args)
     int4_linear(**make((many, 256, 80, 64), torch.float16, "cuda"))
+    assert workspace_bytes() == 2 * 80 * 256
+    free_workspaces()
     taken = [torch.full((40 * 128,), 7.0, device="cuda", dtype=torch.half) for _ in range(9)]
     graph.replay()
     assert torch.equal(got, wanted)
     assert all(bool((t == 7.0).all()) for t in taken)
-    assert workspace_bytes() == 2 * (40 * 128 + 80 * 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [8, 100, MAX_TOKENS[4] + 1])
+def test_two_streams_may_run_layers_at_the_same_time(tokens):
+    """Eager calls, and graphs that were captured on one stream and are replayed on two."""
+    layers = [make((tokens, 4096, 4096, 32), torch.half, "cuda", seed=seed) for seed in range(2)]
+    wanted = [int4_linear(**layer) for layer in layers]
+    streams = [torch.cuda.Stream() for _ in layers]
+    graphs, replayed = [torch.cuda.CUDAGraph() for _ in layers], []
+    for layer, graph in zip(layers, graphs, strict=True):
+        with torch.cuda.graph(graph):
+            replayed.append(int4_linear(**layer))
+    torch.cuda.synchronize()
+    for _ in range(20):
+        got = []
+        for layer, stream, graph in zip(layers, streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                got += [int4_linear(**layer) for _ in range(5)]
+                graph.replay()
+        torch.cuda.synchronize()
+        for i, one in enumerate(wanted):
+            assert torch.equal(replayed[i], one)
+            assert all(torch.equal(y, one) for y in got[5 * i : 5 * i + 5])
