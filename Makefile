@@ -46,3 +46,4 @@ bench: setup
 
 bench-docs: setup
 	$(BIN)/python bench/tools docs
+	$(BIN)/python bench/tools chart

@@ -1,6 +1,7 @@
 """The bookkeeping of measured figures.
 
 python bench/tools docs [--check]                          fill the pages, or check them
+python bench/tools chart [--gpu GPU] [--check]             draw the README's chart, or check it
 python bench/tools combine DIR DIR DIR --into DIR          one run out of several processes
 python bench/tools validate FILE...                        check results files
 """
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import chart
 from citations import Results, fill, pages_of
 from combine import combine_folders
 from llmfast.errors import UserError
@@ -30,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     docs.add_argument("--check", action="store_true", help="write nothing; fail if one is stale")
     docs.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
 
+    draw = commands.add_parser("chart", help="draw the README's chart of decoding speed")
+    draw.add_argument("--gpu", default=chart.GPU, help="results folder (default: %(default)s)")
+    draw.add_argument("--check", action="store_true", help="write nothing; fail if it is stale")
+    draw.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+
     combine = commands.add_parser("combine", help="combine several processes into one run")
     combine.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="one per process")
     combine.add_argument("--into", required=True, type=Path, metavar="DIR", help="results folder")
@@ -46,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "docs":
             return fill_docs(given.root, check=given.check)
+        if given.command == "chart":
+            return draw_chart(given.root, given.gpu, check=given.check)
         if given.command == "combine":
             paths = combine_folders(given.folders, given.into, across_commits=given.across_commits)
             print(*paths, sep="\n")
@@ -90,6 +99,29 @@ def fill_docs(root: Path, *, check: bool) -> int:
     for path in changed:
         path.write_text(pages[path], encoding="utf-8")
         print(path.relative_to(root))
+    return 0
+
+
+def draw_chart(root: Path, gpu: str, *, check: bool) -> int:
+    """Write docs/assets/decode.svg from the rows of ``gpu``; with ``check`` compare only.
+
+    Returns:
+        0, or 1 if ``check`` found that the file differs.
+    """
+    svg = chart.draw(read(root / "bench/results" / gpu / "decode.json"))
+    path = root / chart.PATH
+    if path.is_file() and path.read_text(encoding="utf-8") == svg:
+        return 0
+    if check:
+        print(
+            f"error: {chart.PATH} is not what bench/results/{gpu} gives\n"
+            f"run `python bench/tools chart --gpu {gpu}`",
+            file=sys.stderr,
+        )
+        return 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(svg, encoding="utf-8")
+    print(chart.PATH)
     return 0
 
 

@@ -1,8 +1,4 @@
-"""Draw docs/assets/decode.svg, the README's chart of decoding speed, from a results file.
-
-    python -m bench.tools.chart             # draw from the rows of GPU's folder
-    python -m bench.tools.chart --gpu NAME  # from those of another folder
-    python -m bench.tools.chart --check     # exit with 1 if the file is not what the rows give
+"""The README's chart of decoding speed, drawn from the rows of a results file.
 
 There is one panel per batch size, with an axis of its own from zero. A bar is the median, its
 whisker the interval. A row that the results lack leaves its place empty. The SVG uses no script and
@@ -11,17 +7,13 @@ no font of its own, and has colors for light and dark pages. The same rows give 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmfast.errors import UserError
-from llmfast.measure.results import Row, Run, parse_case, read
+from llmfast.measure.results import Row, Run, parse_case
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "docs/assets/decode.svg"
+PATH = "docs/assets/decode.svg"  # in the checkout
 GPU = "h100"  # folder in bench/results that the README's chart is drawn from
 SHAPE, PROMPT, BATCHES = "llama-3.1-8b", "512", (1, 8, 32, 128)
 
@@ -181,33 +173,3 @@ def _text(x: float, y: float, text: str, style: str = "", anchor: str = "") -> s
 
 def _escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the chart or check it; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.tools.chart",
-        description="Draw the README's chart of decoding speed from bench/results.",
-    )
-    parser.add_argument("--gpu", default=GPU, help="folder in the results (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results", metavar="DIR")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the file differs")
-    given = parser.parse_args(arguments)
-    try:
-        svg = draw(read(given.results / given.gpu / "decode.json"))
-    except UserError as error:
-        print(f"chart: {error}", file=sys.stderr)
-        return 2
-    if given.check:
-        same = given.out.is_file() and given.out.read_text(encoding="utf-8") == svg
-        if not same:
-            print(f"chart: {given.out} is not what the results give: draw it", file=sys.stderr)
-        return 0 if same else 1
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(svg, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,19 @@
-"""The README's chart of decoding speed: what it draws, and that the file in docs is current."""
+"""The README's chart of decoding speed: what it draws, and how its file is checked."""
 
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bench.tools.chart import draw, main
+from chart import PATH, draw
 from llmfast.errors import UserError
 from llmfast.measure.results import write
 
+TOOLS = Path(__file__).parents[2] / "bench/tools"
 RATE = {"metric": "tok_per_s", "unit": "tok/s"}
 SHAPE = "shape=llama-3.1-8b weights={} kv=bf16 batch={} prompt=512{}"
 
@@ -61,21 +65,28 @@ def test_no_row_is_an_error(make_run):
         draw((make_run(),))
 
 
-def test_a_drawn_file_passes_the_check_until_a_row_changes(runs, tmp_path, capsys):
-    write(tmp_path / "h200/decode.json", runs)
-    out = tmp_path / "chart.svg"
-    given = ["--gpu", "h200", "--results", str(tmp_path), "--out", str(out)]
-    assert main([*given, "--check"]) == 1
-    assert main(given) == 0 and main([*given, "--check"]) == 0
-    write(tmp_path / "h200/decode.json", runs[:1])
-    assert main([*given, "--check"]) == 1
-    assert "draw it" in capsys.readouterr().err
+def command(*arguments):
+    run = [sys.executable, TOOLS, "chart", *map(str, arguments)]
+    return subprocess.run(run, capture_output=True, text=True)
 
 
-def test_a_missing_file_ends_with_code_2(tmp_path, capsys):
-    assert main(["--gpu", "h100", "--results", str(tmp_path)]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+def test_a_drawn_file_passes_the_check_until_a_row_changes(runs, tmp_path):
+    results = tmp_path / "bench/results/h200/decode.json"
+    write(results, runs)
+    given = ["--gpu", "h200", "--root", tmp_path]
+    assert command(*given, "--check").returncode == 1 and not (tmp_path / PATH).exists()
+    assert command(*given).returncode == 0 and command(*given, "--check").returncode == 0
+    write(results, runs[:1])
+    stale = command(*given, "--check")
+    assert stale.returncode == 1
+    assert "run `python bench/tools chart --gpu h200`" in stale.stderr
 
 
-def test_the_chart_in_docs_is_what_the_results_give():
-    assert main(["--check"]) == 0, "run python -m bench.tools.chart"
+def test_a_missing_results_file_is_the_callers_mistake(tmp_path):
+    refused = command("--root", tmp_path)
+    assert refused.returncode == 2 and "cannot be read" in refused.stderr
+
+
+def test_the_committed_chart_is_current():
+    done = command("--check")
+    assert done.returncode == 0, done.stderr
