@@ -6,6 +6,7 @@ pytest bench/bench_activation.py
 import pytest
 import torch
 
+from harness import DEVICE, sized
 from llmfast_kernels.activation import gelu_mul, gelu_tanh_mul, silu_mul
 from llmfast_kernels.activation.reference import (
     gelu_mul_reference,
@@ -13,7 +14,7 @@ from llmfast_kernels.activation.reference import (
     silu_mul_reference,
 )
 
-WIDTH = 14336
+WIDTH = sized(14336, 64)
 DTYPE = torch.bfloat16
 OPS = {
     "silu_mul": (silu_mul, silu_mul_reference),
@@ -28,14 +29,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 4096, 16384], ids=lambda n: f"{n}tokens")
-@pytest.mark.parametrize(("op", "layout"), CASES, ids="-".join)
+@pytest.mark.impls("llmfast", "eager", "torch.compile")
+@pytest.mark.parametrize("tokens", sized([1, 64, 4096, 16384], [1, 8]), ids=lambda n: f"{n}tokens")
+@pytest.mark.parametrize(("op", "layout"), CASES)
 def bench_activation(bench_op, op, layout, tokens):
     ours, reference = OPS[op]
 
     def make_inputs():
         widths = [2 * WIDTH] if layout == "merged" else [WIDTH, WIDTH]
-        return tuple(torch.randn(tokens, w, device="cuda", dtype=DTYPE) for w in widths)
+        return tuple(torch.randn(tokens, w, device=DEVICE, dtype=DTYPE) for w in widths)
 
     bench_op(
         "activation",

@@ -1,8 +1,8 @@
-"""Attention against cuDNN and FlashAttention-2, the two that PyTorch brings along.
+"""Attention against cuDNN and FlashAttention-2, as PyTorch ships them.
 
-Prefill: 16,384 tokens in all, causal; a step counts 4 * D operations for each query and key below
-the diagonal. Decode: one query over the cache; the bytes are K and V, each read once. Over a paged
-cache, blocks in no order, `contiguous` and the peers compute the same of contiguous keys.
+Prefill is causal, with 16,384 tokens in total; it counts 4 * D operations for each query and key
+below the diagonal. Decode is one query over the cache; its bytes are K and V, each read once. With
+a paged cache in shuffled blocks, `contiguous` and the peers compute the same on contiguous keys.
 """
 
 from collections.abc import Callable
@@ -12,27 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from harness import DEVICE, sized
 from llmfast_kernels.attention import flash_attention, paged_attention
 
-HEADS, KV_HEADS = 32, 8
-TOKENS = 16384  # of a prefill, all sequences together
+HEADS, KV_HEADS = sized((32, 8), (4, 2))
+TOKENS = sized(16384, 256)  # of a prefill, all sequences together
 BLOCK_SIZE = 64  # of the paged cache
-DECODE = [  # batch, context
-    (1, 1024),
-    (1, 8192),
-    (1, 32768),
-    (1, 131072),
-    (8, 4096),
-    (32, 2048),
-    (64, 4096),
-    (128, 1024),
-    (256, 2048),
-]
+DECODE = sized(  # batch, context
+    [
+        (1, 1024),
+        (1, 8192),
+        (1, 32768),
+        (1, 131072),
+        (8, 4096),
+        (32, 2048),
+        (64, 4096),
+        (128, 1024),
+        (256, 2048),
+    ],
+    [(1, 128), (3, 64)],
+)
 
 
 def make(batch: int, heads: int, seq: int, dim: int) -> torch.Tensor:
-    """[B, H, L, D] in memory, as transformers and PyTorch hold it."""
-    return torch.randn(batch, heads, seq, dim, device="cuda", dtype=torch.bfloat16)
+    """Make a tensor of [B, H, L, D] in memory, as transformers and PyTorch hold it."""
+    return torch.randn(batch, heads, seq, dim, device=DEVICE, dtype=torch.bfloat16)
 
 
 def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -55,7 +59,8 @@ def impls(causal: bool) -> dict[str, Callable[..., torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize("seq", [512, 1024, 2048, 4096, 8192, 16384])
+@pytest.mark.impls("llmfast", "cudnn", "flash2")
+@pytest.mark.parametrize("seq", sized([512, 1024, 2048, 4096, 8192, 16384], [64, 256]))
 @pytest.mark.parametrize("dim", [64, 128])
 def bench_prefill(bench_op, dim, seq):
     batch = TOKENS // seq
@@ -73,6 +78,7 @@ def bench_prefill(bench_op, dim, seq):
     )
 
 
+@pytest.mark.impls("llmfast", "cudnn", "flash2")
 @pytest.mark.parametrize(("batch", "context"), DECODE, ids=lambda n: str(n))
 def bench_decode(bench_op, batch, context):
     dim = 128
@@ -93,7 +99,7 @@ def bench_decode(bench_op, batch, context):
 
 
 def make_paged(batch: int, queries: int, context: int, dim: int) -> tuple[torch.Tensor, ...]:
-    """Queries as a model has them, contiguous keys, and a cache of as many in shuffled blocks."""
+    """Make queries, contiguous keys and values, and a paged cache of as many in shuffled blocks."""
     q = make(batch, HEADS, queries, dim)
     k, v = make(batch, KV_HEADS, context, dim), make(batch, KV_HEADS, context, dim)
     blocks = batch * context // BLOCK_SIZE
@@ -101,9 +107,9 @@ def make_paged(batch: int, queries: int, context: int, dim: int) -> tuple[torch.
         make(blocks, KV_HEADS, BLOCK_SIZE, dim),
         make(blocks, KV_HEADS, BLOCK_SIZE, dim),
     )
-    table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
-    starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * queries
-    lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    table = torch.randperm(blocks, device=DEVICE, dtype=torch.int32).view(batch, -1)
+    starts = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * queries
+    lengths = torch.full((batch,), context, device=DEVICE, dtype=torch.int32)
     flat = q.transpose(1, 2).reshape(-1, HEADS, dim)
     return q, k, v, flat, k_cache, v_cache, starts, lengths, table
 
@@ -134,25 +140,27 @@ def paged_impls(causal: bool) -> dict[str, Callable[..., torch.Tensor]]:
 ORDERS = {"heads-first": (0, 1, 2, 3), "tokens-first": (0, 2, 1, 3)}  # within a block
 
 
+@pytest.mark.impls("llmfast")
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", sized([16, 32, 64, 128], [16, 64]))
 @pytest.mark.parametrize(
-    ("batch", "queries", "context"), [(1, 1, 8192), (64, 1, 4096), (2, 8192, 8192)]
+    ("batch", "queries", "context"),
+    sized([(1, 1, 8192), (64, 1, 4096), (2, 8192, 8192)], [(2, 1, 128), (2, 128, 128)]),
 )
 def bench_layouts(bench_op, batch, queries, context, block_size, order):
-    """The block size and the order of heads and tokens in a block: docs/ops/kv_cache.md."""
+    """Time block sizes and orders of heads and tokens within a block: docs/ops/kv_cache.md."""
     dim, blocks = 128, batch * context // block_size
 
     def cache():
         shape = (blocks, KV_HEADS, block_size, dim)
-        lying = [shape[axis] for axis in ORDERS[order]]
-        return torch.randn(lying, device="cuda", dtype=torch.bfloat16).permute(ORDERS[order])
+        in_memory = [shape[axis] for axis in ORDERS[order]]
+        return torch.randn(in_memory, device=DEVICE, dtype=torch.bfloat16).permute(ORDERS[order])
 
     def make_inputs():
-        flat = torch.randn(batch * queries, HEADS, dim, device="cuda", dtype=torch.bfloat16)
-        table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
-        starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * queries
-        lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+        flat = torch.randn(batch * queries, HEADS, dim, device=DEVICE, dtype=torch.bfloat16)
+        table = torch.randperm(blocks, device=DEVICE, dtype=torch.int32).view(batch, -1)
+        starts = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * queries
+        lengths = torch.full((batch,), context, device=DEVICE, dtype=torch.int32)
         return flat, cache(), cache(), starts, lengths, table
 
     def paged(flat, k_cache, v_cache, starts, lengths, table):
@@ -182,7 +190,8 @@ def bench_layouts(bench_op, batch, queries, context, block_size, order):
     )
 
 
-@pytest.mark.parametrize("seq", [2048, 8192])
+@pytest.mark.impls("llmfast", "contiguous", "cudnn")
+@pytest.mark.parametrize("seq", sized([2048, 8192], [128]))
 def bench_paged_prefill(bench_op, seq):
     batch, dim = TOKENS // seq, 128
     bench_op(
@@ -195,6 +204,7 @@ def bench_paged_prefill(bench_op, seq):
     )
 
 
+@pytest.mark.impls("llmfast", "contiguous", "cudnn")
 @pytest.mark.parametrize(("batch", "context"), DECODE, ids=lambda n: str(n))
 def bench_paged_decode(bench_op, batch, context):
     dim = 128

@@ -6,15 +6,16 @@ pytest bench/bench_kv_cache.py
 import pytest
 import torch
 
+from harness import DEVICE, sized
 from llmfast_kernels.kv_cache import write_kv
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+HEADS, KV_HEADS, DIM = sized((32, 8, 128), (4, 2, 16))
 DTYPE = torch.bfloat16
-DECODE = 64  # up to so many tokens each is of another sequence, in a block of its own
+DECODE = 64  # up to this many tokens, each belongs to another sequence and has its own block
 
 
 def index_put(k, v, k_cache, v_cache, slots):
-    """The reference without its search for skipped tokens, which no CUDA graph can hold."""
+    """Run the reference without its search for skipped tokens, which CUDA graphs cannot capture."""
     block_size = k_cache.shape[2]
     blocks, offsets = slots // block_size, slots % block_size
     k_cache[blocks, :, offsets] = k
@@ -22,25 +23,28 @@ def index_put(k, v, k_cache, v_cache, slots):
 
 
 def make_slots(tokens, block_size):
-    """All slots of shuffled blocks, as in a prefill; one slot of each block, as in decoding."""
+    """Return all slots of shuffled blocks, as in prefill, or one slot per block, as in decoding."""
     if tokens <= DECODE:
-        offsets = torch.randint(block_size, (tokens,), device="cuda")
-        return torch.randperm(tokens, device="cuda") * block_size + offsets
-    blocks = torch.randperm(tokens // block_size, device="cuda")[:, None] * block_size
-    return (blocks + torch.arange(block_size, device="cuda")).flatten()
+        offsets = torch.randint(block_size, (tokens,), device=DEVICE)
+        return torch.randperm(tokens, device=DEVICE) * block_size + offsets
+    blocks = torch.randperm(tokens // block_size, device=DEVICE)[:, None] * block_size
+    return (blocks + torch.arange(block_size, device=DEVICE)).flatten()
 
 
+@pytest.mark.impls("llmfast", "eager", "torch.compile")
 @pytest.mark.parametrize("block_size", [16, 64], ids=lambda n: f"block{n}")
-@pytest.mark.parametrize("tokens", [1, 64, 4096, 16384], ids=lambda n: f"{n}tokens")
+@pytest.mark.parametrize(
+    "tokens", sized([1, 64, 4096, 16384], [1, 8, 128]), ids=lambda n: f"{n}tokens"
+)
 def bench_write_kv(bench_op, tokens, block_size):
     def make_inputs():
         width = HEADS + 2 * KV_HEADS
-        qkv = torch.randn(tokens, width, DIM, device="cuda", dtype=DTYPE)
+        qkv = torch.randn(tokens, width, DIM, device=DEVICE, dtype=DTYPE)
         _, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)  # views, as in a model
         slots = make_slots(tokens, block_size)
         n_blocks = tokens if tokens <= DECODE else tokens // block_size
         shape = (n_blocks, KV_HEADS, block_size, DIM)
-        caches = [torch.zeros(shape, device="cuda", dtype=DTYPE) for _ in range(2)]
+        caches = [torch.zeros(shape, device=DEVICE, dtype=DTYPE) for _ in range(2)]
         return k, v, *caches, slots
 
     bench_op(

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from harness import DEVICE, sized
 from llmfast.measure.shapes import config_of, linear_sizes
 from llmfast_kernels import dense_linear, gated_linear, silu_mul
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
+SHAPE = sized("llama-3.1-8b", "smollm2-135m")
+SHAPES = sized(["llama-3.1-8b", "qwen3-8b", "mistral-7b"], [SHAPE])
+TOKENS = sized([1, 2, 4, 8, 16, 32, 64, 128], [1, 8])
 
-
+pytestmark = pytest.mark.impls("llmfast", "cublas")
 each_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}tokens")
 
 
@@ -23,7 +26,7 @@ def sizes(shape):
 
 def make_inputs(shape, tokens, dtype):
     def randn(*size):
-        return torch.randn(size, device="cuda", dtype=dtype)
+        return torch.randn(size, device=DEVICE, dtype=dtype)
 
     xs = [randn(tokens, k) for _, k in sizes(shape)]
     return *xs, *(randn(n, k) / k**0.5 for n, k in sizes(shape))
@@ -59,7 +62,7 @@ def unfused(x, attended, h, middle, qkv, out, gate_up, down):
 
 @each_tokens
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
-@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-8b", "mistral-7b"])
+@pytest.mark.parametrize("shape", SHAPES)
 def bench_block(bench_op, shape, dtype, tokens):
     bench_op(
         "linear",
@@ -72,7 +75,7 @@ def bench_block(bench_op, shape, dtype, tokens):
 
 @each_tokens
 def bench_block_with_epilogues(bench_op, tokens):
-    shape, dtype = "llama-3.1-8b", torch.bfloat16
+    shape, dtype = SHAPE, torch.bfloat16
     bench_op(
         "linear",
         f"shape={shape} weights=bf16 tokens={tokens} with=epilogues",

@@ -6,18 +6,22 @@ pytest bench/bench_norm.py
 import pytest
 import torch
 
+from harness import DEVICE, sized
 from llmfast_kernels.norm import add_rms_norm, rms_norm
 from llmfast_kernels.norm.reference import add_rms_norm_reference, rms_norm_reference
 
 EPS = 1e-6
-WIDTH, HEADS, HEAD_DIM = 4096, 32, 128
+WIDTH, HEADS, HEAD_DIM = sized((4096, 32, 128), (64, 4, 16))
 DTYPE = torch.bfloat16
 
-each_size = pytest.mark.parametrize("tokens", [1, 64, 4096, 16384], ids=lambda n: f"{n}tokens")
+pytestmark = pytest.mark.impls("llmfast", "eager", "torch.compile")
+each_size = pytest.mark.parametrize(
+    "tokens", sized([1, 64, 4096, 16384], [1, 8]), ids=lambda n: f"{n}tokens"
+)
 
 
 def impls(ours, reference, weight):
-    """The three under one signature; compiled for the one shape, as its best case."""
+    """Give the three one signature; torch.compile compiles for the one shape, its best case."""
     compiled = torch.compile(reference, dynamic=False)
     by_name = {"llmfast": ours, "eager": reference, "torch.compile": compiled}
     return {
@@ -27,7 +31,7 @@ def impls(ours, reference, weight):
 
 
 def random(*shape):
-    return torch.randn(shape, device="cuda", dtype=DTYPE)
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
 @each_size

@@ -1,6 +1,7 @@
-"""The time patch(model) takes, of a model of the Llama-3.1-8B shape with random weights.
+"""The time that patch(model) takes, for the Llama-3.1-8B shape with random weights.
 
-As a script it is the process that times one patch: `python bench/bench_patch.py` prints JSON.
+pytest bench/bench_patch.py
+
 `llmfast bench decode` times what the patched model does.
 """
 
@@ -8,36 +9,38 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import pytest
 import torch
 
-from llmfast.measure.figures import make_row
-from llmfast.measure.results import format_case
-from llmfast.measure.shapes import random_model
-from llmfast.measure.stats import Estimate
+from harness import sized
 
-SHAPE = "llama-3.1-8b"
+SHAPE = sized("llama-3.1-8b", "smollm2-135m")
+CHILD = Path(__file__).parent / "tools/patch_once.py"
 
 
-def bench_patch(recorder, tmp_path):
-    """In a process of its own each time: first with no compiled kernel, then with all.
+@pytest.fixture(scope="module")
+def triton_cache(tmp_path_factory):
+    """A folder that is empty for the first start and filled for the second."""
+    return tmp_path_factory.mktemp("triton")
 
-    Only Triton's cache is emptied; the files of torch and CUDA may be in the system's memory.
+
+@pytest.mark.parametrize("start", sized(["cold", "warm"], ["cold"]))
+def bench_patch(bench_once, triton_cache, start):
+    """Time a process of its own each: first without compiled kernels, then with all of them.
+
+    Only Triton's cache is empty at first. Files of torch and CUDA may be in the page cache.
     """
-    torch.cuda.empty_cache()  # the child's model needs the room
-    for start in ("cold", "warm"):
-        seconds = _child_seconds(tmp_path / "triton")
-        case = format_case({"shape": SHAPE, "start": start})
-        row = make_row(case, "llmfast", "s", Estimate(seconds, seconds, seconds), 1)
-        recorder.add("patch", row)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the child's model needs the memory
+    bench_once("patch", {"shape": SHAPE, "start": start}, _child_seconds(triton_cache))
 
 
 def _child_seconds(triton_cache: Path) -> float:
     done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_CACHE_DIR": str(triton_cache)},  # Triton's own way to be told
+        [sys.executable, CHILD, SHAPE],
+        env=os.environ | {"TRITON_CACHE_DIR": str(triton_cache)},  # Triton's own setting
         capture_output=True,
         text=True,
         timeout=600,
@@ -48,19 +51,3 @@ def _child_seconds(triton_cache: Path) -> float:
     if not figures["swapped"]:
         raise RuntimeError("patch swapped nothing in the process that times it")
     return float(figures["seconds"])
-
-
-def patch_seconds() -> dict[str, float]:
-    """Make the model and time one patch of it, with what it imports and compiles."""
-    from llmfast import patch
-
-    model = random_model(SHAPE, torch.device("cuda"))
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    report = patch(model)
-    torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - started, "swapped": report.swapped}
-
-
-if __name__ == "__main__":
-    print(json.dumps(patch_seconds()))

@@ -1,8 +1,9 @@
-"""The time quantizing takes: four blocks of the Llama-3.1-8B shape, random weights and tokens.
+"""The time that quantizing takes: four blocks of the Llama-3.1-8B shape, random weights and tokens.
 
 pytest bench/bench_quantize.py
 
-All blocks take as long, so 32 take eight times that; the memory beside the model is a block's.
+All blocks take equally long, so 32 take eight times as long as four. The memory beside the model is
+that of one block.
 """
 
 import copy
@@ -13,13 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmfast
-from llmfast.measure.figures import make_row
-from llmfast.measure.results import format_case
+from harness import DEVICE, ON_GPU, sized
 from llmfast.measure.shapes import config_of
-from llmfast.measure.stats import Estimate
 
-SHAPE, BLOCKS, GROUP_SIZE = "llama-3.1-8b", 4, 128
-SEQUENCES, WINDOW = 128, 2048  # of the calibration
+SHAPE, BLOCKS, GROUP_SIZE = sized(("llama-3.1-8b", 4, 128), ("smollm2-135m", 1, 64))
+SEQUENCES, WINDOW = sized((128, 2048), (8, 256))  # of the calibration
 
 
 def make_model(shape, blocks, device):
@@ -39,21 +38,24 @@ def quantize(model, method, sequences, window):
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
-def bench_quantize(recorder, method):
-    device = torch.device("cuda")
+def bench_quantize(bench_once, method):
+    device = torch.device(DEVICE)
     model = make_model(SHAPE, BLOCKS, device)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, started = torch.cuda.memory_allocated(), time.perf_counter()
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
     quantize(model, method, SEQUENCES, WINDOW)
-    torch.cuda.synchronize()
+    peak = {}
+    if ON_GPU:
+        torch.cuda.synchronize()
+        peak["peak_over_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     seconds = time.perf_counter() - started
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     key = {"shape": SHAPE, "blocks": BLOCKS, "weights": f"int4-g{GROUP_SIZE}-{method}"}
     if method != "nearest":
         key |= {"sequences": SEQUENCES, "tokens": WINDOW}
-    for metric, value in (("s", seconds), ("peak_over_weights_gib", peak)):
-        row = make_row(format_case(key), "llmfast", metric, Estimate(value, value, value), 1)
-        recorder.add("quantize", row)
+    bench_once("quantize", key, seconds, **peak)
     del model
-    torch.cuda.empty_cache()
+    if ON_GPU:
+        torch.cuda.empty_cache()

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from harness import DEVICE, sized
 from llmfast.measure.shapes import config_of, linear_sizes
 from llmfast_kernels import int4_linear, int8_linear, pack_int4, pack_int8
 
-SHAPE, DTYPE = "llama-3.1-8b", torch.bfloat16
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
+SHAPE, DTYPE = sized("llama-3.1-8b", "qwen3-0.6b"), torch.bfloat16
+TOKENS = sized([1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096], [1, 8])
 FORMS = {  # four bits: the group size, and whether there are zero points
     "g128": (128, False),
     "g64": (64, False),
@@ -21,6 +22,7 @@ FORMS = {  # four bits: the group size, and whether there are zero points
     "g32": (32, False),
 }
 
+pytestmark = pytest.mark.impls("llmfast", "cublas")
 each_tokens = pytest.mark.parametrize("tokens", TOKENS, ids=lambda n: f"{n}tokens")
 
 
@@ -30,8 +32,8 @@ def sizes():
 
 def make_dense(tokens):
     """Make four inputs and four 16-bit weights."""
-    xs = [torch.randn(tokens, k, device="cuda", dtype=DTYPE) for _, k in sizes()]
-    ws = [torch.randn(n, k, device="cuda", dtype=DTYPE) / k**0.5 for n, k in sizes()]
+    xs = [torch.randn(tokens, k, device=DEVICE, dtype=DTYPE) for _, k in sizes()]
+    ws = [torch.randn(n, k, device=DEVICE, dtype=DTYPE) / k**0.5 for n, k in sizes()]
     return *xs, *ws
 
 
@@ -47,11 +49,11 @@ def bench_int4_block(bench_op, form, tokens):
     def inputs():
         packed, scales, zeros = [], [], []
         for n, k in sizes():
-            codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+            codes = torch.randint(0, 16, (n, k), device=DEVICE, dtype=torch.uint8)
             packed.append(pack_int4(codes))
             groups = (n, k // group_size)
-            scales.append(torch.rand(groups, device="cuda").to(DTYPE) / k**0.5)
-            zeros.append(torch.randint(0, 16, groups, device="cuda", dtype=torch.uint8))
+            scales.append(torch.rand(groups, device=DEVICE).to(DTYPE) / k**0.5)
+            zeros.append(torch.randint(0, 16, groups, device=DEVICE, dtype=torch.uint8))
         return *make_dense(tokens), *packed, *scales, *(zeros if with_zeros else ())
 
     def int4(*tensors):
@@ -77,11 +79,11 @@ def bench_int4_block(bench_op, form, tokens):
 def bench_int8_block(bench_op, group_size, tokens):
     def inputs():
         packed = [
-            pack_int8(torch.randint(0, 256, size, device="cuda", dtype=torch.uint8))
+            pack_int8(torch.randint(0, 256, size, device=DEVICE, dtype=torch.uint8))
             for size in sizes()
         ]
         scales = [
-            torch.rand(n, k // (group_size or k), device="cuda").to(DTYPE) / k**0.5
+            torch.rand(n, k // (group_size or k), device=DEVICE).to(DTYPE) / k**0.5
             for n, k in sizes()
         ]
         return *make_dense(tokens), *packed, *scales

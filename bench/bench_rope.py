@@ -1,6 +1,6 @@
-"""rope against PyTorch, eager and compiled, at the heads of Llama-3.1-8B and Qwen3-8B.
+"""RoPE against PyTorch, eager and compiled, at the heads of Llama-3.1-8B and Qwen3-8B.
 
-apply_rope beside transformers' own function, rope_write_kv beside the operations in a row.
+apply_rope beside transformers' own function, rope_write_kv beside separate operations.
 
 pytest bench/bench_rope.py
 """
@@ -10,29 +10,36 @@ import torch
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
+from harness import DEVICE, sized
 from llmfast_kernels.norm.reference import rms_norm_reference
 from llmfast_kernels.rope import apply_rope, rope_write_kv
 from llmfast_kernels.rope.reference import apply_rope_reference
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+HEADS, KV_HEADS, HEAD_DIM = sized((32, 8, 128), (4, 2, 16))
 HALF = HEAD_DIM // 2
 DTYPE = torch.bfloat16
-BLOCK_SIZE = 64
-DECODE = 64  # up to so many tokens each is of another sequence, in a block of its own
+BLOCK_SIZE = sized(64, 16)
+DECODE = 64  # up to this many tokens, each belongs to another sequence and has its own block
 
-each_size = pytest.mark.parametrize("tokens", [1, 64, 4096, 16384], ids=lambda n: f"{n}tokens")
+pytestmark = pytest.mark.impls("llmfast", "eager", "torch.compile")
+each_size = pytest.mark.parametrize(
+    "tokens", sized([1, 64, 4096, 16384], [1, 8, 128]), ids=lambda n: f"{n}tokens"
+)
 
 
 def random(*shape):
-    return torch.randn(shape, device="cuda", dtype=DTYPE)
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
 def impls(tokens, layer, interleaved):
-    """The three under one signature. The layer is given its rows of the tables, as in a model,
-    which gathers them once for all layers; ours gathers them itself."""
-    angles = torch.rand(tokens, HALF, device="cuda")
+    """Give the three one signature.
+
+    transformers' function gets gathered rows of the tables, as in a model, which gathers them once
+    for all layers. Ours gathers them itself.
+    """
+    angles = torch.rand(tokens, HALF, device=DEVICE)
     cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
-    positions = torch.arange(tokens, device="cuda")
+    positions = torch.arange(tokens, device=DEVICE)
     layer_cos, layer_sin = (torch.cat((t, t), -1)[None] for t in (cos, sin))
 
     def transformers_layer(q, k):  # [1, heads, tokens, head_dim], a view of the projection
@@ -47,7 +54,7 @@ def impls(tokens, layer, interleaved):
 
 
 def bytes_moved(tokens):
-    """Reads q and k, writes both; reads a row of cos and of sin and a position for each token."""
+    """Count q and k read and written; per token a row of cos, a row of sin and a position."""
     elements = 2 * (HEADS + KV_HEADS) * HEAD_DIM + 2 * HALF
     return tokens * (elements * DTYPE.itemsize + torch.int64.itemsize)
 
@@ -92,27 +99,27 @@ def bench_rope_interleaved(bench_op, tokens):
 
 
 def make_slots(tokens):
-    """All slots of shuffled blocks, as in a prefill; one slot of each block, as in decoding."""
+    """Return all slots of shuffled blocks, as in prefill, or one slot per block, as in decoding."""
     if tokens <= DECODE:
-        offsets = torch.randint(BLOCK_SIZE, (tokens,), device="cuda")
-        return torch.randperm(tokens, device="cuda") * BLOCK_SIZE + offsets
-    blocks = torch.randperm(tokens // BLOCK_SIZE, device="cuda")[:, None] * BLOCK_SIZE
-    return (blocks + torch.arange(BLOCK_SIZE, device="cuda")).flatten()
+        offsets = torch.randint(BLOCK_SIZE, (tokens,), device=DEVICE)
+        return torch.randperm(tokens, device=DEVICE) * BLOCK_SIZE + offsets
+    blocks = torch.randperm(tokens // BLOCK_SIZE, device=DEVICE)[:, None] * BLOCK_SIZE
+    return (blocks + torch.arange(BLOCK_SIZE, device=DEVICE)).flatten()
 
 
 @each_size
 @pytest.mark.parametrize("norm", [False, True], ids=["", "head_norm"])
 def bench_rope_write_kv(bench_op, tokens, norm):
-    angles = torch.rand(tokens, HALF, device="cuda")
+    angles = torch.rand(tokens, HALF, device=DEVICE)
     cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
-    positions = torch.arange(tokens, device="cuda")
+    positions = torch.arange(tokens, device=DEVICE)
     q_norm, k_norm = (random(HEAD_DIM), random(HEAD_DIM)) if norm else (None, None)
 
     def ours(q, k, v, k_cache, v_cache, slots):
         weights = {"q_norm": q_norm, "k_norm": k_norm, "eps": 1e-6}
         return rope_write_kv(q, k, v, cos, sin, positions, k_cache, v_cache, slots, **weights)
 
-    def in_a_row(q, k, v, k_cache, v_cache, slots):
+    def separate(q, k, v, k_cache, v_cache, slots):
         if norm:
             q = rms_norm_reference(q, q_norm, eps=1e-6)
             k = rms_norm_reference(k, k_norm, eps=1e-6)
@@ -128,7 +135,7 @@ def bench_rope_write_kv(bench_op, tokens, norm):
         views = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)  # as in a model
         n_blocks = tokens if tokens <= DECODE else tokens // BLOCK_SIZE
         shape = (n_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        caches = [torch.zeros(shape, device="cuda", dtype=DTYPE) for _ in range(2)]
+        caches = [torch.zeros(shape, device=DEVICE, dtype=DTYPE) for _ in range(2)]
         return *views, *caches, make_slots(tokens)
 
     # reads q, k and v and writes them; reads a row of cos and of sin, a position and a slot
@@ -139,8 +146,8 @@ def bench_rope_write_kv(bench_op, tokens, norm):
         f"op=rope_write_kv{' norm=head' if norm else ''}",
         {
             "llmfast": ours,
-            "eager": in_a_row,
-            "torch.compile": torch.compile(in_a_row, dynamic=False),
+            "eager": separate,
+            "torch.compile": torch.compile(separate, dynamic=False),
         },
         make_inputs,
         tokens * (elements * DTYPE.itemsize + 2 * torch.int64.itemsize),

@@ -13,13 +13,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from harness import DEVICE, sized
 from llmfast_kernels.sampling import sample_tokens
 
-VOCAB = 128256
-PROMPT, OUTPUT = 1024, 512  # tokens that penalties count
+VOCAB = sized(128256, 999)
+PROMPT, OUTPUT = sized((1024, 512), (16, 8))  # tokens that penalties count
 TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.8, 50, 0.9, 0.02
 
-each_batch = pytest.mark.parametrize("batch", [1, 64], ids=lambda n: f"batch{n}")
+each_batch = pytest.mark.parametrize("batch", sized([1, 64], [1, 3]), ids=lambda n: f"batch{n}")
 
 
 def case(batch, filters):
@@ -27,18 +28,18 @@ def case(batch, filters):
 
 
 def random_logits(batch):
-    return 3 * torch.randn(batch, VOCAB, device="cuda")
+    return 3 * torch.randn(batch, VOCAB, device=DEVICE)
 
 
 def per_row(batch, value, dtype=torch.float32):
-    return torch.full((batch,), value, device="cuda", dtype=dtype)
+    return torch.full((batch,), value, device=DEVICE, dtype=dtype)
 
 
 def drawing(batch):
     return {
         "temperature": per_row(batch, TEMPERATURE),
-        "seeds": torch.arange(batch, device="cuda"),
-        "positions": torch.arange(batch, device="cuda"),
+        "seeds": torch.arange(batch, device=DEVICE),
+        "positions": torch.arange(batch, device=DEVICE),
     }
 
 
@@ -51,11 +52,11 @@ def filters(batch):
 
 
 def seen(batch):
-    """Which tokens a prompt has, and how often each is in the output, of each row."""
-    prompt = torch.zeros(batch, VOCAB, device="cuda", dtype=torch.bool)
-    prompt.scatter_(1, torch.randint(VOCAB, (batch, PROMPT), device="cuda"), True)
-    counts = torch.zeros(batch, VOCAB, device="cuda", dtype=torch.int32)
-    output = torch.randint(VOCAB, (batch, OUTPUT), device="cuda")
+    """Return, for each row, the prompt's tokens as a mask and the output's token counts."""
+    prompt = torch.zeros(batch, VOCAB, device=DEVICE, dtype=torch.bool)
+    prompt.scatter_(1, torch.randint(VOCAB, (batch, PROMPT), device=DEVICE), True)
+    counts = torch.zeros(batch, VOCAB, device=DEVICE, dtype=torch.int32)
+    output = torch.randint(VOCAB, (batch, OUTPUT), device=DEVICE)
     return prompt, counts.scatter_add_(1, output, torch.ones_like(output, dtype=torch.int32))
 
 
@@ -63,6 +64,7 @@ def softmax_multinomial(logits):
     return torch.softmax(logits / TEMPERATURE, dim=-1).multinomial(1)
 
 
+@pytest.mark.impls("llmfast", "torch")
 @each_batch
 def bench_no_filters(bench_op, batch):
     options = drawing(batch)
@@ -77,6 +79,7 @@ def bench_no_filters(bench_op, batch):
     )
 
 
+@pytest.mark.impls("llmfast", "transformers", "torch")
 @each_batch
 def bench_all_filters(bench_op, batch):
     options = filters(batch)
@@ -100,9 +103,10 @@ def bench_all_filters(bench_op, batch):
     )
 
 
-@pytest.mark.parametrize("batch", [1, 8, 64, 256], ids=lambda n: f"batch{n}")
+@pytest.mark.impls("llmfast")
+@pytest.mark.parametrize("batch", sized([1, 8, 64, 256], [1, 3]), ids=lambda n: f"batch{n}")
 def bench_everything(bench_op, batch):
-    """Penalties, temperature, all filters and the draw; no peer does all of it."""
+    """Time penalties, temperature, all filters and the draw: no peer does all of these."""
     options = filters(batch) | {
         "repetition_penalty": per_row(batch, 1.1),
         "presence_penalty": per_row(batch, 0.5),
@@ -120,6 +124,7 @@ def bench_everything(bench_op, batch):
     )
 
 
+@pytest.mark.impls("llmfast", "torch")
 @each_batch
 def bench_greedy(bench_op, batch):
     bench_op(

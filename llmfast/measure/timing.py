@@ -1,7 +1,7 @@
 """Time GPU functions in CUDA graphs, over rotated buffers, implementations side by side.
 
-A graph takes Python and the launch out of the figure, the rotation takes the L2 out of it, and the
-interleaving gives every implementation the same clocks and temperature.
+The graph excludes Python and launches from the figure, and the rotation excludes hits in the L2
+cache. Interleaved rounds give every implementation the same clocks and temperature.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from ..errors import UserError
 from .stats import Estimate, median_estimate
 
-L2_MULTIPLE = 32  # one pass over the sets moves this many times the L2, so that none is found there
+L2_MULTIPLE = 32  # one pass over the sets moves this many times the L2, so that nothing hits it
 MAX_SETS = 256
 MEMORY_SHARE = 0.25  # of the free memory, for all input sets together
 MIN_CALLS = 20  # in one graph
 MAX_CALLS = 4000  # a graph's nodes take memory and time to instantiate
-MIN_REPLAY_US = 1000.0  # a replay this long hides the few microseconds that starting a graph takes
-MIN_ROUNDS = 11  # enough for an interval of the median that leaves out the extremes
+MIN_REPLAY_US = 1000.0  # long enough to hide the few microseconds of a graph's launch
+MIN_ROUNDS = 11  # enough for an interval of the median without the extremes
 WARM_REPLAYS = 3
 
 Impl = Callable[..., object]
@@ -30,21 +30,30 @@ Impl = Callable[..., object]
 
 @dataclass(frozen=True)
 class Timing:
-    """What one implementation took: microseconds a call, over the rounds."""
+    """The time per call of one implementation."""
 
-    us: Estimate
-    rounds: int
+    samples: tuple[float, ...]  # microseconds per call, one for each round
     calls: int  # in one graph
-    sets: int  # of inputs, which the calls go round
+    sets: int  # input sets that the calls rotate through
+
+    @property
+    def us(self) -> Estimate:
+        """The median over the rounds, in microseconds per call."""
+        return median_estimate(self.samples)
+
+    @property
+    def rounds(self) -> int:
+        """The number of samples."""
+        return len(self.samples)
 
     def per_second(self, amount: float) -> Estimate:
-        """The rate, in units of 1e9 a second, if one call does ``amount`` (bytes give GB/s)."""
+        """Return the rate in units of 1e9 per second, if one call does ``amount`` (bytes: GB/s)."""
         return self.us.map(lambda us: amount / us / 1e3)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an implementation could not be timed."""
+    """The reason why an implementation could not be timed."""
 
     reason: str
 
@@ -54,9 +63,9 @@ def count_sets(l2_bytes: int, bytes_per_set: int, held_bytes: int, free_bytes: i
 
     Args:
         l2_bytes: the size of the L2 cache.
-        bytes_per_set: what one call reads and writes.
-        held_bytes: what one input set takes in memory.
-        free_bytes: memory that is free before any set is made.
+        bytes_per_set: bytes that one call reads and writes.
+        held_bytes: memory of one input set.
+        free_bytes: free memory before any set is made.
     """
     wanted = -(-L2_MULTIPLE * l2_bytes // max(bytes_per_set, 1))
     fits = int(free_bytes * MEMORY_SHARE) // max(held_bytes, 1)
@@ -66,7 +75,7 @@ def count_sets(l2_bytes: int, bytes_per_set: int, held_bytes: int, free_bytes: i
 def count_calls(n_sets: int, us_per_call: float) -> int:
     """Choose how many calls a graph holds: whole passes over the sets, MIN_CALLS or more.
 
-    More for a fast call, until a replay lasts MIN_REPLAY_US or the graph is at MAX_CALLS.
+    A fast call is repeated more, until a replay lasts MIN_REPLAY_US or the graph has MAX_CALLS.
     """
     wanted = max(MIN_CALLS, min(MAX_CALLS, -(-MIN_REPLAY_US // max(us_per_call, 1e-3))))
     return int(-(-wanted // n_sets)) * n_sets
@@ -93,17 +102,17 @@ def time_in_graph(
     seconds: float = 4.0,
     device: torch.device | int | None = None,
 ) -> dict[str, Timing | Failure]:
-    """Time ``fn(*inputs)`` for every implementation, all on the same inputs, in one process.
+    """Time ``fn(*inputs)`` for every implementation on the same inputs in one process.
 
-    As many input sets are made as it takes for one pass to move ``L2_MULTIPLE`` times the L2. The
-    calls of a graph go round the sets, and each call's output lives until its set's turn comes
-    again, so outputs are rotated as inputs are. Then, round by round, each graph is replayed once,
-    with an event before and after it on one stream; nothing waits for the host in between.
+    Enough input sets are made that one pass over them moves ``L2_MULTIPLE`` times the L2 cache. The
+    calls of a graph rotate through the sets. Each call's output is kept until its set is used
+    again, so outputs rotate as well. Each round replays each graph once, between two events on one
+    stream; nothing waits for the host.
 
     Args:
-        impls: from name to function. A function must be one that a CUDA graph can hold.
+        impls: functions by name. A CUDA graph must be able to capture them.
         make_inputs: returns one fresh input set, the positional arguments of a call.
-        bytes_per_set: what one call reads and writes. None: the bytes of the set's tensors.
+        bytes_per_set: bytes that one call reads and writes. None: those of the set's tensors.
         rounds: replays of each implementation, fewer (MIN_ROUNDS or more) where they would take
             longer than ``seconds`` together.
         seconds: see ``rounds``.
@@ -119,7 +128,7 @@ def time_in_graph(
     if not impls:
         raise UserError("time_in_graph: impls must hold at least one implementation, got none")
     with torch.cuda.device(device if device is not None else torch.cuda.current_device()):
-        torch.cuda.empty_cache()  # so that the driver's figure of free memory counts it
+        torch.cuda.empty_cache()  # mem_get_info counts cached memory as used
         free, _ = torch.cuda.mem_get_info()
         first = make_inputs()
         if bytes_per_set is None:
@@ -128,15 +137,15 @@ def time_in_graph(
         n_sets = count_sets(l2, bytes_per_set, _storage_bytes(first), free)
         sets = [first, *(make_inputs() for _ in range(n_sets - 1))]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()  # the sets were made on another stream than they are used on
+        torch.cuda.synchronize()  # the sets were made on another stream
 
         captured: dict[str, _Captured] = {}
         failures: dict[str, Failure] = {}
         for name, fn in impls.items():
             try:
                 captured[name] = _prepare(fn, sets, stream)
-            except Exception as error:  # a peer may fail in any way; the reason is handed back
-                torch.cuda.synchronize()  # an error that spoils the device surfaces here instead
+            except Exception as error:  # a peer may raise anything; its reason is returned
+                torch.cuda.synchronize()  # raises if the error broke the device
                 failures[name] = Failure(f"{type(error).__name__}: {error}".strip().splitlines()[0])
         timings = _replay(captured, rounds, seconds, stream, n_sets)
     return {name: timings[name] if name in timings else failures[name] for name in impls}
@@ -147,8 +156,8 @@ def copy_bandwidth(
 ) -> Timing:
     """Time a device-to-device copy of half of ``gib`` GiB, in the same harness.
 
-    The faster of the driver's copy and an elementwise kernel: in a graph the driver's may run on a
-    copy engine, which does not reach the memory's full speed.
+    Return the faster of the driver's copy and an elementwise kernel: in a graph the driver's copy
+    may run on a copy engine, which does not reach the full memory bandwidth.
 
     ``copy_bandwidth().per_second(copy_bytes(gib))`` is in GB/s, bytes read plus bytes written.
 
@@ -180,7 +189,7 @@ def copy_bandwidth(
 
 
 def copy_bytes(gib: float = 2.0) -> int:
-    """The bytes that one copy of :func:`copy_bandwidth` reads and writes."""
+    """Return the bytes that one copy of :func:`copy_bandwidth` reads and writes."""
     return int(gib * 2**30)
 
 
@@ -197,12 +206,12 @@ class _Captured:
 
 
 def _prepare(fn: Impl, sets: list[tuple[Any, ...]], stream: torch.cuda.Stream) -> _Captured:
-    """Compile and warm up, find out roughly how long a call takes, capture as many as it takes."""
+    """Compile and warm up, estimate the time of a call, and capture as many calls as needed."""
     with torch.cuda.stream(stream):
         for i in range(3):
             fn(*sets[i % len(sets)])
     torch.cuda.synchronize()
-    calls = count_calls(len(sets), MIN_REPLAY_US)  # the least there may be
+    calls = count_calls(len(sets), MIN_REPLAY_US)  # the minimum
     graph = _capture(fn, sets, calls, stream)
     us = _rough_us(graph, stream)
     wanted = count_calls(len(sets), us / calls)
@@ -226,7 +235,7 @@ def _capture(
             except Exception as error:
                 first_error = error
                 raise
-    except Exception as error:  # leaving a broken capture raises too, and says less
+    except Exception as error:  # ending a broken capture raises too, with a vaguer message
         raise first_error or error from None
     return graph
 
@@ -255,7 +264,7 @@ def _replay(
         for one in captured.values():
             for _ in range(WARM_REPLAYS):
                 one.graph.replay()
-        # no wait between rounds: a GPU that always has work queued never shows the host's pace
+        # no wait between rounds: the GPU always has work queued, so host speed does not matter
         for index in range(rounds):
             for name in round_order(list(captured), index):
                 start, end = _event(), _event()
@@ -267,7 +276,7 @@ def _replay(
     timings = {}
     for name, one in captured.items():
         samples = [start.elapsed_time(end) * 1e3 / one.calls for start, end in events[name]]
-        timings[name] = Timing(median_estimate(samples), rounds, one.calls, n_sets)
+        timings[name] = Timing(tuple(samples), one.calls, n_sets)
     return timings
 
 
@@ -276,7 +285,7 @@ def _event() -> torch.cuda.Event:
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
-    """The tensors of an input set, also those in its lists, tuples and dictionaries."""
+    """Return the tensors of an input set, also those in its lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -291,6 +300,6 @@ def _tensor_bytes(inputs: object) -> int:
 
 
 def _storage_bytes(inputs: object) -> int:
-    """What a set takes in memory: a view counts its whole storage, a shared storage counts once."""
+    """Count a set's memory: a view counts its whole storage, a shared storage counts once."""
     storages = [tensor.untyped_storage() for tensor in _tensors(inputs)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -73,7 +73,8 @@ def test_every_round_has_every_implementation_in_changing_order():
 
 
 def test_rates_come_from_the_time():
-    found = Timing(Estimate(2.0, 1.0, 4.0), rounds=50, calls=20, sets=1)
+    found = Timing((2.0, 4.0, 1.0), calls=20, sets=1)
+    assert (found.us, found.rounds) == (Estimate(2.0, 1.0, 4.0), 3)
     assert found.per_second(6000) == Estimate(3.0, 1.5, 6.0)  # 6 kB in 2 us are 3 GB/s
 
 
@@ -225,8 +226,8 @@ def test_no_implementation_is_refused(gpu):
 def test_copy_bandwidth_counts_reads_and_writes(gpu, monkeypatch):
     def fake(impls, make_inputs, *, bytes_per_set, rounds, device):
         assert bytes_per_set == copy_bytes() == 2 * GIB
-        slow, fast = Estimate(1200.0, 1199.0, 1201.0), Estimate(1000.0, 999.0, 1001.0)
-        return {n: Timing(e, rounds, 20, 1) for n, e in zip(impls, (slow, fast), strict=True)}
+        times = zip(impls, (1200.0, 1000.0), strict=True)
+        return {name: Timing((us,) * rounds, 20, 1) for name, us in times}
 
     monkeypatch.setattr(timing, "time_in_graph", fake)
     assert copy_bandwidth().per_second(copy_bytes()).value == pytest.approx(2147.483648)
