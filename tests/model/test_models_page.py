@@ -1,6 +1,6 @@
-"""docs/models.md: what `patch` swaps in each kind of model, as tiny random models show it.
+"""docs/models.md lists what `patch` swaps in each kind of model, found with tiny random models.
 
-python tests/model/test_models_page.py      writes the page anew
+python tests/model/test_models_page.py      writes the page
 """
 
 import re
@@ -21,11 +21,12 @@ PAGE = ROOT / "docs/models.md"
 VERSION = "5.23"  # of transformers, whose models the page describes
 HEAD = f"""# What `patch` swaps, model by model
 
-Made by `python tests/model/test_models_page.py`, do not edit: a tiny model of each kind with random
-weights, transformers {VERSION}, float32. `tests/model/test_patch.py` holds each to the logits of
-the unpatched model. llmfast knows none of these by name: modules are recognised by what they hold
-and compute, so other models swap as far as they are built alike. Linear layers, embeddings and
-rotary embeddings have no operation yet and are kept in every model.
+`python tests/model/test_models_page.py` writes this page from a tiny model of each kind with random
+weights, in float32 with transformers {VERSION}; do not edit it. `tests/model/test_patch.py` holds
+each model to the logits of the unpatched one. llmfast knows none of them by name: it recognises
+modules by their tensors and by what they compute. Other models are swapped as far as they are built
+alike. Linear layers, embeddings and rotary embeddings are kept in every model; the runner replaces
+linear layers where it has a recipe.
 
 | model | norms | gated MLPs | attention | kept |
 |---|---|---|---|---|
@@ -33,20 +34,21 @@ rotary embeddings have no operation yet and are kept in every model.
 RECIPES = """
 ## Recipes
 
-Where every decoder layer matches one of the recipes of `llmfast/runner/blocks.py`, a step of
-`generate` is a short loop over fused operations. The recipe, the places of the norms, the rotation
-and the multipliers are found by watching one forward and then verified; names are not looked at.
-Errors are relative (RMS) against the same computation in float64: of a layer (the worst), and of
-the logits of a prefill and two steps; beside them the model's own.
+If every decoder layer matches a recipe of `llmfast/runner/blocks.py`, a step of `generate` is a
+short loop over fused operations. llmfast watches one forward to find the recipe, the places of the
+norms, the rotation and the multipliers, and then verifies them. It does not look at names.
 
-| model | recipe | operations of a block | error of a layer | its own | of logits | their own |
+Errors are relative (RMS), against the same computation in float64. They are the worst layer's, and
+those of the logits of a prefill and two steps, each beside the original model's own error.
+
+| model | recipe | operations of a block | layer | its own | logits | their own |
 |---|---|---|---|---|---|---|
 """
 OWN_LAYERS = """
 ## The model's own layers, with paged attention
 
-Where some layer is no recipe, the runner steps the model's own forward with our attention over the
-paged cache in it, again as a CUDA graph where it can be captured.
+If a layer matches no recipe, the runner steps the model's own forward with our attention over the
+paged cache, and captures that as a CUDA graph too where it can.
 
 | model | why no recipe | error of the logits | their own |
 |---|---|---|---|
@@ -94,7 +96,7 @@ def _recipe_line(kind, model):
 
 
 def _fused(block):
-    """The operations of a block in their order, but for the other linear layers."""
+    """Yield the operations of a block in order, without the dense linear layers."""
     attention, per_head = block.attention, False
     if attention.q_norm is not None:
         per_head = len(attention.q_norm.weight) == attention.head_dim
@@ -128,7 +130,7 @@ def _line(kind, model):
     return f"| {' | '.join(cells)} |\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the page is of the CPU's references")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page describes the references on a CPU")
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version(VERSION),
     reason=f"the page describes transformers {VERSION}",
