@@ -18,7 +18,10 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def embedded():  # type: ignore[no-untyped-def]
-    """In float32 on the CPU. A test that changes the model must change it back, or deepcopy it."""
+    """Load the embedded model in float32 on the CPU, once.
+
+    A test that changes the model must undo the change, or work on a deepcopy.
+    """
     import llmfast
     from llmfast.loading.embedded import INSTALL, embedded_model_path
 
@@ -29,7 +32,7 @@ def embedded():  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill fresh float memory with NaN, so an element that a kernel leaves unwritten is seen."""
+    """Fill new float memory with NaN, so that an unwritten element is seen."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
@@ -43,7 +46,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``@pytest.mark.gpu``: wants a GPU."""
+    """Skip tests marked ``gpu`` on a machine without one."""
     if HAS_CUDA:
         return
     skip = pytest.mark.skip(reason="wants a CUDA GPU")

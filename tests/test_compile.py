@@ -1,6 +1,6 @@
-"""The compile gate: every kernel compiles for its targets and takes no more than recorded.
+"""The compile gate: every kernel compiles for its targets and uses no more than recorded.
 
-After a change that is meant to take more, write the record again, with each Triton in it, and
+After a change that is meant to use more, update the record with each Triton that is in it and
 commit it: ``python tests/compile/measure.py --update``.
 """
 
@@ -21,7 +21,7 @@ UPDATE = "python tests/compile/measure.py --update"
 
 
 def differences(taken, recorded):
-    """What a reader must know of where the two differ; [] if nothing grew."""
+    """Describe where the two differ; [] if nothing grew."""
     found = []
     for key in sorted(taken.keys() - recorded.keys()):
         found.append(f"{key}: not in the record; {UPDATE}")
@@ -37,7 +37,7 @@ def differences(taken, recorded):
 
 @pytest.fixture(scope="module")
 def measured():
-    # this process may run the interpreter, under which nothing compiles
+    # this process may run the interpreter, which compiles nothing
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, MEASURE], env=environment, capture_output=True, text=True, timeout=600

@@ -1,8 +1,8 @@
-"""Every kernel once or twice on odd shapes, for compute-sanitizer: ``make gpu-test`` runs it.
+"""Run every kernel once or twice on odd shapes, for compute-sanitizer (``make gpu-test``).
 
-A script, not a test: the sanitizer slows kernels a hundredfold, so the cases are few and small.
-With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that reading past
-one is seen. Arguments name dtypes; without one, all three run.
+This is a script, not a test: the sanitizer slows kernels a hundredfold, so cases are few and small.
+With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so the sanitizer
+sees reads past its end. Arguments name dtypes; without arguments all three run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def int4_linears(dtype: torch.dtype) -> None:
             group_size=group_size,
             activation="silu",
         )
-    # enough rows that tokens by the hundred have tiles of their own, the last of them not full; and
+    # enough rows that hundreds of tokens have tiles of their own, the last one not full; and
     # on Hopper tiles of one program, and of several that split their columns
     for tokens, k, n in ((129, 200, 6145), (129, 680, 208), (70, 4104, 208)):
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
@@ -204,7 +204,7 @@ def rope_writes(dtype: torch.dtype) -> None:
                 k_norm=weights[1],
                 eps=1e-6,
             )
-        ops.rms_norm(qkv[:, :head_dim], randn(head_dim, dtype=dtype), eps=1e-6)  # rows apart
+        ops.rms_norm(qkv[:, :head_dim], randn(head_dim, dtype=dtype), eps=1e-6)  # strided rows
 
 
 def samplings(dtype: torch.dtype) -> None:
@@ -216,7 +216,7 @@ def samplings(dtype: torch.dtype) -> None:
         }
         index = torch.arange(batch, device="cuda")
         ops.sample_tokens(logits, logprobs=3)
-        # all tokens are likely alike: their lists are long
+        # all tokens are equally likely, so the lists of candidates are long
         ops.sample_tokens(logits / 9, **rows, seeds=index, positions=index)
         ops.sample_tokens(logits, **rows, top_k=index + 5, seeds=index, positions=index, logprobs=0)
 

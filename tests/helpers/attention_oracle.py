@@ -1,4 +1,4 @@
-"""What the tests of attention compare with: the formula in float64, and plain PyTorch."""
+"""Oracles of the attention tests: the formula in float64, and plain PyTorch."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ def make(batch=2, n_queries=18, n_keys=37, heads=4, kv_heads=2, dim=24, dtype=to
 
 
 def to(device, x):
-    """A tensor, or what holds tensors, on the device."""
+    """Move a tensor, or a container of tensors, to the device."""
     if isinstance(x, torch.Tensor):
         return x.to(device)
     if isinstance(x, dict):
@@ -40,7 +40,7 @@ def attended(
     tree=None,  # tree[i, j]: whether query i attends the j-th key from the offset on
     **_,
 ):
-    """Whether each query attends each key, bool [B, Lq, Lk], one by one."""
+    """Return which key each query attends, bool [B, Lq, Lk], found one by one."""
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
     result = torch.zeros(batch, n_queries, n_keys, dtype=torch.bool)
     offset = n_keys - n_queries if query_offset is None else query_offset
@@ -59,7 +59,7 @@ def attended(
 
 
 def oracle(q, k, v, *, scale=None, softcap=None, sinks=None, **features):
-    """The formula in float64: for each query the softmax over the keys that it attends."""
+    """Compute attention in float64: for each query the softmax over the keys that it attends."""
     keys = attended(q, k, **features)
     q, k, v = (x.double() for x in (q, k, v))
     (batch, n_queries, heads, dim), kv_heads = q.shape, k.shape[2]
@@ -79,7 +79,7 @@ def oracle(q, k, v, *, scale=None, softcap=None, sinks=None, **features):
 
 
 def plain(q, k, v, *, scale=None, softcap=None, sinks=None, **features):
-    """Attention step by step, each step rounded to the input's dtype: what eager PyTorch gives."""
+    """Compute attention as eager PyTorch does, each step rounded to the input's dtype."""
     group, dim = q.shape[2] // k.shape[2], q.shape[-1]
     keep = attended(q, k, **features)[:, None]
     k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
@@ -95,7 +95,7 @@ def plain(q, k, v, *, scale=None, softcap=None, sinks=None, **features):
 
 
 def assert_close(out, lse, q, k, v, **features):
-    """The relative rule: at most twice plain PyTorch's error, or four machine epsilons.
+    """Assert the relative rule: at most twice plain PyTorch's error, or four machine epsilons.
 
     The log-sum-exp is float32 for every dtype, of scores that are sums of products of inputs.
     """

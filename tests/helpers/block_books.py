@@ -1,4 +1,4 @@
-"""Whether a block manager's books agree with the blocks that running sequences have."""
+"""A check of a block manager's books against the blocks of running sequences."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,7 @@ from llmfast.engine.block_manager import BlockManager
 
 
 def check_books(manager: BlockManager, tables: Iterable[Sequence[int]]) -> None:
-    """Every block has its users, or is free once: empty, or idle with its content found."""
+    """Assert that each block has its users or is free once: empty, or idle and found by content."""
     users = [0] * manager.num_blocks
     for blocks in tables:
         assert len(set(blocks)) == len(blocks)

@@ -1,4 +1,4 @@
-"""Engines on a tiny model in float64, and what must be left of them: nothing."""
+"""Engines on a tiny model in float64, and the check that they are empty afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCABULARY = 101
 
 @functools.cache
 def model_of(kind: str = "Llama") -> Any:
-    """On the CPU: float64 has no kernels, and the references are what the engine is judged by."""
+    """Make the model on the CPU: float64 has no kernels, so the references judge the engine."""
     return make(kind).double()
 
 
@@ -32,17 +32,17 @@ def engine(**changes: Any) -> LLM:
 
 
 def text_engine(**changes: Any) -> LLM:
-    """One whose token is a byte."""
+    """Make an engine with a tokenizer of one byte per token."""
     return engine(tokenizer=tokenizer(), **changes)
 
 
 def executor_of(llm: LLM) -> Executor:
-    """What runs the steps: with the cache and the graphs."""
+    """Return what runs the engine's steps and has the cache and the graphs."""
     return llm._executor.executor
 
 
 def check_empty(llm: LLM) -> None:
-    """Nothing is left of any request."""
+    """Assert that nothing is left of any request."""
     assert not llm._requests and not llm._owners and not llm._outputs.texts
     assert not llm._scheduler.running and not llm._scheduler._waiting
     assert not llm._scheduler._computing
@@ -51,6 +51,6 @@ def check_empty(llm: LLM) -> None:
 
 
 def logits_of(token_ids: list[int], model: Any = None) -> torch.Tensor:
-    """What the model itself says: ``[len(token_ids), vocabulary]``."""
+    """Return the model's own logits, ``[len(token_ids), vocabulary]``."""
     with torch.no_grad():
         return (model or model_of())(torch.tensor([token_ids])).logits[0]

@@ -1,4 +1,4 @@
-"""CUDA graphs as far as a CPU can show them: a replay runs the step over the same fixed buffers."""
+"""Fake CUDA graphs for the CPU: a replay runs the step over the same fixed buffers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Replay:
 def use_fake_graphs(
     monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any], None] | None = None
 ) -> FakeGraphs:
-    """Let executors on the CPU capture their steps. A step runs before, as for a CUDA graph.
+    """Let executors on the CPU capture their steps. A step runs first, as for a CUDA graph.
 
     Args:
         capture: is called with each step before it is captured; it may raise.

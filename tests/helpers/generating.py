@@ -1,4 +1,4 @@
-"""A model whose ``generate`` is taken over beside its unpatched twin, and what both are given."""
+"""A patched model beside its unpatched twin, and inputs for the ``generate`` of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 import llmfast
 from tiny_models import make, tokens
 
-EOS = [12, 92]  # in 12 greedy tokens of a batch(): of one row each; the third has neither
+EOS = [12, 92]  # each is in the 12 greedy tokens of one row of a batch(); the third row has neither
 
 
 def make_pair(kind: str, device: torch.device, ops: Any = "all", **changes: Any) -> tuple[Any, Any]:
@@ -29,7 +29,7 @@ def make_pair(kind: str, device: torch.device, ops: Any = "all", **changes: Any)
 
 @functools.cache
 def shared_pair(device: torch.device, ops: Any = "all") -> tuple[Any, Any]:
-    """For tests that leave both as they are: so calls of all kinds follow each other."""
+    """Make a pair that tests share and leave unchanged, so that calls of all kinds alternate."""
     return make_pair("Llama", device, ops)
 
 
@@ -39,7 +39,7 @@ def batch(
     length: int = 12,
     side: str = "left",
 ) -> dict[str, torch.Tensor]:
-    """Token ids, padded with 0, and their attention mask."""
+    """Make token ids, padded with 0, and their attention mask."""
     ids = tokens(len(padding), length, device)
     mask = torch.ones_like(ids)
     for row, count in enumerate(padding):
@@ -48,7 +48,7 @@ def batch(
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """The same tokens and types; scores in float32, from sums in another order."""
+    """Assert equal tokens and types, and scores equal but for the order of float32 sums."""
     assert type(ours) is type(theirs)
     if isinstance(ours, torch.Tensor):
         assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
@@ -63,7 +63,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def check(model: Any, twin: Any, *args: Any, **kwargs: Any) -> Any:
-    """Both give the same; each with its own copy of what a call may change."""
+    """Assert that both give the same, each with its own copy of the arguments."""
     torch.manual_seed(5)
     theirs = twin.generate(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     torch.manual_seed(5)
@@ -84,21 +84,21 @@ class Recorder(BaseStreamer):
 
 
 class NoRepeat(LogitsProcessor):
-    """Bars what was chosen last; in place, as some processors work."""
+    """A processor that masks the last token in place, as some processors do."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.scatter_(1, input_ids[:, -1:], -torch.inf)
 
 
 class StopAtEven(StoppingCriteria):
-    """A row is done while its latest token is even, but not for good where there is no eos."""
+    """A criterion met while a row's last token is even: without an eos, not for good."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         return input_ids[:, -1] % 2 == 0
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """Make a tokenizer of one token per byte."""
     vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet())[:101])}
     tokenizer = Tokenizer(BPE(vocabulary, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)

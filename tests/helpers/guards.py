@@ -1,13 +1,13 @@
-"""Tensors between bands of a known number: what is read or written beside them shows."""
+"""Tensors between bands of a known number, which reveal stray reads and writes."""
 
 import torch
 
-BAND = 4096  # elements on either side of a tensor; more than any program's overhang
-UNWRITTEN = 7.0  # of the bands of results
+BAND = 4096  # elements on each side of a tensor; more than any program's overhang
+UNWRITTEN = 7.0  # value of the bands of results
 
 
 def guarded(values, band):
-    """A copy of ``values`` between two bands of ``band``; and the whole buffer."""
+    """Return a copy of ``values`` between two bands of ``band``, and the whole buffer."""
     size = values.numel() + 2 * BAND
     buffer = torch.full((size,), band, dtype=values.dtype, device=values.device)
     inner = buffer[BAND:-BAND].view(values.shape)
@@ -16,8 +16,10 @@ def guarded(values, band):
 
 
 def guard_all(arguments, band):
-    """The arguments of an operation with every tensor between bands: a stray read makes NaN, or
-    numbers that are far off; ``band`` is that of whole numbers."""
+    """Put every tensor of an operation's arguments between bands.
+
+    A stray read gives NaN, or numbers that are far off. ``band`` is the value for integers.
+    """
 
     def guard(value):
         if not isinstance(value, torch.Tensor):
@@ -28,7 +30,7 @@ def guard_all(arguments, band):
 
 
 class GuardedEmpty:
-    """Stands for torch.empty: NaN between bands."""
+    """A stand-in for torch.empty: NaN between bands."""
 
     def __init__(self):
         self.buffers = []
@@ -40,7 +42,7 @@ class GuardedEmpty:
         return inner
 
     def assert_bands_are_whole(self, *sizes):
-        """The results have ``sizes`` elements, and nothing was written beside them."""
+        """Assert that results have ``sizes`` elements and that nothing was written beside them."""
         assert [len(buffer) - 2 * BAND for buffer in self.buffers] == list(sizes)
         for buffer in self.buffers:
             assert (buffer[:BAND] == UNWRITTEN).all() and (buffer[-BAND:] == UNWRITTEN).all()

@@ -23,7 +23,7 @@ REFERENCE = {4: int4_linear_reference, 8: int8_linear_reference}
 
 
 def make(shape, dtype, device="cpu", kind="zeros", more=True, seed=0, bits=4):
-    """Make an operation's arguments by name; results are about 1."""
+    """Make an operation's arguments by name; its results are about 1."""
     tokens, k, n, group_size = shape
     gen = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)

@@ -1,4 +1,4 @@
-"""What the tests of apply_rope and of rope_write_kv share."""
+"""Tables and skips that the tests of apply_rope and rope_write_kv share."""
 
 from functools import partial
 

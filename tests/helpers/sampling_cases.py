@@ -1,4 +1,4 @@
-"""Inputs of sampling's tests, and the comparison of the kernels with the reference."""
+"""Inputs of the sampling tests, and the comparison of kernels and reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmfast_kernels.sampling.reference import (
 )
 
 VOCABS = [1, 7, 128, 1009]
-FILTERS = {  # as transformers has them: None is off
+FILTERS = {  # as in transformers: None is off
     "none": (None, None, None),
     "top-k": (5, None, None),
     "top-p": (None, 0.75, None),
@@ -70,7 +70,7 @@ def draw_options(n_rows, temperature=1.0, seed=0):
 
 
 def everything(n_rows, n_vocab, seed=0):
-    """Every option, each row another mixture: greedy, off and on."""
+    """Return every option, each row with another mixture of greedy, off and on."""
     gen = torch.Generator().manual_seed(seed)
 
     def pick(*values, dtype=torch.float32):
@@ -96,7 +96,7 @@ def moved(options, device):
 
 
 def check_kernel(logits, device, **options):
-    """Scores are the same bit for bit; exp may differ in its last bits, and sums by as little."""
+    """Assert equal scores bit for bit; exp may differ in its last bits, and sums as little."""
     got = launch_sample_tokens(logits.to(device), **moved(options, device))
     wanted = sample_tokens_reference(logits, **options)
     for name, actual, expected in zip(got._fields, got, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one of each kind that a test wants."""
+"""Tiny models with random weights, one for each kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# what a kind adds to or changes in COMMON
+# additions and changes of a kind to COMMON
 KINDS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"sliding_window": 8, "head_dim": 16},
@@ -70,7 +70,7 @@ _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 def make(
     kind: str = "Llama", device: torch.device | str = "cpu", **changes: Any
 ) -> PreTrainedModel:
-    """A model of ``kind`` in evaluation mode, float32, its norm weights random too."""
+    """Make a model of ``kind`` in evaluation mode and float32, with random norm weights too."""
     config_class = getattr(transformers, _CONFIGS.get(kind, f"{kind}Config"))
     config = config_class(**{**COMMON, **KINDS[kind], **changes})
     return from_config(kind, config, device)
@@ -82,7 +82,7 @@ def from_config(kind: str, config: Any, device: torch.device | str = "cpu") -> P
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
-        else:  # transformers starts at 0.02, where attention and gates are all but linear
+        else:  # transformers initialises with 0.02, where attention and gates are almost linear
             parameter.data.mul_(5)
     model.generation_config.eos_token_id = None
     return model

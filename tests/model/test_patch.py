@@ -1,6 +1,6 @@
-"""patch: every row of every batch, every cache, every way of generating, and back again.
+"""patch: every row of a batch, every cache, every way of generating, and unpatch.
 
-On a GPU the Triton kernels run; on the CPU the same swap is forced with the reference operations.
+On a GPU the Triton kernels run. On the CPU the tests force the same swap with the references.
 """
 
 import copy
@@ -28,14 +28,14 @@ def logits(model, ids, mask=None, **kwargs):
 
 
 def swap(model, **kwargs):
-    """Patch with everything forced, and make sure that something was swapped."""
+    """Patch with everything forced, and assert that something was swapped."""
     report = llmfast.patch(model, ops="all", **kwargs)
     assert report.swapped > 0, report
     return report
 
 
 def assert_close(actual, expected):
-    """Float32 sums in another order, through two blocks: some hundred roundings of the largest."""
+    """Assert equality up to the order of float32 sums: some hundred roundings of the largest."""
     scale = float(expected.abs().max())
     torch.testing.assert_close(actual, expected, rtol=0, atol=200 * 2**-24 * scale)
 
@@ -162,7 +162,7 @@ def test_logits_of_every_row_of_a_padded_batch(kind, side, device):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["Llama", "Mistral"])
 def test_logits_of_every_step_with_a_cache(kind, static, device):
-    """A padded prefill, a chunk of three tokens and two single ones."""
+    """Compare a padded prefill, a chunk of three tokens and two single ones."""
     model = make(kind, device)
     ids = tokens(2, 20, device)
     mask = padding(ids, "left")
@@ -221,7 +221,7 @@ def test_generated_tokens_are_equal_in_float32(kind, how, device):
 
 
 def test_a_compiled_decode_with_a_static_cache(device):
-    """What transformers' generate does by itself on a GPU; forced on the CPU."""
+    """Compile as transformers' generate does on a GPU; on the CPU this is forced."""
     from transformers import CompileConfig
 
     backend = "inductor" if device.type == "cuda" else "eager"
@@ -282,7 +282,7 @@ def test_a_mask_of_four_dimensions_goes_to_the_original(device):
 
 
 def test_an_attention_that_says_it_is_not_causal_goes_to_the_original(device):
-    """transformers' sdpa obeys the module where it needs no mask."""
+    """Without a mask, transformers' sdpa obeys the module."""
     model = make("Llama", device)
     ids = tokens(2, 9, device)
     report = swap(model)
@@ -297,7 +297,7 @@ def test_an_attention_that_says_it_is_not_causal_goes_to_the_original(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_errs_no_more_than_the_original(dtype, device):
-    """The relative rule, for the logits of a whole model against the same weights in float64."""
+    """Apply the relative rule to a model's logits, against the same weights in float64."""
     model = make("Llama", device).to(dtype)
     ids = tokens(2, 24, device)
     oracle = logits(copy.deepcopy(model).double(), ids)
@@ -364,7 +364,7 @@ def test_a_failure_in_the_middle_restores(device, monkeypatch):
 
 
 def test_a_wrong_operation_is_kept_out(device):
-    """Verification is what stands between a bug in a kernel and a user's model."""
+    """Verification keeps the bug of a kernel away from a user's model."""
 
     def wrong(x, weight, *, eps, unit_offset=False):
         return nn.functional.rms_norm(x, weight.shape, weight, eps * 10)
@@ -388,7 +388,7 @@ def test_a_deepcopy_is_patched_on_its_own(device):
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()  # whatever the copy still shares would show
+            parameter.zero_()  # a tensor that the copy still shares would show
     assert torch.equal(logits(twin, ids), before)
     llmfast.unpatch(twin)
     assert without_forward(twin) and not without_forward(model)
@@ -644,7 +644,7 @@ def test_known_patterns_are_told_from_others():
         assert attention._causal_window(function) == (False, None)
 
 
-def test_twins_share_a_proof_and_strangers_do_not(device):
+def test_twins_share_a_verification_and_strangers_do_not(device):
     model = make("Llama", device)
     first, second = (layer.mlp for layer in model.model.layers)
     assert modules.attributes(first) == modules.attributes(second)

@@ -1,4 +1,4 @@
-"""The embedded model through the swap: its answer, its perplexity, and the kernels' own code."""
+"""The embedded model, patched: its answer, its perplexity, and the kernels' own code."""
 
 import copy
 
@@ -18,7 +18,7 @@ QUESTION = "What is the capital of France?"
 
 @pytest.fixture
 def model(embedded, device):
-    """The trained model, unpatched whatever a test did."""
+    """Yield the trained model, and unpatch it after each test."""
     model = copy.deepcopy(embedded.model) if device.type == "cuda" else embedded.model
     yield model.to(device)
     if "_llmfast_patch" in vars(model):
@@ -62,13 +62,13 @@ def test_256_greedy_tokens_are_those_of_transformers(model, embedded, device):
 
 @pytest.fixture
 def persuasion(embedded):
-    """Its first 4,096 tokens."""
+    """Return the first 4,096 tokens of the text."""
     ids = embedded.tokenizer(read_text("persuasion").text[:40000], add_special_tokens=False)
     return torch.tensor(ids["input_ids"][:4096])
 
 
 def test_perplexity_of_persuasion_is_that_of_transformers(model, persuasion):
-    """In float32, within 0.1%."""
+    """Compare in float32, within 0.1%."""
     original = perplexity(model, persuasion, window=1024)
     report = llmfast.patch(model, ops="all", strict=True)
     swapped = perplexity(model, persuasion, window=1024)
@@ -80,9 +80,9 @@ def test_perplexity_of_persuasion_is_that_of_transformers(model, persuasion):
 
 @pytest.mark.gpu
 def test_log_probabilities_of_the_runner_in_bfloat16(model, persuasion, device):
-    """Teacher-forced over 4,096 tokens, the last 32 of each window decoded one by one.
+    """Compare teacher-forced log-probabilities; the last 32 of each window are decoded singly.
 
-    By the relative rule: at most twice transformers' own error against float32.
+    The relative rule holds: at most twice transformers' own error against float32.
     """
     windows = persuasion.view(4, 1024).to(device)
 
@@ -96,14 +96,14 @@ def test_log_probabilities_of_the_runner_in_bfloat16(model, persuasion, device):
         llmfast.patch(model, strict=True)
         steps = takeover_of(model).blocks
         ours = of_tokens(run_sequences(steps, windows.tolist(), 32).view(4, 1024, -1))
-    assert exact.abs().mean() > 1  # nats: a text that it does not know by heart
+    assert exact.abs().mean() > 1  # nats: the model has not memorised the text
     error, own_error = ((x - exact).square().mean().sqrt() for x in (ours, original))
     assert 0 < error <= 2 * own_error
 
 
 @pytest.mark.gpu
 def test_perplexity_in_bfloat16_is_as_near_to_float32_s(model, persuasion):
-    """transformers' own attentions part by 0.1% in bfloat16, so float32 is the measure of both."""
+    """Compare both with float32: transformers' own attentions differ by 0.1% in bfloat16."""
     exact = perplexity(model, persuasion, window=1024).perplexity.value
     original = perplexity(model.bfloat16(), persuasion, window=1024).perplexity.value
     report = llmfast.patch(model, strict=True)
@@ -113,18 +113,18 @@ def test_perplexity_in_bfloat16_is_as_near_to_float32_s(model, persuasion):
 
 
 def test_a_whole_forward_through_the_kernels(model, question):
-    """All 30 blocks in Triton's interpreter on the CPU, compiled on a GPU."""
+    """Run all 30 blocks: in Triton's interpreter on the CPU, compiled on a GPU."""
     ids = question["input_ids"][:, -7:]
     with torch.no_grad():
         expected = model(ids).logits
         report = swap_in(model, launchers(), strict=True)
         got = model(ids).logits
     assert report.swapped == 121 and not report.fallbacks
-    # float32 sums in another order, through 30 blocks
+    # float32 sums in another order, over 30 blocks
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-def test_the_first_block_s_proof(model, question):
+def test_the_first_block_is_verified(model, question):
     report = verify_first_block(model, question["input_ids"])
     swapped = {e.operation for e in report.entries if e.swapped}
     assert swapped == {"rms_norm", "silu_mul", "flash_attention"}
