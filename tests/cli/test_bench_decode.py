@@ -1,4 +1,4 @@
-"""`llmfast bench decode`: its options, its table and where the figures go."""
+"""`llmfast bench decode`: its options, its table and its results files."""
 
 import json
 import subprocess

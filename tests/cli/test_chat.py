@@ -1,4 +1,4 @@
-"""`llmfast chat`: turns, commands, and what Ctrl-C ends."""
+"""`llmfast chat`: turns, commands and Ctrl-C."""
 
 import signal
 import subprocess
@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """A tiny model, and the prompts that were asked of it."""
+    """Make `chat` load a tiny model, and record the prompts that it gets."""
     model, tokens = make("Llama"), tokenizer()
     monkeypatch.setattr(llmfast, "load", lambda *args, **kwargs: (model, tokens))
     asked = []
@@ -49,7 +49,7 @@ def own_answer(loaded, prompt, **kwargs):
         return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
 
 
-def test_each_turn_has_all_before_it_in_mind(loaded):
+def test_each_turn_remembers_all_before_it(loaded):
     first = own_answer(loaded, "u(hey)a(")
     second = own_answer(loaded, f"u(hey)a({first})u(more)a(")
     result = chat("hey\n\nmore\n/reset\nhey\n", "--max-tokens", 12)
@@ -58,7 +58,7 @@ def test_each_turn_has_all_before_it_in_mind(loaded):
     assert loaded.asked == ["u(hey)a(", f"u(hey)a({first})u(more)a(", "u(hey)a("]
 
 
-def test_what_the_model_is_told_first_stays_after_a_reset(loaded):
+def test_the_system_message_stays_after_a_reset(loaded):
     chat("hey\n/reset\nhey\n", "--max-tokens", 3, "--system", "rhyme")
     assert loaded.asked == ["s(rhyme)u(hey)a("] * 2
 
@@ -70,7 +70,7 @@ def test_options_of_sampling(loaded):
     assert drawn != own_answer(loaded, "u(hey)a(")
 
 
-def test_stats_and_quit_and_what_is_no_command(loaded):
+def test_stats_and_quit_and_unknown_commands(loaded):
     result = chat("/stats\nhey\nhey\n/stats\n/nothing here\n/quit\nhey\n", "--max-tokens", 30)
     assert result.exit_code == 0 and len(loaded.asked) == 2
     assert "nothing was answered yet" in result.stderr
@@ -87,7 +87,7 @@ def test_a_conversation_too_long_for_the_model(loaded):
     assert loaded.asked[1] == "u(hey)a("  # it is not part of the conversation
 
 
-def test_ctrl_c_ends_the_answer_and_what_was_written_stays_in_mind(loaded, monkeypatch):
+def test_ctrl_c_ends_the_answer_and_its_text_is_remembered(loaded, monkeypatch):
     real, calls = llmfast.LLM._step, []
 
     def step(self):
@@ -141,7 +141,7 @@ def test_ctrl_c_does_not_end_the_program(tmp_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # a shell's background jobs have Ctrl-C ignored, and hand that down
+        # background jobs of a shell ignore Ctrl-C, and their children inherit this
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:

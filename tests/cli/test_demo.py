@@ -19,7 +19,7 @@ from llmfast.loading.embedded import INSTALL, embedded_model_path
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the demo does, without doing it."""
+    """Record the commands that the demo would run."""
     calls = SimpleNamespace(requests=[], children=[], code=0)
 
     def run(command, env):
@@ -49,7 +49,7 @@ def test_without_a_gpu_it_answers_then_interprets(calls):
     assert demo.QUESTION in result.stdout
 
 
-def test_with_a_gpu_the_answer_is_all(calls, monkeypatch):
+def test_with_a_gpu_it_only_answers(calls, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert run().exit_code == 0
     assert len(calls.requests) == 1
@@ -65,7 +65,7 @@ def test_without_triton_it_says_so(calls, monkeypatch):
 
 
 @pytest.mark.parametrize(("code", "expected"), [(2, 2), (-9, 1)])
-def test_a_proof_that_fails_fails_the_demo(calls, code, expected):
+def test_a_failed_verification_fails_the_demo(calls, code, expected):
     calls.code = code
     assert run().exit_code == expected
 

@@ -1,4 +1,4 @@
-"""`llmfast env`: true on every machine, and never a failure."""
+"""`llmfast env`: true on every machine, and it never fails."""
 
 import json
 import sys
@@ -101,7 +101,7 @@ def test_a_gpu_without_triton_is_refused(gpu, monkeypatch):
     assert facts()["kernels"] == "refused: Triton is not installed"
 
 
-def test_a_gpu_that_does_not_answer_is_told(gpu, monkeypatch):
+def test_a_gpu_that_does_not_answer_is_reported(gpu, monkeypatch):
     gpu((9, 0))
 
     def fail():
@@ -117,7 +117,7 @@ def test_missing_packages_are_said_to_be_missing(no_gpu, monkeypatch):
 
     monkeypatch.setattr(metadata, "version", missing)
     monkeypatch.setattr(env, "embedded_model_path", lambda: None)
-    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it now fails
+    monkeypatch.setitem(sys.modules, "torch", None)  # its import now fails
     got = facts()
     assert [got[name] for name in (*env.PACKAGES, "embedded_model", "threads")] == [None] * 6
     assert got["kernels"].startswith("none: torch does not import")

@@ -1,4 +1,4 @@
-"""`llmfast eval` on a tiny model: what it compares, prints and writes, and what it refuses."""
+"""`llmfast eval` on a tiny model: comparisons, output, files and refusals."""
 
 import json
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def tokenizer(text, *, verbose):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Let ``llmfast.load`` give tiny models: another one for the name "other"."""
+    """Make ``llmfast.load`` return tiny models: a different one for the name "other"."""
     asked = []
 
     class Loaded(NamedTuple):
@@ -138,7 +138,7 @@ def test_a_bad_option_is_refused_before_anything_is_loaded(loads, options, says)
     assert loads == []
 
 
-def test_what_only_the_model_can_tell_is_refused_too(loads, tmp_path):
+def test_options_that_do_not_fit_the_model_are_refused(loads, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("It was a truth.")
     with pytest.raises(UserError, match=r"short\.txt has 15 tokens for this model, got 200"):

@@ -1,4 +1,4 @@
-"""`llmfast generate`, and what every command does with a mistake."""
+"""`llmfast generate`, and the treatment of mistakes that all commands share."""
 
 import json
 import re
@@ -39,7 +39,7 @@ needs_embedded = pytest.mark.skipif(
 
 
 def make_tokenizer():
-    """One token per byte, and an end token."""
+    """Make a tokenizer of one token per byte, and an end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(["</s>", *alphabet])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -49,7 +49,7 @@ def make_tokenizer():
 
 
 def make_model(context=CONTEXT):
-    """A random Llama whose greedy answers vary."""
+    """Make a random Llama whose greedy answers vary."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
@@ -82,7 +82,7 @@ def folder(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """A folder whose model goes on for minutes: its end token's logit is 0, never the largest."""
+    """Save a model that answers for minutes: its end token's logit is 0, never the largest."""
     path = tmp_path_factory.mktemp("endless")
     model = make_model(context=100_000)
     model.lm_head.weight.data[0] = 0
@@ -93,7 +93,7 @@ def endless(tmp_path_factory):
 
 @pytest.fixture
 def loaded(tiny, monkeypatch):
-    """The tiny model in place of whatever `generate` loads; its settings are as they were after."""
+    """Make `generate` load the tiny model; restore the model's settings afterwards."""
     model, tokenizer = tiny
     before = model.generation_config.to_dict()
     monkeypatch.setattr(llmfast, "load", lambda *args, **kwargs: tiny)
@@ -110,7 +110,7 @@ def run(*args):
 
 @pytest.fixture
 def start():
-    """A function: the program in a process of its own, which does not outlive the test."""
+    """Return a function that runs the program in a process, which the test's end kills."""
     processes = []
 
     def start(*args):
@@ -118,7 +118,7 @@ def start():
             [sys.executable, "-m", "llmfast", *map(str, args)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # a shell's background jobs have Ctrl-C ignored, and hand that down
+            # background jobs of a shell ignore Ctrl-C, and their children inherit this
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
@@ -141,7 +141,7 @@ def assert_refused(result, *words):
 
 
 def own_answer(tiny, prompt, **settings):
-    """What transformers' own `generate` answers, as text."""
+    """Return the answer of transformers' own `generate`, as text."""
     ids = tiny.tokenizer(prompt, return_tensors="pt").input_ids.to(tiny.model.device)
     settings = {"do_sample": False, "max_new_tokens": 200, "pad_token_id": 0} | settings
     settings["max_new_tokens"] = min(settings["max_new_tokens"], CONTEXT - ids.shape[1])
@@ -277,7 +277,7 @@ def test_only_the_seed_touches_the_global_generator(loaded):
 
 
 class Recorder:
-    """A stdout that notes how many tokens were computed when it was written to."""
+    """A stdout that notes at each write how many tokens were computed."""
 
     def __init__(self, computed):
         self.computed, self.writes = computed, []
@@ -293,7 +293,7 @@ class Recorder:
         return "".join(text for _, text in self.writes)
 
 
-def test_tokens_are_written_as_they_come(loaded, monkeypatch):
+def test_tokens_are_written_as_they_arrive(loaded, monkeypatch):
     computed = []
     hook = loaded.model.register_forward_hook(lambda *_: computed.append(1))
     out = Recorder(computed)
@@ -375,7 +375,7 @@ def test_a_closed_pipe_ends_quietly(endless, start):
     assert process.returncode == ui.CLOSED_PIPE
 
 
-def test_ctrl_c_ends_with_what_was_written(endless, start):
+def test_ctrl_c_keeps_the_written_text(endless, start):
     process = start("generate", PROMPT, "--model", endless, "--max-tokens", 90_000)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -386,7 +386,7 @@ def test_ctrl_c_ends_with_what_was_written(endless, start):
     assert err.decode() == ""
 
 
-def test_ctrl_c_writes_what_was_held_back(loaded, monkeypatch):
+def test_ctrl_c_writes_the_pending_text(loaded, monkeypatch):
     def interrupted(streamer, **kwargs):
         streamer.put(torch.tensor([[1]]))
         for token in loaded.tokenizer("ab").input_ids:
@@ -419,7 +419,7 @@ def test_stats_name_every_figure_on_stderr_alone(folder):
 
 @pytest.fixture
 def on_the_runner(loaded, monkeypatch):
-    """Patched as on a GPU, where `generate` is taken over; the batches that the runner started."""
+    """Patch as on a GPU, where `generate` is taken over; return the runner's batches."""
     from llmfast.runner.runner import Runner
 
     started = []
@@ -449,7 +449,7 @@ def test_the_runner_streams_and_is_named_in_the_stats(loaded, on_the_runner, sam
     assert re.search(r"generate: taken over", result.stderr)
 
 
-def test_tokens_of_the_runner_are_written_as_they_come(loaded, on_the_runner, monkeypatch):
+def test_tokens_of_the_runner_are_written_as_they_arrive(loaded, on_the_runner, monkeypatch):
     from llmfast.runner.runner import Runner
 
     steps = []
@@ -536,7 +536,7 @@ def test_a_prompt_longer_than_the_context_names_both_lengths(loaded):
     assert run("generate", "x" * (CONTEXT - 1), "--max-tokens", 1).stderr == ""
 
 
-def test_what_fits_beside_a_long_prompt_is_generated_and_said(loaded):
+def test_a_long_prompt_shortens_the_answer_and_a_note_says_so(loaded):
     result = run("generate", "x" * 60, "--max-tokens", 10)
     assert result.exit_code == 0
     assert result.stdout == own_answer(loaded, "x" * 60, max_new_tokens=4) + "\n"
@@ -554,7 +554,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     assert_refused(run("generate", "x", "--model", tmp_path), str(tmp_path))
 
 
-def test_a_mistake_in_many_lines_is_told_in_one(monkeypatch):
+def test_a_mistake_of_many_lines_is_reported_in_one(monkeypatch):
     def load(*args, **kwargs):
         raise UserError("first\n  second")
 
@@ -598,7 +598,7 @@ def test_help_needs_neither_torch_nor_transformers():
         assert command in out
 
 
-def test_nothing_asked_shows_the_help():
+def test_no_arguments_show_the_help():
     assert "generate" in run().stdout
     assert run().exit_code == 0
     assert run("--help").exit_code == 0
@@ -646,7 +646,7 @@ class Terminal:
     [(True, 0.6, True), (True, 0.0, False), (False, 0.6, False)],
     ids=["slow", "quick", "no terminal"],
 )
-def test_a_bar_is_shown_for_what_is_slow_on_a_terminal(is_terminal, seconds, shown, monkeypatch):
+def test_a_bar_is_shown_for_slow_work_on_a_terminal(is_terminal, seconds, shown, monkeypatch):
     terminal = Terminal(is_terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(ui, "SHOW_AFTER_S", 0.2)

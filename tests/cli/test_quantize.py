@@ -1,4 +1,4 @@
-"""`llmfast quantize`: from a folder to a folder that loads, and what it refuses in one line."""
+"""`llmfast quantize`: from a folder to a folder that loads, with refusals in one line."""
 
 import json
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def run(capsys, *arguments):
-    """The exit code, stdout and stderr of the program."""
+    """Run the program; return its exit code, stdout and stderr."""
     code = app(args=list(map(str, arguments)), prog_name="llmfast", standalone_mode=False)
     out = capsys.readouterr()
     return code or 0, out.out, out.err
@@ -59,7 +59,7 @@ def test_a_folder_is_quantized_and_loads(method, folder, capsys):
     assert len(quantized_weights_of(loaded)) == 14
 
 
-def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
+def test_an_interrupted_run_resumes(folder, capsys, monkeypatch):
     from llmfast.quantization import save
 
     def full(*_, **__):

@@ -1,4 +1,4 @@
-"""`llmfast run`: answers of a file of prompts, once each, whatever comes in between."""
+"""`llmfast run`: it answers each prompt of a file once, even after interruptions."""
 
 import json
 import sys
@@ -88,20 +88,20 @@ def test_each_line_is_answered_as_it_asks(loaded, files):
     assert len(found[6]["prompt_logprobs"]) == 2
 
 
-def test_what_is_answered_is_not_asked_again(loaded, files):
+def test_answered_prompts_are_not_asked_again(loaded, files):
     put(files[0], *REQUESTS)
     assert run(files).exit_code == 0
     whole, lines = by_key(files), files[1].read_text().splitlines(keepends=True)
     assert run(files).exit_code == 0 and len(loaded) == 1  # no model is loaded for nothing
     assert files[1].read_text() == "".join(lines)
-    for cut in (0, 10, len(lines[3]) - 1):  # interrupted in the middle of a line, or just behind it
+    for cut in (0, 10, len(lines[3]) - 1):  # interrupted in the middle of a line, or right after it
         files[1].write_text("".join(lines[:3]) + lines[3][:cut])
         result = run(files)
         assert result.exit_code == 0 and by_key(files) == whole
         assert ("was torn" in result.stderr) == (cut == 10)
 
 
-def test_ctrl_c_leaves_what_is_answered(loaded, files, monkeypatch):
+def test_ctrl_c_keeps_the_answers(loaded, files, monkeypatch):
     put(files[0], *[{"prompt": "AB", "max_tokens": n} for n in (2, 3, 30, 31)])
     real, steps = llmfast.LLM._step, []
 

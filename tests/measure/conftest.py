@@ -1,4 +1,4 @@
-"""Small, valid results to start from."""
+"""Small, valid results that tests start from."""
 
 import pytest
 

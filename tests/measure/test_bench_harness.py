@@ -18,7 +18,7 @@ FILES = sorted((ROOT / "bench").glob("bench_*.py"))
 SETTINGS = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
 SETTINGS += ["-o", f"pythonpath={ROOT / 'bench/tools'}", "-o", "markers=impls(names): of a case"]
 
-# a clock in place of the GPU: 2 us for ours, 4 us for every peer, and one that fails
+# a clock in place of the GPU: 2 us for ours, 4 us for each peer, and one peer that fails
 PRETEND = "import torch\ntorch.cuda.is_available = lambda: True\n"
 FAKES = """
 from llmfast.measure.results import Env
@@ -118,7 +118,7 @@ def test_rows_and_entries_come_from_the_same_rounds(run, pytester):
     options = ["-s", "--results", "out", "--commit", "f00", "--benchmark-json=b.json"]
     result = run(CASES, *options, gpu=True)
     result.assert_outcomes(passed=7, skipped=2)
-    # a case is measured once for all its entries
+    # a case is measured once for all of its entries
     assert sum("measured llmfast eager broken" in line for line in result.outlines) == 2
     result.stdout.fnmatch_lines_random(
         [

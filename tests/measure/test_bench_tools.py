@@ -1,4 +1,4 @@
-"""`python bench/tools`: pages are written and checked, processes combined, files judged."""
+"""`python bench/tools`: writes and checks pages, combines processes, validates files."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def root(tmp_path):
-    """A checkout with one figure, and its docs."""
+    """Make a checkout with one figure, and its docs."""
     env = Env("NVIDIA H100", "1", "2", "3", "5", "0.1", "abc", "2026-11-21T22:51:01Z")
     row = Row("op=rms_norm tokens=1", "llmfast", "us", "us", 2.0, 1.0, 3.0, 50)
     write(tmp_path / "bench/results/h100/norm.json", (Run("a", env, (row,)),))

@@ -1,4 +1,4 @@
-"""The README's chart of decoding speed: what it draws, and how its file is checked."""
+"""The README's chart of decoding speed, and the check of its file."""
 
 import re
 import subprocess

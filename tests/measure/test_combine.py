@@ -1,4 +1,4 @@
-"""Several processes make one run: medians, and no figure is lost on the way."""
+"""Several processes make one run of medians, and no figure is lost."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def test_processes_must_agree(three, make_row, make_run, env):
         combine_runs([])
 
 
-def test_commits_may_differ_where_that_is_said_and_are_all_named(three, env):
+def test_commits_may_differ_if_asked_for_and_are_all_named(three, env):
     three[1] = replace(three[1], env=replace(three[1].env, commit="other"))
     with pytest.raises(UserError, match="differ in commit"):
         combine_runs(three)

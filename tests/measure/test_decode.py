@@ -1,4 +1,4 @@
-"""The measurement of decoding, on the CPU with a tiny model: what is run, counted and noted."""
+"""The measurement of decoding, on the CPU with a tiny model: runs, counts and notes."""
 
 import json
 import subprocess
@@ -35,21 +35,21 @@ TINY = (
 
 @pytest.fixture
 def shape(monkeypatch):
-    """A shape that any machine can run."""
+    """Return a shape that any machine can run."""
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     return Source(shape="tiny")
 
 
 @pytest.fixture
 def tiny(shape, monkeypatch):
-    """The same, on the CPU whatever the machine has."""
+    """Return the same shape, always on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return shape
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny model with a tokenizer."""
+    """Return the folder of a tiny model with a tokenizer."""
     tiny_models.make("Llama").save_pretrained(tmp_path)
     inner = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path)
@@ -70,7 +70,7 @@ def folder(tmp_path):
     ],
 )
 def test_a_shape_has_the_parameters_of_its_model(shape, parameters):
-    """As the models' own cards and files count them, tied weights once."""
+    """Compare with the models' own cards and files, which count tied weights once."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shapes.config_of(shape))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -129,7 +129,7 @@ def test_an_unknown_source_is_refused(source, words):
 
 
 def test_bytes_of_a_step_of_the_8b_shape():
-    """15.0 GB of weights without the input embedding, and 128 KiB of cache a token in bf16."""
+    """Count 15.0 GB of weights without the input embedding, and 128 KiB of cache per token."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             shapes.config_of("llama-3.1-8b"), dtype=torch.bfloat16
@@ -203,7 +203,7 @@ def test_a_case_says_how_many_tokens_only_if_they_are_not_the_usual():
 def test_every_way_is_measured_in_one_process(tiny, monkeypatch):
     from llmfast.runner.runner import Runner
 
-    starts = []  # which runner, and the prompts' lengths
+    starts = []  # the runner and the lengths of the prompts
     own = Runner.start
 
     def start(self, input_ids, lengths, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The requests that `bench throughput`, `latency` and `serve` draw and send, and their figures."""
+"""Requests and figures of `bench throughput`, `latency` and `serve`."""
 
 import asyncio
 import itertools
@@ -52,7 +52,7 @@ def test_the_usual_requests_are_those_of_nano_vllms_benchmark():
     assert params == [
         SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in lengths
     ]
-    assert sum(lengths) == 133_966  # what that benchmark prints as its total
+    assert sum(lengths) == 133_966  # the total that nano-vllm's benchmark prints
 
 
 def test_draws_stay_in_the_vocabulary_and_differ_from_run_to_run():
@@ -151,7 +151,7 @@ def test_readers_are_sent_and_clocked():
 def test_arrivals_are_a_poisson_process():
     times = serve.poisson_arrivals(20_000, 4.0)
     gaps = [b - a for a, b in itertools.pairwise(times)]
-    # of 20,000 exponential gaps the mean is within 5 standard errors, each 1 / sqrt(20,000)
+    # the mean of 20,000 exponential gaps is within 5 standard errors, each 1 / sqrt(20,000)
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=5 / 141)
     assert statistics.pstdev(gaps) == pytest.approx(0.25, rel=0.1)
     assert times[0] == 0.0 and times == serve.poisson_arrivals(20_000, 4.0)

@@ -1,4 +1,4 @@
-"""The GPU's share of time from made-up kernels, and which steps of an engine are looked at."""
+"""The GPU's busy share from made-up kernels, and the choice of an engine's steps."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from llmfast.runner.executor import StepHandle
         ([(2, 5)], 3),
         ([(2, 5), (7, 8)], 4),
         ([(2, 5), (5, 8)], 6),
-        ([(4, 8), (2, 5)], 6),  # they overlap, and not in order
+        ([(4, 8), (2, 5)], 6),  # overlapping and unordered
         ([(1, 9), (2, 3), (4, 10)], 9),  # one inside another
         ([(1, 2), (1, 2), (3, 3)], 1),
     ],
@@ -94,13 +94,13 @@ WORK = Workload(requests=4, input=(3, 20), output=(20, 25))
 
 @contextmanager
 def kernels():
-    """As if ten steps took a second each, and a kernel ran in the first half of each."""
+    """Pretend that ten steps take a second each, with a kernel in the first half of each."""
     intervals = []
     yield intervals
     intervals += [(i, i + 0.5) for i in range(10)]
 
 
-def test_steps_are_looked_at_once_all_decode(monkeypatch):
+def test_steps_are_measured_once_all_decode(monkeypatch):
     with engine() as llm:
         steps, clock = [], iter(range(10_000))
         step = llm._step
@@ -117,7 +117,7 @@ def test_steps_are_looked_at_once_all_decode(monkeypatch):
         assert not llm._scheduler.running and not llm._requests
     looked_at = steps[-15:]
     assert looked_at == [(4, [1] * 4)] * 15 and steps[0] == (0, [])
-    assert found.host_seconds == [0.75] * 5  # one tick, a quarter of which it waited
+    assert found.host_seconds == [0.75] * 5  # one tick, of which a quarter is waiting
     assert (found.busy_share, found.gpu_seconds) == (5 / 9.5, 0.5)
 
 
@@ -126,7 +126,7 @@ def test_of_the_clocked_steps_those_with_the_most_sequences_count():
         work = Workload(requests=3, input=(3, 3), output=(2, 30))
         outputs = sorted(p.max_tokens for p in work.draw(101)[1])
         found = profile_steps(llm, *work.draw(101), clocked=20, traced=2, trace=kernels)
-    assert outputs[0] < 20  # so one ends on the way
+    assert outputs[0] < 20  # so one ends during the measurement
     assert len(found.host_seconds) == outputs[0] - 1 and all(
         seconds > 0 for seconds in found.host_seconds
     )

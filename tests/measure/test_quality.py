@@ -1,4 +1,4 @@
-"""Quality against plain formulas in float64, and against cases whose answer is known."""
+"""Quality, against plain formulas in float64 and against known answers."""
 
 import math
 from copy import deepcopy
@@ -18,7 +18,7 @@ VOCAB = 61
 
 
 class FixedLogits:
-    """A model whose logits at a position are those of a table, by the token there."""
+    """A model that looks a position's logits up in a table, by the token there."""
 
     training = False
     config = SimpleNamespace(get_text_config=SimpleNamespace)
@@ -50,7 +50,7 @@ def llama(seed, dtype=torch.float64):
 
 
 def blurred(model):
-    """A copy with noise on its weights: alike, yet not everywhere of one mind."""
+    """Return a copy with noise on its weights, which does not always agree."""
     twin, generator = deepcopy(model), torch.Generator().manual_seed(2)
     for weight in twin.parameters():
         noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -63,7 +63,7 @@ def tokens(n, seed=0):
 
 
 def scored_log_probs(model, ids, window, stride):
-    """The oracle: for every scored token its position and the log-probabilities before it."""
+    """Compute the oracle: each scored token's position and the log-probabilities before it."""
     out, done = [], 0
     for start in range(0, len(ids), stride):
         part = ids[start : start + window]
@@ -134,7 +134,7 @@ def test_kl_is_from_the_reference_not_to_it():
     ids = torch.zeros(8, dtype=torch.long)
     found = compare(reference, model, ids, window=4)
     assert found.kl.value == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), rel=1e-6)
-    # every window is like every other, so nothing is left to vary
+    # all windows are alike, so nothing varies
     assert found.kl.high - found.kl.low < 1e-12
     assert found.perplexity.value == pytest.approx(2.0)
     assert found.reference_perplexity.value == pytest.approx(1 / 0.9, rel=1e-6)
@@ -171,14 +171,14 @@ def test_a_token_that_the_reference_rules_out_adds_nothing():
 
 
 def test_the_interval_is_over_documents_where_there_are_several():
-    # within a document every window is alike; the documents differ
+    # windows of a document are alike; the documents differ
     table = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
     a, b = torch.zeros(16, dtype=torch.long), torch.ones(16, dtype=torch.long)
     found = perplexity(FixedLogits(table), [a, b], window=4)
     mean = -(math.log(0.9) + math.log(0.6)) / 2
     assert found.perplexity.value == pytest.approx(math.exp(mean), rel=1e-6)
-    assert found.perplexity.low == pytest.approx(1 / 0.9, rel=1e-6)  # twice the first
-    assert found.perplexity.high == pytest.approx(1 / 0.6, rel=1e-6)  # twice the second
+    assert found.perplexity.low == pytest.approx(1 / 0.9, rel=1e-6)  # the first document twice
+    assert found.perplexity.high == pytest.approx(1 / 0.6, rel=1e-6)  # the second document twice
     assert found.windows == 8
 
 
@@ -191,7 +191,7 @@ def test_a_seed_repeats_the_interval():
 
 
 def test_the_interval_covers_the_truth():
-    """Texts drawn from a known distribution: 95% of intervals hold its true perplexity."""
+    """Draw texts from a known distribution: 95% of intervals hold its true perplexity."""
     probability = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     model = FixedLogits(probability.log().repeat(3, 1))
     truth = math.exp(-(probability * probability.log()).sum())
@@ -211,7 +211,7 @@ def test_progress_counts_the_windows():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_what_cannot_be_measured_is_named():
+def test_unmeasurable_input_is_named():
     model, ids = llama(0), tokens(64)
     with pytest.raises(UserError, match="context of 64 tokens, got 65"):
         perplexity(model, ids, window=65)

@@ -1,4 +1,4 @@
-"""One process's figures reach the files as they come, each with the run's ceiling."""
+"""A process writes its figures as they arrive, each with the run's ceiling."""
 
 import subprocess
 
@@ -15,7 +15,7 @@ from recorder import Recorder
 TEN = Estimate(10.0, 9.0, 11.0)
 
 
-def test_rows_are_written_as_they_come(tmp_path, env):
+def test_rows_are_written_as_they_arrive(tmp_path, env):
     recorder = Recorder(tmp_path, env)
     assert recorder.write() == []
     recorder.set_ceiling(Estimate(3000.0, 2990.0, 3010.0), 25)
@@ -33,7 +33,7 @@ def test_rows_are_written_as_they_come(tmp_path, env):
     assert [row.value for row in run.rows if row.metric == "us"] == [8.0]
 
 
-def test_what_a_suite_does_not_have_is_refused_at_once(tmp_path, env):
+def test_rows_outside_the_schema_are_refused_at_once(tmp_path, env):
     recorder = Recorder(tmp_path, env)
     with pytest.raises(UserError, match="suite must be one of"):
         recorder.add("noise", make_row("a=1", "llmfast", "us", TEN, 50))

@@ -1,4 +1,4 @@
-"""The page of figures: ratios and shares within one run, the same page from the same files."""
+"""The page of figures: ratios and shares within one run; the same files give the same page."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The results schema: every fault is named, files survive a round trip, a merge is narrow."""
+"""The results schema: it names every fault, files survive a round trip, merges are narrow."""
 
 import json
 from copy import deepcopy
@@ -188,7 +188,7 @@ def test_in_the_ceilings_suite_a_ceiling_is_replaced(tmp_path, make_run, copy_ro
     assert (run.id, run.rows[0].value) == ("new", 3000.5)
 
 
-def test_a_run_that_comes_again_is_added_to(tmp_path, make_run, make_row, env):
+def test_a_known_run_is_extended(tmp_path, make_run, make_row, env):
     path = tmp_path / "norm.json"
     other = make_row(2.0, case="tokens=64")
     merge(path, make_run(make_row(1.0), other))

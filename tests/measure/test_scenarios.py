@@ -1,4 +1,4 @@
-"""`bench serve --scenario`: what is drawn, which engines run it, and what is counted."""
+"""`bench serve --scenario`: its prompts, its engines and its figures."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Options of each engine that was made, and the prompt tokens of each that were computed."""
+    """Record the options of each engine that is made, and its computed prompt tokens."""
     made = []
     init, launch = LLM.__init__, LLM._launch
 
@@ -55,7 +55,7 @@ def engines(monkeypatch):
     return made
 
 
-def test_prompts_share_a_prefix_that_every_repeat_draws_anew():
+def test_prompts_share_a_prefix_that_differs_between_repeats():
     prompts, params = PREFIX.draw(50, 0)
     assert all(p[:40] == prompts[0][:40] and len(p) == 45 and max(p) < 50 for p in prompts)
     assert len({tuple(p) for p in prompts}) == 4
@@ -78,7 +78,7 @@ def test_prefix_with_the_cache_and_without(tiny, engines):
     (on, computed), (off, all_computed) = engines
     assert (on["enable_prefix_caching"], off["enable_prefix_caching"]) == (True, False)
     rounds = 3  # the first is not counted
-    # 32 of 40 tokens are whole blocks, which the first prompt alone computes
+    # 32 of 40 tokens are whole blocks, which only the first prompt computes
     totals = [sum(sum(step.values()) for step in steps) for steps in (computed, all_computed)]
     assert totals == [rounds * (45 + 3 * 13 + 4), rounds * (4 * 45 + 4)]
 
@@ -113,7 +113,7 @@ def test_long_prompts_in_chunks_and_first(tiny, engines):
     assert chunked["max_num_batched_tokens"] == 16 and "enable_chunked_prefill" not in chunked
     assert first["enable_chunked_prefill"] is False and "max_num_batched_tokens" not in first
     assert max(sum(step.values()) for step in small) == 16
-    assert sum(60 in step.values() for step in whole) in (2, 3)  # two may come at once
+    assert sum(60 in step.values() for step in whole) in (2, 3)  # two may arrive at once
     assert all(set(step.values()) == {60} for step in whole if 60 in step.values())
 
 
@@ -129,14 +129,14 @@ def test_a_request_that_fails_ends_the_measurement(tiny):
 
 
 def test_only_gaps_beside_a_long_prompt_count():
-    """Long prompts wait from 1 to 4 and from 8 to 9; a token comes at each of the given times."""
+    """Let long prompts wait from 1 to 4 and from 8 to 9, and tokens arrive at the given times."""
     running = [
         Timeline(0.0, [0.5, 2.5, 3.0, 6.0, 7.0, 10.0], [1, 2, 3, 4, 5, 7]),
         Timeline(0.0, [0.9, 1.0, 4.0, 5.0, 6.0], [1, 2, 3, 4, 5]),
     ]
     long = [Timeline(1.0, [4.0, 6.0], [1, 2]), Timeline(8.0, [9.0, 9.5], [1, 3])]
     found = scenarios.summarize(running, long)
-    # gaps of the first: 2, 0.5, 3 and 3 (the one from 6 to 7 is beside none); of the other: 3
+    # gaps of the first: 2, 0.5, 3 and 3 (none waits from 6 to 7); gap of the other: 3
     assert found["itl_p50_ms"] == 3000
     assert found["itl_p99_ms"] == 3000
     assert found["ttft_p50_ms"] == 2000

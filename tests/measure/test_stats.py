@@ -1,4 +1,4 @@
-"""Intervals: of a median by order statistics, of a mean by bootstrap."""
+"""Intervals of a median by order statistics, and of a mean by bootstrap."""
 
 import math
 import random
@@ -67,7 +67,7 @@ def test_bootstrap_is_seeded_paired_and_right_in_mean_and_spread():
     assert not torch.equal(means, bootstrap_means(both, counts, seed=5))
     torch.testing.assert_close(means[:, 1], 2 * means[:, 0])  # the same units for both columns
     exact = float((sums / 10).std(correction=0)) / math.sqrt(200)
-    # 2,000 resamples know the mean to exact / 45 and the spread to 1.6%: four of each
+    # 2,000 resamples give the mean to exact / 45 and the spread to 1.6%: four of each
     assert abs(float(means[:, 0].mean() - sums.mean() / 10)) < 4 * exact / math.sqrt(2000)
     assert float(means[:, 0].std()) == pytest.approx(exact, rel=0.065)
 

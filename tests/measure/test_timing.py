@@ -1,4 +1,4 @@
-"""Timing: what it chooses, on any machine; what it measures, on a GPU."""
+"""Timing: its choices on any machine, its measurements on a GPU."""
 
 import weakref
 from contextlib import contextmanager
@@ -113,7 +113,7 @@ class FakeGpu:
     def make_graph(self):
         def replay():
             self.replayed.append(graph.calls[0][1])
-            self.now += sum(us for us, _ in graph.calls) + 5  # 5: starting a graph
+            self.now += sum(us for us, _ in graph.calls) + 5  # 5: the start of a graph
 
         graph = SimpleNamespace(calls=[], replay=replay, reset=lambda: None)
         return graph
@@ -195,7 +195,7 @@ def test_a_failure_is_reported_by_its_first_cause_and_hurts_no_other(gpu):
     assert found["a"] == Failure("ValueError: waits for the device")
     assert found["b"] == Failure("NotImplementedError: not here")
     assert found["c"].us.value == pytest.approx(7, rel=0.01)
-    assert found["c"].sets == 256  # the most there may be
+    assert found["c"].sets == 256  # the upper limit
     assert list(found) == ["a", "b", "c"]
 
 
@@ -215,7 +215,7 @@ def test_outputs_live_until_their_set_comes_round(gpu):
 
     found = time_in_graph({"a": fn}, lambda: (torch.empty(1),), bytes_per_set=320 * MIB)["a"]
     assert found.sets == 5
-    assert most == 6  # one of each set, and the one that is about to take a place
+    assert most == 6  # one for each set, and one that replaces another
 
 
 def test_no_implementation_is_refused(gpu):

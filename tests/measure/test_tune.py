@@ -1,4 +1,4 @@
-"""Tuning without a GPU: the candidates, the choice among them, and the table."""
+"""Tuning without a GPU: candidates, the choice among them, and the table."""
 
 from dataclasses import replace
 
@@ -86,7 +86,7 @@ def test_the_fastest_is_chosen_and_cublas_where_nothing_is_faster(timed):
     steps = []
     layer = ("dense_linear", 6144, 4096)
     found = tune([layer], (1, 16, 32), progress=lambda *said: steps.append(said))
-    # 9.95 is less than cuBLAS's 10, but not by more than the clock's own noise
+    # 9.95 is less than cuBLAS's 10, but by no more than the clock's noise
     assert found == {(*layer, 1): best, (*layer, 16): CUBLAS, (*layer, 32): CUBLAS}
     assert [said[1:] for said in steps] == [(1, 1), (0, 3), (1, 3), (2, 3)]
 
