@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from variant import Variant, device
 
-from llmfast_kernels.quantized_linear.dequantize import INT4_ROWS
-from llmfast_kernels.quantized_linear.hopper.operands import WORDS_LAYOUT, X_LAYOUT
-from llmfast_kernels.quantized_linear.hopper.stream import REGISTERS
+from llmfast_kernels.quantized_linear.kernels.dequantize import INT4_ROWS
+from llmfast_kernels.quantized_linear.kernels.hopper.operands import WORDS_LAYOUT, X_LAYOUT
 from llmfast_kernels.quantized_linear.launch import (
     CHUNK,
     HOPPER_ROWS,
     INT8_GROUP,
-    STREAM,
     Problem,
     plan,
 )
 
-PACKAGE = "llmfast_kernels.quantized_linear"
+KERNELS = "llmfast_kernels.quantized_linear.kernels"
 
 
 def _int4(
@@ -60,7 +58,7 @@ def _int4(
     _kind(kind, dtype, signature, constexprs)
     return Variant(
         name=f"quantized_linear/int4-g{group} {kind} {act or 'dense'} {dtype} {tokens}x{k}x{n}",
-        kernel=f"{PACKAGE}.{launch.tier}:int4_{launch.tier}_kernel",
+        kernel=f"{KERNELS}.{launch.tier}:int4_{launch.tier}_kernel",
         signature=signature,
         constexprs=constexprs,
         num_warps=launch.num_warps,
@@ -110,7 +108,8 @@ def _on_hopper(
                 constexprs[scratch] = None
     else:
         rows = HOPPER_ROWS if act is None else HOPPER_ROWS // 2
-        at_launch, consumer, producer = REGISTERS[STREAM[bits][launch.block_m].programs]
+        assert launch.stream is not None
+        at_launch, consumer, producer = launch.stream.registers
         signature |= {"y_ptr": pointer, "partial_ptr": "*fp32:16", "tickets_ptr": "*i32:16"}
         constexprs |= {"TOKENS": launch.block_m, "STAGES": launch.num_stages}
         constexprs |= {"CONSUMER_REGISTERS": consumer, "PRODUCER_REGISTERS": producer}
@@ -130,7 +129,7 @@ def _on_hopper(
     return Variant(
         name=f"quantized_linear/{launch.tier} int{bits}-g{group} {kind} {act or 'dense'} {dtype}"
         f" {tokens}x{k}x{n}",
-        kernel=f"{PACKAGE}.hopper.{launch.tier}:{launch.tier}_kernel",
+        kernel=f"{KERNELS}.hopper.{launch.tier}:{launch.tier}_kernel",
         signature=signature,
         constexprs=constexprs,
         num_warps=4,
@@ -154,7 +153,7 @@ def _dequantize(dtype: str, n: int, k: int, group: int, target: str, *, kind: st
     _kind(kind, dtype, signature, constexprs)
     return Variant(
         name=f"quantized_linear/dequantize-g{group} {kind} {dtype} {k}x{n}",
-        kernel=f"{PACKAGE}.dequantize:int4_dequantize_kernel",
+        kernel=f"{KERNELS}.dequantize:int4_dequantize_kernel",
         signature=signature,
         constexprs=constexprs,
         num_warps=4,
@@ -201,7 +200,7 @@ def _int8(
     return Variant(
         name=f"quantized_linear/int8-{launch.tier}-{f'g{group}' if group else 'channel'} {kind}"
         f" {dtype} {tokens}x{k}x{n}",
-        kernel=f"{PACKAGE}.{launch.tier}:int8_{launch.tier}_kernel",
+        kernel=f"{KERNELS}.{launch.tier}:int8_{launch.tier}_kernel",
         signature=signature,
         constexprs=constexprs,
         num_warps=launch.num_warps,

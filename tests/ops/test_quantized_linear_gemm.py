@@ -8,9 +8,9 @@ import torch
 from guards import GuardedEmpty, guard_all
 from llmfast_kernels.linear.reference import ACTIVATIONS
 from llmfast_kernels.quantized_linear import int4_linear
-from llmfast_kernels.quantized_linear.dequantize import launch_dequantize
 from llmfast_kernels.quantized_linear.formats import FORMATS
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
+from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
 from llmfast_kernels.quantized_linear.launch import GEMM_STAGES, HOPPER_ROWS, Launch
 from llmfast_kernels.quantized_linear.workspace import tickets
 from quantized_cases import (

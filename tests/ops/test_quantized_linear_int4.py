@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from guards import BAND, GuardedEmpty, guard_all, guarded
 from llmfast_kernels.linear.reference import ACTIVATIONS
 from llmfast_kernels.quantized_linear import int4_linear, pack_int4, unpack_int4
-from llmfast_kernels.quantized_linear.dequantize import launch_dequantize
 from llmfast_kernels.quantized_linear.formats import CHUNK, INT4
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
+from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
 from llmfast_kernels.quantized_linear.launch import GEMV_COLUMNS, Launch
 from llmfast_kernels.quantized_linear.launch import MAX_TOKENS as MAX_TOKENS_BY_BITS
 from llmfast_kernels.quantized_linear.reference import int4_linear_reference

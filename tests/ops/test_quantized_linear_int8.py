@@ -16,9 +16,9 @@ from llmfast_kernels.quantized_linear import (
     unpack_int8,
     workspace_bytes,
 )
-from llmfast_kernels.quantized_linear.dequantize import launch_dequantize
 from llmfast_kernels.quantized_linear.formats import INT8
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
+from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
 from llmfast_kernels.quantized_linear.launch import MAX_TOKENS as MAX_TOKENS_BY_BITS
 from llmfast_kernels.quantized_linear.launch import Launch
 from llmfast_kernels.quantized_linear.reference import int8_linear_reference

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from guards import GuardedEmpty, guard_all
+from llmfast_kernels.common.device import INTERPRETER
 from llmfast_kernels.linear.reference import ACTIVATIONS
-from llmfast_kernels.quantized_linear import int4_linear
+from llmfast_kernels.quantized_linear import int4_linear, tables
 from llmfast_kernels.quantized_linear.formats import FORMATS
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
-from llmfast_kernels.quantized_linear.launch import HOPPER_ROWS, STREAM, Launch
+from llmfast_kernels.quantized_linear.launch import HOPPER_ROWS, stream_launch
 from llmfast_kernels.quantized_linear.workspace import tickets
 from quantized_cases import (
     REFERENCE,
@@ -26,11 +27,14 @@ pytestmark = on_hopper
 LAUNCH = {bits: partial(launch_quantized_linear, fmt=fmt) for bits, fmt in FORMATS.items()}
 
 
+CONSTANTS = tables.CONSTANTS.of(INTERPRETER)  # an H100's
+
+
 def stream(tokens, bits=4):
-    return Launch("stream", tokens, HOPPER_ROWS, num_stages=STREAM[bits][tokens].stages)
+    return stream_launch(bits, tokens, CONSTANTS)
 
 
-each_width = pytest.mark.parametrize("width", STREAM[4])  # tokens of a program
+each_width = pytest.mark.parametrize("width", CONSTANTS.stream[4])  # tokens of a program
 each_kind = pytest.mark.parametrize("kind", ["symmetric", "zeros"])
 # tokens of eight, k, n, group size: rows and columns that end within a unit; one unit for some
 # programs or for all, columns shared by two programs, by seven, by many

@@ -30,11 +30,17 @@ GATED = {
 
 
 @triton.jit
-def _rounded(sums, bias_ptr, rows, dtype: tl.constexpr):
-    """Add the bias to float32 sums, round them to ``dtype``, and return them as float32."""
+def round_sums(sums, bias_ptr, rows, dtype: tl.constexpr):
+    """Add the bias of weight ``rows`` to float32 sums, round to ``dtype``, and return float32."""
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + rows).to(tl.float32)
     return sums.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def gated(gate, up, ACT: tl.constexpr, dtype: tl.constexpr):
+    """Return the activated gate, rounded to ``dtype``, times up; all are float32."""
+    return activate(gate, ACT).to(dtype).to(tl.float32) * up
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -77,10 +83,10 @@ def _gemv_kernel(
             else:
                 u = tl.load(up_ptrs, mask, 0.0, eviction_policy="evict_first")
             up_sums += u.to(tl.float32) * x[None, :]
-    y = _rounded(tl.sum(sums, 1), bias_ptr, rows, dtype)
+    y = round_sums(tl.sum(sums, 1), bias_ptr, rows, dtype)
     if ACT is not None:
-        up = _rounded(tl.sum(up_sums, 1), bias_ptr, rows + n, dtype)
-        y = activate(y, ACT).to(dtype).to(tl.float32) * up
+        up = round_sums(tl.sum(up_sums, 1), bias_ptr, rows + n, dtype)
+        y = gated(y, up, ACT, dtype)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + rows).to(tl.float32)
     tl.store(y_ptr + out, y.to(dtype), mask=out < n)
@@ -136,10 +142,10 @@ def _tiles_kernel(
             else:
                 u = tl.load(weight_ptrs + n_times_k, mask, 0.0, eviction_policy="evict_first")
             up_sums = tl.dot(u, x, up_sums)
-    y = _rounded(sums, bias_ptr, rows, dtype)
+    y = round_sums(sums, bias_ptr, rows, dtype)
     if ACT is not None:
-        up = _rounded(up_sums, bias_ptr, rows + n, dtype)
-        y = activate(y, ACT).to(dtype).to(tl.float32) * up
+        up = round_sums(up_sums, bias_ptr, rows + n, dtype)
+        y = gated(y, up, ACT, dtype)
     at = tokens * n + rows
     mask = is_token & (out < n)
     if residual_ptr is not None:

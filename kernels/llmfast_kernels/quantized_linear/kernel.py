@@ -1,7 +1,6 @@
 """Launch linear layers with quantized weights. Arguments are checked by op.py; here they are good.
 
-:func:`.launch.plan` chooses the main loop. Each main loop is a file: :mod:`.gemv`, :mod:`.tiles`,
-:mod:`.scaled_tiles`, :mod:`.hopper.stream`, :mod:`.hopper.gemm`; :mod:`.dequantize` serves cuBLAS.
+:func:`.launch.plan` chooses the main loop. Each main loop is a file of ``kernels/``.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from torch.nn import functional
 from ..common.device import device_of
 from ..linear.kernel import GATED
 from .call import Call
-from .dequantize import launch_dequantize
 from .formats import Format
-from .gemv import launch_gemv
+from .kernels.dequantize import launch_dequantize
+from .kernels.gemv import launch_gemv
+from .kernels.scaled_tiles import launch_scaled_tiles
+from .kernels.tiles import launch_tiles
 from .launch import Launch, plan
-from .scaled_tiles import launch_scaled_tiles
-from .tiles import launch_tiles
 from .workspace import workspace
 
 
@@ -55,11 +54,11 @@ def launch_quantized_linear(
         return _multiply_dequantized(call, group_size)
     y = call.output()
     if launch.tier == "stream":
-        from .hopper.stream import launch_stream  # Gluon, for these GPUs alone
+        from .kernels.hopper.stream import launch_stream  # Gluon, for these GPUs alone
 
         launch_stream(call, y, launch)
     elif launch.tier == "gemm":
-        from .hopper.gemm import launch_gemm
+        from .kernels.hopper.gemm import launch_gemm
 
         launch_gemm(call, y, launch)
     else:

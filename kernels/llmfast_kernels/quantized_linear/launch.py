@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..common.device import Device
 from ..linear.launch import block_m
 from .formats import CHUNK
-from .tables import CONSTANTS, Constants
+from .tables import CONSTANTS, Constants, StreamConfig
 from .workspace import MAX_TICKETS
 
 MAX_TOKENS = {4: 256, 8: 128}  # by bits, of tiles and scaled_tiles; for more cuBLAS is faster
@@ -32,30 +32,6 @@ _MIN_CHUNKS = 3  # chunks of columns for a split: with fewer its start and end d
 # ----------------------------------------------------------------------------------------- Hopper
 
 HOPPER_ROWS = 64  # weight rows that a warpgroup multiplies at once; rows of a stream's unit
-
-
-class StreamConfig(NamedTuple):
-    """How stream uses an SM. More stages than these delay the inputs behind the first words."""
-
-    stages: int
-    programs: int  # per SM
-
-
-# by bits and tokens of a program
-STREAM = {
-    4: {
-        8: StreamConfig(3, 2),
-        16: StreamConfig(3, 2),
-        32: StreamConfig(3, 2),
-        64: StreamConfig(4, 1),
-    },
-    8: {
-        8: StreamConfig(3, 2),
-        16: StreamConfig(3, 2),
-        32: StreamConfig(3, 2),
-        64: StreamConfig(3, 1),
-    },
-}
 # gemm, by bits and tokens of a tile: stages that shared memory holds
 GEMM_STAGES = {4: {128: 5, 256: 3}, 8: {128: 4, 256: 2}}
 
@@ -87,6 +63,7 @@ class Launch:
     splits: int = 1  # programs that share a tile's columns (split-K)
     num_warps: int = 4
     num_stages: int = 1
+    stream: StreamConfig | None = None  # of the tier stream
     reason: str = field(default="", compare=False)  # why it was chosen, for people
 
 
@@ -113,13 +90,21 @@ def _max_tokens(problem: Problem) -> int:
 def _stream(p: Problem, constants: Constants) -> Launch | None:
     if p.minima or p.group == 32:
         return None  # it has one scale, and no minimum, for 64 columns
-    if not constants.stream_tokens[p.bits] <= p.tokens <= max(STREAM[p.bits]):
+    widths = [tokens for tokens in constants.stream[p.bits] if p.tokens <= tokens]
+    if p.tokens < constants.stream_tokens[p.bits] or not widths:
         return None
     if -(-p.n // HOPPER_ROWS) > MAX_TICKETS:
         return None
-    tokens = next(tokens for tokens in STREAM[p.bits] if p.tokens <= tokens)
-    stages = STREAM[p.bits][tokens].stages
-    return Launch("stream", tokens, HOPPER_ROWS, num_stages=stages, reason="few tokens on Hopper")
+    return stream_launch(p.bits, min(widths), constants)
+
+
+def stream_launch(bits: int, tokens: int, constants: Constants) -> Launch:
+    """Return stream's launch for programs of ``tokens`` tokens, a key of ``constants.stream``."""
+    config = constants.stream[bits][tokens]
+    return Launch(
+        "stream", tokens, HOPPER_ROWS, num_stages=config.stages, stream=config,
+        reason="few tokens on Hopper",
+    )  # fmt: skip
 
 
 def _gemm(p: Problem, device: Device, constants: Constants) -> Launch | None:

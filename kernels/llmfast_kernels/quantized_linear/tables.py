@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..common.device import Device
 from ..common.tables import GpuTable
+
+
+class StreamConfig(NamedTuple):
+    """How stream uses an SM."""
+
+    stages: int  # of a program's ring
+    programs: int  # per SM
+    # of a lane: at the launch, of a consumer warpgroup, of the producer warp
+    registers: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Constants:
 
     # stream: the fewest tokens by bits; for fewer gemv is faster
     stream_tokens: Mapping[int, int]
+    # ... by bits and tokens of a program
+    stream: Mapping[int, Mapping[int, StreamConfig]]
     # gemm: the fewest tokens for which it is faster than stream
     gemm_tokens: int
     # ... microseconds of a tile of 4,096 columns on one SM, by its tokens
@@ -54,30 +66,44 @@ class Constants:
         return count * device.sm_count // self.sm_count
 
 
-# fields from Constants, each with the run that it is from
+# 65,536 registers of an SM; two consumer warpgroups and one of which the producer is a warp
+_TWO_PROGRAMS, _ONE_PROGRAM = (80, 104, 24), (168, 232, 40)
+
+# Found on an H100 80GB HBM3 with the layers of the Llama-3.1-8B shape, at the commit that a comment
+# names. docs/ops/quantized_linear.md has the runs.
 _H100 = Constants(
     sm_count=132,
-    # gate and up of the 8B shape, 28,672 rows: 1 token by lanes, against tiles of 8 tokens
+    # 4c1aaa7: gate and up, of 28,672 rows, are faster by lanes; qkv, of 6,144, by tiles
     gemv_rows=16384,
-    # down of the 8B shape took 51 us without splits, by 64 programs
+    # 4c1aaa7: down took 51 us at one token without splits, by 64 programs
     tiles_programs={8: 512, 16: 512, 32: 512, 64: 192, 128: 140},
-    # the four layers of the 8B shape at 64, 65, 128 and 256 tokens
+    # c6cf19a
     scaled_tokens=65,
     scaled_columns=8192,
     scaled_programs=96,
     scaled_wide_programs=400,
-    # the 8B shape at one token: int8 82.7 us by gemv, 90.7 by stream; int4 62.7 and 56.8
+    # 929dbc5: at one token int8 takes 82.7 us by gemv, 90.7 by stream; int4 62.7 and 56.8
     stream_tokens={4: 1, 8: 2},
-    # int4 at 64 tokens: 93.4 us by stream; at 72 and more gemm
+    # 209fcba: int4 at one token takes 60.8, 58.3, 57.3 and 56.8 us with 8, 5, 4 and 3 stages, since
+    # the inputs wait behind the first words; one program of 64 tokens per SM, since two do not fit
+    stream={
+        bits: {
+            **{tokens: StreamConfig(3, 2, _TWO_PROGRAMS) for tokens in (8, 16, 32)},
+            64: StreamConfig(stages, 1, _ONE_PROGRAM),
+        }
+        for bits, stages in ((4, 4), (8, 3))
+    },
+    # stream takes at most 64 tokens, 93.4 us
     gemm_tokens=65,
-    # linear fits of out, qkv, gate and up, and down at 65 to 4,096 tokens
+    # 84521a3
     gemm_tile_us={128: 28.5, 256: 46.0},
+    # 0a76912
     gemm_split_us=3.0,
-    # splits of tiles of 256 tokens: 80.1 us for down at 192 tokens, with tiles of 128 50.7
+    # 0a76912: down at 192 tokens takes 80.1 us with splits of 256 tokens, 50.7 with 128
     gemm_split_tokens=128,
-    # at 256 tokens gemm takes 192 us where cuBLAS takes 212 without dequantizing
+    # at 256 tokens gemm takes 192 us, and cuBLAS 212 without dequantizing
     workspace_tokens=257,
-    # copies reach 3.0 TB/s, cuBLAS 700 TFLOP/s
+    # copies reach 3.0 TB/s, cuBLAS 700 TFLOP/s in 16 bits
     bytes_per_us=3e6,
     flops_per_us=700e6,
     launches_us=5.0,

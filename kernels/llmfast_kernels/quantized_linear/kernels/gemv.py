@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher
-from ..common.pdl import wait_for_inputs
-from .call import Call
+from ...common.launch import CachedLauncher
+from ...common.pdl import wait_for_inputs
+from ...linear.kernel import round_sums
+from ..call import Call
+from ..launch import INT8_GROUP, Launch
 from .epilogue import store_tile, tile_rows
-from .launch import INT8_GROUP, Launch
 from .operands import (
     CHUNK_COLUMNS,
     CHUNK_WORDS,
@@ -146,10 +147,7 @@ def int8_gemv_kernel(
         sums += tl.sum(w * x, 2) * tl.load(scales_ptr + at).to(tl.float32)
         if minima_ptr is not None:
             sums += tl.sum(x, 2) * tl.load(minima_ptr + at).to(tl.float32)
-    y = tl.sum(sums, 1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    y = y.to(dtype).to(tl.float32)
+    y = round_sums(tl.sum(sums, 1), bias_ptr, rows, dtype)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + rows).to(tl.float32)
     tl.store(y_ptr + out, y.to(dtype), mask=out < n)

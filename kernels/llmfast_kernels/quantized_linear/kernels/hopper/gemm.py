@@ -30,12 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...common.device import device_of
-from ...common.launch import CachedLauncher
-from ..call import Call
-from ..formats import CHUNK
-from ..launch import HOPPER_ROWS, Launch
-from ..workspace import tickets
+from ....common.device import device_of
+from ....common.launch import CachedLauncher
+from ...call import Call
+from ...formats import CHUNK
+from ...launch import HOPPER_ROWS, Launch
+from ...workspace import tickets
 from .operands import (
     BOX_WORDS,
     CHUNK_COLUMNS,
@@ -45,7 +45,6 @@ from .operands import (
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
-    barrier,
     load_offsets,
     mma_operand,
     scale_weights,
@@ -54,7 +53,8 @@ from .operands import (
     tma_load,
     tma_store,
 )
-from .split_k import load_partial
+from .ring import new_barriers, stage_of
+from .split_k import leave_partial, sum_partials
 
 _BAND = gl.constexpr(8)  # tiles of tokens of neighbouring programs, which share weights in the L2
 
@@ -86,12 +86,6 @@ def _split_of_program(layer):
     token_tiles, row_tiles, _, _, _ = layer
     splits = gl.maximum(gl.num_programs(0) // (token_tiles * row_tiles), 1)
     return gl.program_id(0) // splits, gl.program_id(0) % splits, splits
-
-
-@gluon.jit
-def _stage(step, STAGES: gl.constexpr):
-    """Return the stage of a step, and the phase of its barriers."""
-    return step % STAGES, step // STAGES & 1
 
 
 @gluon.jit
@@ -132,7 +126,7 @@ def _producer(
     for index in range(tile, token_tiles * row_tiles, gl.num_programs(0)):
         token, row_tile = _tile_position(index, token_tiles, row_tiles, TOKENS)
         for chunk in range(first, last):
-            stage, phase = _stage(step, STAGES)
+            stage, phase = stage_of(step, STAGES)
             if step >= ahead:
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 _load_chunk_words(words_desc, ring, stage, row_tile, chunk, n, BITS, GATED)
@@ -140,7 +134,7 @@ def _producer(
             for which in gl.static_range(2):
                 column = chunk * CHUNK_COLUMNS + which * HALF_CHUNK
                 tma_load(x_desc, [token, column], full.index(stage), xs.index(2 * stage + which))
-        stage, phase = _stage(step, STAGES)
+        stage, phase = stage_of(step, STAGES)
         step += 1
         mbarrier.wait(empty.index(stage), phase ^ 1)
         ready = full.index(stage)
@@ -230,18 +224,6 @@ def _multiply_stage(
 
 
 @gluon.jit
-def _sum_partials(partial_ptr, splits, places, SIZE: gl.constexpr):
-    """Sum what a tile's programs have left, SIZE partial sums each, in the order of columns."""
-    sums = load_partial(partial_ptr + places, places >= 0)
-    for split in range(1, splits, 2):  # two loads are in flight at a time
-        ptr = partial_ptr + split * SIZE + places
-        second = load_partial(ptr + SIZE, places < (splits - split - 1) * SIZE)
-        sums += load_partial(ptr, places >= 0)
-        sums += second
-    return sums
-
-
-@gluon.jit
 def _consumer(
     y_desc, scales_ptr, zeros_ptr, minima_ptr, bias_ptr, partial_ptr, tickets_ptr, ring, gated,
     layer, WHICH: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr,
@@ -269,7 +251,7 @@ def _consumer(
         first = gl.minimum(row + own, n - 1) * groups
         sums = warpgroup_mma_init(gl.zeros([TILE_ROWS, TOKENS], gl.float32, sums_layout))
         for chunk in range(split * chunks // splits, (split + 1) * chunks // splits):
-            stage, phase = _stage(step, STAGES)
+            stage, phase = stage_of(step, STAGES)
             step += 1
             of_chunk = _load_chunk_groups(
                 scales_ptr, zeros_ptr, minima_ptr, first, groups, chunk, BITS, GROUP, dtype
@@ -280,42 +262,57 @@ def _consumer(
         total = warpgroup_mma_wait(0, deps=(sums,))
         complete = True
         if partial_ptr is not None:
-            gl.store(partial_ptr + gl.program_id(0) * SIZE + places, total)
-            barrier()  # every thread has stored before the ticket is drawn
-            ticket = tickets_ptr + 2 * index + WHICH
-            complete = gl.atomic_add(ticket, 1, sem="acq_rel") == splits - 1
-        stage, phase = _stage(step, STAGES)
+            ptrs = partial_ptr + gl.program_id(0) * SIZE + places
+            ticket_ptr = tickets_ptr + 2 * index + WHICH
+            complete = leave_partial(ptrs, total, ticket_ptr) == splits - 1
+        stage, phase = stage_of(step, STAGES)
         step += 1
         mbarrier.wait(full.index(stage), phase)
         if complete:
             if partial_ptr is not None:
-                total = _sum_partials(partial_ptr + index * splits * SIZE, splits, places, SIZE)
-                gl.store(ticket, 0)
+                first_ptr = partial_ptr + index * splits * SIZE
+                total = sum_partials(first_ptr, first_ptr + SIZE, splits - 1, places, SIZE, 2)
+                gl.store(ticket_ptr, 0)
             if bias_ptr is not None:
                 total += gl.load(bias_ptr + gl.minimum(row + of_sums, n - 1)).to(gl.float32)
-            y = total.to(dtype)
-            box = xs.index(2 * stage + WHICH)
-            if RESIDUAL:
-                residual = box.permute((1, 0)).load(sums_layout)
-                y = (y.to(gl.float32) + residual.to(gl.float32)).to(dtype)
-            if ACT is not None:
-                if WHICH == 0:
-                    y = activate(y.to(gl.float32), ACT).to(dtype)
-                else:
-                    mbarrier.wait(gated, turn & 1)
-                    gate = xs.index(2 * stage).permute((1, 0)).load(sums_layout)
-                    y = (gate.to(gl.float32) * y.to(gl.float32)).to(dtype)
-            box.permute((1, 0)).store(y)
-            if ACT is not None and WHICH == 0:
-                mbarrier.arrive(gated, count=1)
-            else:
-                fence_async_shared()
-                if ACT is not None:
-                    row -= n // 2  # from up's row to the output's column
-                tma_store(y_desc, [token, row], box)
-                tma.store_wait(0)
+            _store_tile(
+                total.to(dtype), y_desc, xs, stage, gated, turn & 1, token, row, n,
+                WHICH, ACT, RESIDUAL,
+            )  # fmt: skip
         turn += 1
         mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def _store_tile(
+    y, y_desc, xs, stage, gated, phase, token, row, n,
+    WHICH: gl.constexpr, ACT: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Add the residual, or gate; then store rounded sums by TMA, all through a stage of the ring.
+
+    Warpgroup 0 leaves the activated gate in its half of the stage, and warpgroup 1 stores.
+    """
+    dtype: gl.constexpr = y.dtype
+    box = xs.index(2 * stage + WHICH)
+    if RESIDUAL:
+        residual = box.permute((1, 0)).load(y.type.layout)
+        y = (y.to(gl.float32) + residual.to(gl.float32)).to(dtype)
+    if ACT is not None:
+        if WHICH == 0:
+            y = activate(y.to(gl.float32), ACT).to(dtype)
+        else:
+            mbarrier.wait(gated, phase)
+            gate = xs.index(2 * stage).permute((1, 0)).load(y.type.layout)
+            y = (gate.to(gl.float32) * y.to(gl.float32)).to(dtype)
+    box.permute((1, 0)).store(y)
+    if ACT is not None and WHICH == 0:
+        mbarrier.arrive(gated, count=1)
+    else:
+        fence_async_shared()
+        if ACT is not None:
+            row -= n // 2  # from up's row to the output's column
+        tma_store(y_desc, [token, row], box)
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n"])
@@ -349,12 +346,8 @@ def gemm_kernel(
     words = gl.allocate_shared_memory(
         gl.int32, [2 * (BITS // 4) * STAGES, TILE_ROWS, BOX_WORDS], words_desc.layout
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full, empty = new_barriers(STAGES)
     gated = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
     # one phase is enough: a tile's columns fill the ring, so no warpgroup is two tiles ahead
     mbarrier.init(gated, count=1)
     ring = (xs, words, full, empty)

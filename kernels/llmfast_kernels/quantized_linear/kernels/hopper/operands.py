@@ -10,9 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from ...activation.kernel import activate as _activate
-from ..formats import CHUNK
-from ..launch import HOPPER_ROWS
+from ....activation.kernel import activate as _activate
+from ...formats import CHUNK
+from ...launch import HOPPER_ROWS
 
 TILE_ROWS = gl.constexpr(HOPPER_ROWS)
 CHUNK_COLUMNS = gl.constexpr(CHUNK)

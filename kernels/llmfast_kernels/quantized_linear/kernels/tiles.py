@@ -11,12 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher
-from ..common.pdl import wait_for_inputs
-from .call import Call
-from .epilogue import store_split_tile, tile_rows
-from .formats import CHUNK
-from .launch import Launch
+from ...common.launch import CachedLauncher
+from ...common.pdl import wait_for_inputs
+from ..call import Call
+from ..formats import CHUNK
+from ..launch import Launch
+from ..workspace import tickets
+from .epilogue import store_split_tile, store_tile, tile_rows
 from .operands import (
     CHUNK_COLUMNS,
     CHUNK_WORDS,
@@ -28,7 +29,6 @@ from .operands import (
     offset_codes8,
     offset_zeros8,
 )
-from .workspace import tickets
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n", "per_split"])
@@ -136,8 +136,8 @@ def int8_tiles_kernel(
 ):
     wait_for_inputs()
     dtype = y_ptr.dtype.element_ty
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    rows = tl.minimum(out, n - 1).to(tl.int64)  # rows times columns may exceed 2**31
+    own, exists = tile_rows(tl.program_id(0), n, BLOCK_N, False)
+    rows = own.to(tl.int64)  # rows times columns may exceed 2**31
     tokens = tl.arange(0, BLOCK_M)[None, :]
     is_token = tokens < n_tokens
     lanes = tl.arange(0, BLOCK_K)
@@ -165,14 +165,10 @@ def int8_tiles_kernel(
             sums += tl.dot(w, x) * tl.load(scales_ptr + of_group).to(tl.float32)
     if ONE_GROUP:
         sums *= tl.load(scales_ptr + at).to(tl.float32)
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + rows).to(tl.float32)
-    y = sums.to(dtype).to(tl.float32)
-    outputs = tokens * n + rows
-    mask = is_token & (out < n)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + outputs, y.to(dtype), mask=mask)
+    store_tile(
+        sums, bias_ptr, residual_ptr, y_ptr, tl.program_id(0), own, exists, tokens, n_tokens, n,
+        None,
+    )  # fmt: skip
 
 
 _int4_tiles, _int8_tiles = (

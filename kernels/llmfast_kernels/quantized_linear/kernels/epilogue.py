@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activation.kernel import activate
+from ...linear.kernel import gated, round_sums
 
 
 @triton.jit
@@ -48,14 +48,12 @@ def store_tile(
 ):
     """Round the sums, with the bias, to y's dtype; then add the residual, or gate; then store."""
     dtype = y_ptr.dtype.element_ty
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + rows).to(tl.float32)
-    y = sums.to(dtype).to(tl.float32)
+    y = round_sums(sums, bias_ptr, rows, dtype)
     width = n
     if ACT is not None:
         HALF: tl.constexpr = sums.shape[0] // 2
         gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF, sums.shape[1]]), (1, 2, 0)))
-        y = activate(gate, ACT).to(dtype).to(tl.float32) * up
+        y = gated(gate, up, ACT, dtype)
         width = n // 2
         rows = (pid * HALF + tl.arange(0, HALF))[:, None]
         exists = rows < width

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher
-from ..common.pdl import wait_for_inputs
-from .formats import CHUNK, Format
-from .launch import INT8_GROUP
+from ...common.launch import CachedLauncher
+from ...common.pdl import wait_for_inputs
+from ..formats import CHUNK, Format
+from ..launch import INT8_GROUP
 from .operands import (
     CHUNK_COLUMNS,
     CHUNK_WORDS,

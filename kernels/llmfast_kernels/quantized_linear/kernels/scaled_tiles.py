@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import CachedLauncher
-from ..common.pdl import wait_for_inputs
-from .call import Call
+from ...common.launch import CachedLauncher
+from ...common.pdl import wait_for_inputs
+from ..call import Call
+from ..launch import Launch
 from .epilogue import store_tile, tile_rows
-from .launch import Launch
 from .operands import CHUNK_COLUMNS, CHUNK_WORDS, INT4_MIDDLE, PAIR_COLUMNS, offset_codes
 
 _HALF = tl.constexpr(2 * PAIR_COLUMNS.value)  # columns of a product

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formats import CHUNK, INT4, INT8, INT8_UNIT
+from ..formats import CHUNK, INT4, INT8, INT8_UNIT
 
 CHUNK_COLUMNS = tl.constexpr(CHUNK)
 PAIR_COLUMNS = tl.constexpr(CHUNK // 4)  # columns whose codes one shift extracts

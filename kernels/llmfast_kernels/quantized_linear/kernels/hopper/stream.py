@@ -24,12 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...common.device import device_of
-from ...common.launch import CachedLauncher
-from ..call import Call
-from ..formats import CHUNK
-from ..launch import HOPPER_ROWS, STREAM, Launch
-from ..workspace import tickets
+from ....common.device import device_of
+from ....common.launch import CachedLauncher
+from ...call import Call
+from ...formats import CHUNK
+from ...launch import HOPPER_ROWS, Launch
+from ...workspace import tickets
 from .operands import (
     BOX_WORDS,
     CHUNK_COLUMNS,
@@ -39,16 +39,13 @@ from .operands import (
     WORDS_LAYOUT,
     X_LAYOUT,
     activate,
-    barrier,
     load_offsets,
     mma_operand,
     subtract_zero_points,
     tma_load,
 )
-from .split_k import load_partial
-
-# registers of a lane by programs per SM: at the launch, of a consumer, of the producer
-REGISTERS = {1: (168, 232, 40), 2: (80, 104, 24)}
+from .ring import new_barriers, stage_of
+from .split_k import leave_partial, sum_partials
 
 
 @gluon.jit
@@ -119,8 +116,8 @@ def _producer(
     for step in range(ahead):
         _load_unit_x(x_desc, xs, full.index(step), step, (first + step) % pairs)
     for step in range(ahead, count):
-        stage = step % STAGES
-        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        stage, phase = stage_of(step, STAGES)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
         ready = full.index(stage)
         mbarrier.expect(ready, BYTES)
         _load_unit_words(words_desc, words, ready, stage, first + step, pairs, n, BOXES, GATED)
@@ -139,23 +136,52 @@ def _unscaled_half(
 
 
 @gluon.jit
+def _scaled_products(
+    ring, stage, zeros, zeros_after, scale, scale_after, nothing,
+    WHICH: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Multiply half WHICH of a stage's columns, and scale the products of each group."""
+    xs, words, _, _ = ring
+    dtype: gl.constexpr = xs.dtype
+    BOXES: gl.constexpr = BITS // 4  # of words, per chunk
+    layout: gl.constexpr = gl.DotOperandLayout(0, nothing.type.layout, 2)
+    codes = words.index((2 * stage + WHICH) * BOXES).load(WORDS_IN_LANES)
+    left = _unscaled_half(codes, 0, zeros, BITS, dtype, layout)
+    x = xs.index(4 * stage + 2 * WHICH).permute((1, 0))
+    part = warpgroup_mma_init(nothing)
+    part = warpgroup_mma(left, x, part, use_acc=False, is_async=True)
+    if BOXES == 2:
+        codes = words.index((2 * stage + WHICH) * BOXES + 1).load(WORDS_IN_LANES)
+    right = _unscaled_half(codes, 1, zeros_after, BITS, dtype, layout)
+    x = xs.index(4 * stage + 2 * WHICH + 1).permute((1, 0))
+    if GROUP == 64:
+        after = warpgroup_mma_init(nothing)
+        after = warpgroup_mma(right, x, after, use_acc=False, is_async=True)
+        part, after = warpgroup_mma_wait(0, deps=(part, after))
+        products = scale * part + scale_after * after
+    else:
+        part = warpgroup_mma(right, x, part, is_async=True)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        products = scale * part
+    return products
+
+
+@gluon.jit
 def _consumer(
     scales_ptr, zeros_ptr, out, n_tokens, partial_ptr, tickets_ptr, ring, hand, layer,
     WHICH: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ACT: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Multiply half WHICH of each unit's columns. Warpgroup 0 adds both halves' sums and stores."""
-    xs, words, full, empty = ring
+    xs, _, full, empty = ring
     sent, given, taken = hand
     units, pairs, n, groups = layer
     TOKENS: gl.constexpr = xs.shape[1]
     dtype: gl.constexpr = xs.dtype
     GATED: gl.constexpr = ACT is not None
-    BOXES: gl.constexpr = BITS // 4  # of words, per chunk
     MIDDLE: gl.constexpr = 1 << (BITS - 1)
     PER_CHUNK: gl.constexpr = CHUNK_COLUMNS // GROUP if GROUP > 0 else 0
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    codes_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
     own = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, WORDS_IN_LANES)), 1)
     of_sums = gl.expand_dims(gl.arange(0, TILE_ROWS, gl.SliceLayout(1, sums_layout)), 1)
     token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, sums_layout)), 0)
@@ -173,8 +199,7 @@ def _consumer(
         scales_at = gl.minimum(_weight_row(tile, of_sums, n, GATED), n - 1) * groups
         sums = nothing
         for pair in range(first, last):
-            stage = step % STAGES
-            phase = step // STAGES & 1
+            stage, phase = stage_of(step, STAGES)
             step += 1
             group = gl.minimum((2 * pair + WHICH) * PER_CHUNK, groups - 1)
             zeros = load_offsets(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
@@ -186,24 +211,9 @@ def _consumer(
                 zeros_after = load_offsets(zeros_ptr, zeros_at + group, MIDDLE, BITS, dtype)
                 scale_after = gl.load(scales_ptr + scales_at + group).to(gl.float32)
             mbarrier.wait(full.index(stage), phase)
-            codes = words.index((2 * stage + WHICH) * BOXES).load(WORDS_IN_LANES)
-            left = _unscaled_half(codes, 0, zeros, BITS, dtype, codes_layout)
-            x = xs.index(4 * stage + 2 * WHICH).permute((1, 0))
-            part = warpgroup_mma_init(nothing)
-            part = warpgroup_mma(left, x, part, use_acc=False, is_async=True)
-            if BOXES == 2:
-                codes = words.index((2 * stage + WHICH) * BOXES + 1).load(WORDS_IN_LANES)
-            right = _unscaled_half(codes, 1, zeros_after, BITS, dtype, codes_layout)
-            x = xs.index(4 * stage + 2 * WHICH + 1).permute((1, 0))
-            if GROUP == 64:
-                after = warpgroup_mma_init(nothing)
-                after = warpgroup_mma(right, x, after, use_acc=False, is_async=True)
-                part, after = warpgroup_mma_wait(0, deps=(part, after))
-                sums += scale * part + scale_after * after
-            else:
-                part = warpgroup_mma(right, x, part, is_async=True)
-                part = warpgroup_mma_wait(0, deps=(part,))
-                sums += scale * part
+            sums += _scaled_products(
+                ring, stage, zeros, zeros_after, scale, scale_after, nothing, WHICH, BITS, GROUP
+            )
             mbarrier.arrive(empty.index(stage), count=1)
         unit += last - first
         if WHICH == 1:
@@ -217,29 +227,17 @@ def _consumer(
                 _store_tile(sums, out, n_tokens, sent, tile, n, dtype, ACT)
             else:
                 SIZE: gl.constexpr = TILE_ROWS * TOKENS
-                at = of_sums * TOKENS + token
+                places = of_sums * TOKENS + token
                 owner = _owner(tile * pairs, units)
                 others = _owner(tile * pairs + pairs - 1, units) - owner
                 # slot 1: the program's last tile, whose first owner it is; slot 0: its first tile
                 slot = 2 * program + (program == owner).to(gl.int32)
-                gl.store(partial_ptr + slot * SIZE + at, sums)
-                barrier()  # every thread has stored before the ticket is drawn
-                if gl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == others:
-                    sums = load_partial(partial_ptr + (2 * owner + 1) * SIZE + at, at >= 0)
-                    AHEAD: gl.constexpr = 4 if SIZE <= 1024 else 1  # loads in flight at a time
-                    for other in range(1, others + 1, AHEAD):
-                        ptr = partial_ptr + 2 * (owner + other) * SIZE + at
-                        left = (others - other) * SIZE
-                        if AHEAD == 1:
-                            sums += load_partial(ptr, at >= 0)
-                        else:
-                            second = load_partial(ptr + 2 * SIZE, at < left)
-                            third = load_partial(ptr + 4 * SIZE, at < left - SIZE)
-                            fourth = load_partial(ptr + 6 * SIZE, at < left - 2 * SIZE)
-                            sums += load_partial(ptr, at >= 0)
-                            sums += second
-                            sums += third
-                            sums += fourth
+                ptrs = partial_ptr + slot * SIZE + places
+                if leave_partial(ptrs, sums, tickets_ptr + tile) == others:
+                    first_ptr = partial_ptr + (2 * owner + 1) * SIZE
+                    rest_ptr = partial_ptr + 2 * (owner + 1) * SIZE
+                    AHEAD: gl.constexpr = 4 if SIZE <= 1024 else 1
+                    sums = sum_partials(first_ptr, rest_ptr, others, places, 2 * SIZE, AHEAD)
                     _store_tile(sums, out, n_tokens, sent, tile, n, dtype, ACT)
                     gl.store(tickets_ptr + tile, 0)
             mbarrier.arrive(taken, count=1)
@@ -312,13 +310,9 @@ def stream_kernel(
     )
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     sent = gl.allocate_shared_memory(gl.float32, [TILE_ROWS, TOKENS], plain)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full, empty = new_barriers(STAGES)
     given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
     mbarrier.init(given, count=1)
     mbarrier.init(taken, count=1)
     ring = (xs, words, full, empty)
@@ -358,15 +352,16 @@ def launch_stream(call: Call, y: torch.Tensor, launch: Launch) -> None:
     64 or 128 columns, or all.
     """
     x, n, k, tokens = call.x, call.n, call.k, launch.block_m
-    per_sm = STREAM[call.fmt.bits][tokens].programs
-    at_launch, *registers = REGISTERS[per_sm]
+    if launch.stream is None:
+        raise ValueError(f"quantized_linear: {launch} has no configuration of stream")
+    at_launch, *registers = launch.stream.registers
     box = HOPPER_ROWS if call.activation is None else HOPPER_ROWS // 2
     packed = call.packed.view(torch.int32)
     words = packed.shape[1]
     x_desc = TensorDescriptor(x, [call.tokens, k], [k, 1], [tokens, CHUNK // 2], X_LAYOUT)
     words_desc = TensorDescriptor(packed, [n, words], [words, 1], [box, 16], WORDS_LAYOUT)
     tiles = -(-n // HOPPER_ROWS)
-    programs = min(tiles * -(-k // (2 * CHUNK)), per_sm * device_of(x).sm_count)
+    programs = min(tiles * -(-k // (2 * CHUNK)), launch.stream.programs * device_of(x).sm_count)
     size = programs * 2 * HOPPER_ROWS * tokens
     partial = torch.empty((size,), dtype=torch.float32, device=x.device)
     _stream(
