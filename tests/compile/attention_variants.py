@@ -10,13 +10,15 @@ import re
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
+from llmfast_kernels.attention.arguments import Heads, Output, Scoring, Sequences
 from llmfast_kernels.attention.decode import choose_decode_launch
-from llmfast_kernels.attention.loop import pad_head_dim
 from llmfast_kernels.attention.prefill import choose_prefill_launch
+from llmfast_kernels.common.device import Device
 
 GROUP = 4
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 NUMBERS = (
+    "stride_lse_h",
     "stride_offset",
     "stride_table",
     "stride_tree",
@@ -24,21 +26,19 @@ NUMBERS = (
     "n_keys",
     "query_offset",
 )
-OPTIONAL = {  # absent unless a feature asks for it
-    "lse": {"lse_ptr": "*fp32:16"},
-    "sinks": {"sinks_ptr": "*bf16:16"},
+MERGED_NUMBERS = ("stride_lse_h", "n_kv_heads", "n_queries", "num_splits", "n_partials")
+SEQUENCES = {  # pointers that are absent unless a feature asks for them
     "keys": {"key_start_ptr": "*i64:16", "key_end_ptr": "*i64:16"},
     "offset": {"offset_ptr": "*i64:16"},
     "varlen": {"cu_q_ptr": "*i32:16", "cu_k_ptr": "*i32:16"},
     "paged": {"cu_q_ptr": "*i32:16", "block_table_ptr": "*i32:16", "context_len_ptr": "*i32:16"},
     "tree": {"tree_mask_ptr": "*i1:16"},
-    "window": {"window": "i32"},
-    "softcap": {"softcap": "fp32"},
 }
 
 
-def _shared(target: str) -> int:
-    return SHARED_LIMIT_EVERYWHERE if target == "sm_80" else SHARED_LIMIT[target]
+def _device(target: str) -> Device:
+    shared = SHARED_LIMIT_EVERYWHERE if target == "sm_80" else SHARED_LIMIT[target]
+    return Device("", target, sm_count=132, shared_memory=shared, l2_bytes=0)
 
 
 def _attention(
@@ -46,38 +46,41 @@ def _attention(
 ) -> Variant:
     asked = [feature.split("=")[0] for feature in features.split()]
     block_size = re.search(r"paged=(\d+)", features)
-    pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
-    strides = [f"stride_{name}" for name in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "vn", "vh")]
-    strides += ["stride_out_b", "stride_lse_b", "stride_lse_h"]
-    signature = (
-        dict.fromkeys(pointers, f"*{dtype}:16")
-        | dict.fromkeys(strides, "i64:16")
-        | dict.fromkeys(NUMBERS, "i32")
-        | {"scale": "fp32"}
-    )
+    heads = Heads(f"*{dtype}:16", *["i32:16"] * 3)
+    pointers = {
+        name: kind for feature in asked for name, kind in SEQUENCES.get(feature, {}).items()
+    }
+    out = f"*{dtype}:16" if not launch_options.get("SPLIT") else "*fp32:16"
+    signature: dict[str, object] = {
+        "q": heads,
+        "k": heads,
+        "v": heads,
+        "out": Output(out, "*fp32:16" if "lse" in asked else None),
+        "sequences": Sequences(**pointers),
+        "scoring": Scoring(
+            scale="fp32",
+            softcap="fp32" if "softcap" in asked else None,
+            sinks_ptr="*bf16:16" if "sinks" in asked else None,
+        ),
+        **dict.fromkeys(NUMBERS, "i32"),
+    }
     constexprs: dict[str, object] = {
         "CAUSAL": "full" not in asked and "tree" not in asked,
         "MIXED": "mixed" in asked,
         "BLOCK_SIZE": int(block_size[1]) if block_size else None,
         "GROUP": GROUP,
         "HEAD_DIM": dim,
-        "BLOCK_D": pad_head_dim(dim),
     }
-    for feature in asked:
-        signature |= OPTIONAL.get(feature, {})
-    optional = {name for types in OPTIONAL.values() for name in types}
-    constexprs |= dict.fromkeys(optional - signature.keys())
-    num_warps, num_stages = launch_options.pop("num_warps"), launch_options.pop("num_stages")
-    if kernel == "prefill":
-        signature |= {"n_heads": "i32", "batch": "i32"}
+    if "window" in asked:
+        signature["window"] = "i32"
     else:
-        signature |= {"n_kv_heads": "i32", "num_splits": "i32"}
-        if launch_options["SPLIT"]:
-            signature["out_ptr"] = "*fp32:16"
+        constexprs["window"] = None
+    own = ("n_heads", "batch") if kernel == "prefill" else ("n_kv_heads", "num_splits")
+    num_warps, num_stages = launch_options.pop("num_warps"), launch_options.pop("num_stages")
     return Variant(
         name=f"attention/{kernel} {dtype} {dim} {features}".rstrip(),
         kernel=f"llmfast_kernels.attention.{kernel}:_{kernel}_kernel",
-        signature=signature,
+        signature=signature | dict.fromkeys(own, "i32"),
         constexprs=constexprs | launch_options,
         num_warps=int(str(num_warps)),
         num_stages=int(str(num_stages)),
@@ -91,7 +94,7 @@ def _prefill(target: str, dtype: str, dim: int, features: str = "") -> Variant:
         n_queries=4096,
         head_dim=dim,
         element_size=SIZES[dtype],
-        shared_memory=_shared(target),
+        device=_device(target),
     )
     options: dict[str, object] = {
         "HEADS_FIRST": launch.heads_first,
@@ -110,8 +113,7 @@ def _decode(target: str, dtype: str, dim: int, n_queries: int, features: str = "
         key_blocks=64,
         head_dim=dim,
         element_size=SIZES[dtype],
-        sm_count=132,
-        shared_memory=_shared(target),
+        device=_device(target),
     )
     options: dict[str, object] = {
         "SPLIT": "split" in features,
@@ -126,25 +128,16 @@ def _decode(target: str, dtype: str, dim: int, n_queries: int, features: str = "
 
 
 def _merge(target: str, dtype: str, dim: int, splits: int, features: str = "") -> Variant:
-    signature = {"partial_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16"}
-    signature |= dict.fromkeys(("stride_out_b", "stride_lse_b", "stride_lse_h"), "i64:16")
-    signature |= dict.fromkeys(("n_kv_heads", "n_queries", "num_splits", "n_partials"), "i32")
-    constexprs: dict[str, object] = {
-        "GROUP": GROUP,
-        "HEAD_DIM": dim,
-        "BLOCK_S": splits,
-        "BLOCK_D": pad_head_dim(dim),
-    }
-    for name, feature, kind in (("lse_ptr", "lse", "*fp32:16"), ("cu_q_ptr", "varlen", "*i32:16")):
-        if feature in features:
-            signature[name] = kind
-        else:
-            constexprs[name] = None
     return Variant(
         name=f"attention/merge {dtype} {dim} splits={splits} {features}".rstrip(),
         kernel="llmfast_kernels.attention.decode:_merge_kernel",
-        signature=signature,
-        constexprs=constexprs,
+        signature={
+            "out": Output(f"*{dtype}:16", "*fp32:16" if "lse" in features else None),
+            "sequences": Sequences(cu_q_ptr="*i32:16" if "varlen" in features else None),
+            "partial_ptr": "*fp32:16",
+            **dict.fromkeys(MERGED_NUMBERS, "i32"),
+        },
+        constexprs={"GROUP": GROUP, "HEAD_DIM": dim, "BLOCK_S": splits},
         num_warps=4,
         targets=(target,),
     )

@@ -20,7 +20,7 @@ from llmfast_kernels.attention import decode, prefill
 from llmfast_kernels.attention.kernel import (
     DecodeLaunch,
     PrefillLaunch,
-    _choose,
+    choose_launch,
     launch_flash_attention,
     launch_flash_attention_varlen,
 )
@@ -29,6 +29,7 @@ from llmfast_kernels.attention.reference import (
     flash_attention_reference,
     flash_attention_varlen_reference,
 )
+from llmfast_kernels.common.device import Device
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KIB = 1024
@@ -508,7 +509,36 @@ def test_no_backward():
         assert flash_attention(q, K, K).shape == q.shape
 
 
+# ranges beyond int32
+
+
+FAR = (-(2**63), -(2**32), -(2**31) - 1, 2**31, 2**32, 2**63 - 1)
+
+
+@each_launch
+@pytest.mark.parametrize("name", ["key_start", "key_end", "query_offset"])
+@pytest.mark.parametrize("far", FAR)
+def test_ranges_beyond_int32_are_cut_off(name, far, launch, device):
+    """Two sequences: one attends everything or nothing, the other its usual keys."""
+    q, k, v = (x.to(device) for x in make_for(launch))
+    usual = {"key_start": 1, "key_end": 7, "query_offset": k.shape[1] - q.shape[1]}[name]
+    values = [far, *[usual] * (q.shape[0] - 1)]
+    features = {name: torch.tensor(values, dtype=torch.int64, device=device)}
+    if name == "query_offset":
+        features["window"] = 9
+    out, lse = launch_flash_attention(q, k, v, **features, return_lse=True, _launch=launch)
+    # the reference adds to the offset in int64, where the farthest would wrap round
+    near = {n: x.clamp(-(2**62), 2**62) if n == "query_offset" else x for n, x in features.items()}
+    exact, exact_lse = flash_attention_reference(q, k, v, **near, return_lse=True)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
+
+
 # the choice of the launch
+
+
+def gpu(sm_count, shared_memory=227 * KIB):
+    return Device("", "sm_90", sm_count, shared_memory, l2_bytes=0)
 
 
 @pytest.mark.parametrize("shared_memory", [99 * KIB, 163 * KIB, 227 * KIB])
@@ -518,15 +548,11 @@ def test_every_launch_fits_shared_memory(element_size, shared_memory):
         common = {
             "head_dim": dim,
             "element_size": element_size,
-            "shared_memory": shared_memory,
+            "device": gpu(132, shared_memory),
         }
         launches = [prefill.choose_prefill_launch(n_queries=n, **common)]
         if n <= decode.max_rows(element_size):
-            launches += [
-                decode.choose_decode_launch(
-                    sequences=8, rows=n, key_blocks=64, sm_count=132, **common
-                )
-            ]
+            launches += [decode.choose_decode_launch(sequences=8, rows=n, key_blocks=64, **common)]
             assert n <= launches[-1].block_m
         for one in launches:
             used = shared_bytes(one.block_m, one.block_n, one.num_stages, dim, element_size)
@@ -541,8 +567,7 @@ def splits(sequences, keys, sm_count=132):
         key_blocks=-(-keys // 64),
         head_dim=128,
         element_size=2,
-        sm_count=sm_count,
-        shared_memory=227 * KIB,
+        device=gpu(sm_count),
     ).num_splits
 
 
@@ -564,7 +589,7 @@ def test_splits_fill_the_gpu_and_no_more():
 def test_few_queries_take_the_decode_kernel():
     def chosen(n_queries, dtype=torch.float16, window=None):
         q = torch.ones(1, n_queries, 4, 8, dtype=dtype)
-        return _choose(q, 1, n_queries, 100_000, 1, 4, window)
+        return choose_launch(q, 1, 1, n_queries, 100_000, window)
 
     assert isinstance(chosen(1), DecodeLaunch) and chosen(1).block_m == 16
     assert isinstance(chosen(16), DecodeLaunch) and chosen(16).block_m == 64

@@ -1,9 +1,8 @@
-"""The launch of attention. Arguments are checked by op.py; here they are taken as good."""
+"""Launching attention. op.py and paged_op.py check the arguments; here they are trusted."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,22 +10,37 @@ import torch
 
 from ..common.device import device_of
 from ..common.launch import CachedLauncher
+from ..common.streams import PerStream
+from .arguments import Heads, Output, Scoring, Sequences
 from .decode import DecodeLaunch, _decode_kernel, _merge_kernel, choose_decode_launch, max_rows
-from .loop import LOG2_E, pad_head_dim
+from .loop import LOG2_E
 from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
 
 Launch = PrefillLaunch | DecodeLaunch
 Launches = tuple[DecodeLaunch, PrefillLaunch]  # of sequences with one query, and with more
 _prefill = CachedLauncher(_prefill_kernel)
 _decode, _merge = (CachedLauncher(k, pdl=True) for k in (_decode_kernel, _merge_kernel))
+_side_streams = PerStream(lambda device: torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-class _Paged(NamedTuple):
-    """What there is with a paged cache only."""
+class _Call(NamedTuple):
+    """One call of attention, as its kernels take it."""
 
-    block_table: torch.Tensor | None = None
-    context_len: torch.Tensor | None = None
-    tree_mask: torch.Tensor | None = None
+    q: Heads
+    k: Heads
+    v: Heads
+    out: Output
+    sequences: Sequences
+    batch: int
+    n_queries: int  # the most of any sequence
+    n_keys: int
+    causal: bool
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    query_offset: int = 0
+    max_prompts: int | None = None  # sequences with several queries; None: n_queries tells
 
 
 def launch_flash_attention(
@@ -45,27 +59,31 @@ def launch_flash_attention(
     return_lse: bool = False,
     _launch: Launch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    batch, n_queries, n_heads, head_dim = q.shape
+    batch, n_queries, n_heads, _ = q.shape
     n_keys = k.shape[1]
-    offset_tensor: torch.Tensor | None = None
-    stride_offset = 0
+    offsets: torch.Tensor | None = None
     if isinstance(query_offset, torch.Tensor):
-        offset_tensor, query_offset = query_offset, 0
-        stride_offset = 1 if offset_tensor.numel() > 1 else 0
+        offsets, query_offset = query_offset, 0
     elif query_offset is None:
         query_offset = n_keys - n_queries
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = None
-    if return_lse:
-        lse = torch.empty((batch, n_heads, n_queries), dtype=torch.float32, device=q.device)
-    _run(
-        q, k, v, out, lse, sinks, key_start, key_end, offset_tensor, None, None, _Paged(),
-        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        (n_queries * n_heads * head_dim, n_heads * n_queries, n_queries),
-        stride_offset, batch, n_queries, n_keys, query_offset, causal, scale, window, softcap,
-        _launch,
-    )  # fmt: skip
-    return out if lse is None else (out, lse)
+    call = _Call(
+        q=Heads(q, *q.stride()[:3]),
+        k=Heads(k, *k.stride()[:3]),
+        v=Heads(v, *v.stride()[:3]),
+        out=_empty_output(q, (batch, n_heads, n_queries) if return_lse else None),
+        sequences=Sequences(key_start_ptr=key_start, key_end_ptr=key_end, offset_ptr=offsets),
+        batch=batch,
+        n_queries=n_queries,
+        n_keys=n_keys,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        query_offset=query_offset,
+    )
+    _run(call, _launch)
+    return _result(call.out)
 
 
 def launch_flash_attention_varlen(
@@ -85,18 +103,23 @@ def launch_flash_attention_varlen(
     return_lse: bool = False,
     _launch: Launch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = None
-    if return_lse:
-        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    _run(
-        q, k, v, out, lse, sinks, None, None, None, cu_seqlens_q, cu_seqlens_k, _Paged(),
-        (0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2]),
-        (0, 0, q.shape[0]),
-        0, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, 0, causal, scale, window,
-        softcap, _launch,
-    )  # fmt: skip
-    return out if lse is None else (out, lse)
+    call = _Call(
+        q=Heads(q, 0, *q.stride()[:2]),
+        k=Heads(k, 0, *k.stride()[:2]),
+        v=Heads(v, 0, *v.stride()[:2]),
+        out=_empty_output(q, (q.shape[1], q.shape[0]) if return_lse else None),
+        sequences=Sequences(cu_seqlens_q, cu_seqlens_k),
+        batch=cu_seqlens_q.shape[0] - 1,
+        n_queries=max_seqlen_q,
+        n_keys=max_seqlen_k,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    _run(call, _launch)
+    return _result(call.out)
 
 
 def launch_paged_attention(
@@ -123,184 +146,173 @@ def launch_paged_attention(
     if max_context_len is not None:
         n_keys = min(n_keys, max_context_len)
     k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # heads where flash_attention has them
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = None
-    if return_lse:
-        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-
-    def run(n_queries: int, launch: Launch | None, max_prompts: int | None) -> None:
-        _run(
-            q, k, v, out, lse, sinks, None, None, None, query_start, None,
-            _Paged(block_table, context_len, tree_mask),
-            (0, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
-            (0, 0, q.shape[0]),
-            0, batch, n_queries, n_keys, 0, tree_mask is None, scale, window, softcap, launch,
-            max_prompts,
-        )  # fmt: skip
-
+    call = _Call(
+        q=Heads(q, 0, *q.stride()[:2]),
+        k=Heads(k, *k.stride()[:3]),
+        v=Heads(v, *v.stride()[:3]),
+        out=_empty_output(q, (q.shape[1], q.shape[0]) if return_lse else None),
+        sequences=Sequences(
+            cu_q_ptr=query_start,
+            context_len_ptr=context_len,
+            block_table_ptr=block_table,
+            tree_mask_ptr=tree_mask,
+        ),
+        batch=batch,
+        n_queries=max_query_len,
+        n_keys=n_keys,
+        causal=tree_mask is None,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
     if isinstance(_launch, tuple):
-        single, several = _launch
-        run(1, single, max_prompts)
-        run(max_query_len, several, max_prompts)
-    elif _launch is not None or max_prompts is None or not _apart(q, k, max_query_len):
-        run(max_query_len, _launch, None)
+        one_query, several = _launch
+        _run(call._replace(n_queries=1, max_prompts=max_prompts), one_query)
+        _run(call._replace(max_prompts=max_prompts), several)
+    elif _launch is not None or max_prompts is None or not _differ(q, k, max_query_len):
+        _run(call, _launch)
     else:
-        with _beside(q):
-            run(1, None, max_prompts)
-        run(max_query_len, None, max_prompts)
-        _join(q)
-    return out if lse is None else (out, lse)
+        with _side_stream(q.device):
+            _run(call._replace(n_queries=1, max_prompts=max_prompts), None)
+        _run(call._replace(max_prompts=max_prompts), None)
+        _join_side_stream(q.device)
+    return _result(call.out)
 
 
-@functools.cache
-def _side_stream(stream: int, device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _empty_output(q: torch.Tensor, lse_shape: tuple[int, ...] | None) -> Output:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if lse_shape is None:
+        return Output(out, None)
+    return Output(out, torch.empty(lse_shape, dtype=torch.float32, device=q.device))
+
+
+def _result(out: Output) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return out.ptr if out.lse_ptr is None else (out.ptr, out.lse_ptr)
 
 
 @contextlib.contextmanager
-def _beside(q: torch.Tensor) -> Iterator[None]:
-    """What is launched within runs beside what comes after it, up to :func:`_join`.
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Launch on a side stream, concurrent with all launches until :func:`_join_side_stream`.
 
-    Single queries wait for memory and prompts for the tensor cores, and when the last programs of
-    a prompt leave multiprocessors idle those of the others take them.
+    Single queries wait for memory and prompts for the tensor cores. When the last programs of a
+    prompt leave SMs idle, programs of the single queries take them.
     """
-    if not q.is_cuda:
+    if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.current_stream(q.device)
-    side = _side_stream(stream.cuda_stream, q.device)
-    side.wait_stream(stream)
-    with torch.cuda.stream(side):
+    stream = _side_streams.of(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
         yield
 
 
-def _join(q: torch.Tensor) -> None:
-    if q.is_cuda:
-        stream = torch.cuda.current_stream(q.device)
-        stream.wait_stream(_side_stream(stream.cuda_stream, q.device))
+def _join_side_stream(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_streams.of(device))
 
 
-def _apart(q: torch.Tensor, k: torch.Tensor, n_queries: int) -> bool:
-    """Whether one query is the decode kernel's and ``n_queries`` are the prefill kernel's."""
+def _differ(q: torch.Tensor, k: torch.Tensor, n_queries: int) -> bool:
+    """Return True if the decode kernel takes one query and the prefill kernel n_queries."""
     group = q.shape[-2] // max(k.shape[-2], 1)
     return group <= max_rows(q.element_size()) < n_queries * group
 
 
-def _run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    key_end: torch.Tensor | None,
-    offset_tensor: torch.Tensor | None,
-    cu_q: torch.Tensor | None,
-    cu_k: torch.Tensor | None,
-    paged: _Paged,  # with a table k and v are [num_blocks, block_size, Hkv, D]
-    strides_in: tuple[int, ...],  # of q, k, v: batch, row, head
-    strides_out: tuple[int, int, int],  # out's batch, lse's batch and head
-    stride_offset: int,
-    batch: int,
-    n_queries: int,
-    n_keys: int,
-    query_offset: int,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    launch: Launch | None,
-    max_prompts: int | None = None,  # sequences with more than one query; None: n_queries says it
-) -> None:
+def _run(call: _Call, launch: Launch | None) -> None:
+    """Run the kernels that ``launch`` belongs to; if it is None, choose it."""
+    q, sequences = call.q.ptr, call.sequences
     n_heads, head_dim = q.shape[-2:]
-    n_kv_heads = k.shape[-2]
-    group = n_heads // n_kv_heads
+    n_kv_heads = call.k.ptr.shape[-2]
+    scale, softcap = call.scale, call.softcap
     if scale is None:
         scale = head_dim**-0.5
     if softcap is None:
         scale *= LOG2_E
     else:
         scale, softcap = scale / softcap, softcap * LOG2_E
-    block_table, _, tree_mask = paged
-    block_size = None if block_table is None else k.shape[1]
     if launch is None:
-        launch = _choose(q, batch, n_queries, n_keys, n_kv_heads, group, window)
-    optional = (sinks, key_start, key_end, offset_tensor, cu_q, cu_k, *paged)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    stride_table = 0 if block_table is None else block_table.stride(0)
-    stride_tree = 0 if tree_mask is None else tree_mask.stride(0)
-    strides = (*strides_in, *strides_out, stride_offset, stride_table, stride_tree)
-    block_d = pad_head_dim(head_dim)
-    sizes: tuple[float | None, ...]
-    constexprs: tuple[int | None, ...]
-    mixed = max_prompts is not None
-    shape = (group, head_dim, block_size, launch.block_m, launch.block_n, block_d)
+        launch = choose_launch(q, n_kv_heads, call.batch, call.n_queries, call.n_keys, call.window)
+    lse, offsets = call.out.lse_ptr, sequences.offset_ptr
+    table, tree_mask = sequences.block_table_ptr, sequences.tree_mask_ptr
+    groups = (call.q, call.k, call.v, call.out, sequences, Scoring(scale, softcap, call.sinks))
+    strides = (
+        0 if lse is None else lse.stride(-2),
+        0 if offsets is None or offsets.numel() == 1 else 1,
+        0 if table is None else table.stride(0),
+        0 if tree_mask is None else tree_mask.stride(0),
+    )
+    block_size = None if table is None else call.k.ptr.shape[1]
+    shape = (n_heads // n_kv_heads, head_dim, block_size, launch.block_m, launch.block_n)
+    sizes = (call.n_queries, call.n_keys, call.query_offset)
     if isinstance(launch, PrefillLaunch):
-        if max_prompts is None:
-            n_blocks = -(-n_queries // launch.block_m) * batch
+        if call.max_prompts is None:
+            n_blocks = -(-call.n_queries // launch.block_m) * call.batch
         else:  # each prompt's last block may be filled in part
-            n_blocks = (len(q) + max_prompts * (launch.block_m - 1)) // launch.block_m
-        grid = n_blocks * n_heads
-        sizes = (n_heads, batch, n_queries, n_keys, query_offset, scale, window, softcap)
-        constexprs = (causal, launch.heads_first, mixed, *shape)
+            n_blocks = (len(q) + call.max_prompts * (launch.block_m - 1)) // launch.block_m
         _prefill(
-            (grid,),
-            (q, k, v, out, lse, *optional, *strides, *sizes, *constexprs),
-            **options,
+            (n_blocks * n_heads,),
+            (
+                *(*groups, *strides, n_heads, call.batch, *sizes, call.window),
+                *(call.causal, launch.heads_first, call.max_prompts is not None, *shape),
+            ),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
         )
         return
 
     splits = launch.num_splits
-    n_partials = batch * splits * n_queries * n_heads
-    target = out
+    n_partials = call.batch * splits * call.n_queries * n_heads
     if splits > 1:
         size = n_partials * (head_dim + 1)
-        target = torch.empty(size, dtype=torch.float32, device=q.device)
-    sizes = (n_kv_heads, n_queries, n_keys, query_offset, splits, scale, window, softcap)
-    constexprs = (causal, splits > 1, n_queries == 1 and tree_mask is None, mixed, *shape)
+        partials = torch.empty(size, dtype=torch.float32, device=q.device)
+        groups = (*groups[:3], Output(partials, None), *groups[4:])
+    one_query = call.n_queries == 1 and tree_mask is None
     _decode(
-        (batch * splits * n_kv_heads,),
-        (q, k, v, target, lse, *optional, *strides, *sizes, *constexprs),
-        **options,
+        (call.batch * splits * n_kv_heads,),
+        (
+            *(*groups, *strides, n_kv_heads, *sizes, splits, call.window),
+            *(call.causal, splits > 1, one_query, call.max_prompts is not None, *shape),
+        ),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
     if splits > 1:
         # two sizes only, so that a growing context compiles nothing new
-        sizes = (n_kv_heads, n_queries, splits, n_partials)
-        constexprs = (group, head_dim, 16 if splits <= 16 else 64, block_d)
+        block_s = 16 if splits <= 16 else 64
         _merge(
-            (batch * n_queries * n_heads,),
-            (target, out, lse, cu_q, *strides_out, *sizes, *constexprs),
+            (call.batch * call.n_queries * n_heads,),
+            (
+                *(call.out, Sequences(cu_q_ptr=sequences.cu_q_ptr), partials, strides[0]),
+                *(n_kv_heads, call.n_queries, splits, n_partials),
+                *(n_heads // n_kv_heads, head_dim, block_s),
+            ),
             num_warps=4,
         )
 
 
-def _choose(
+def choose_launch(
     q: torch.Tensor,
+    n_kv_heads: int,
     batch: int,
     n_queries: int,
     n_keys: int,
-    n_kv_heads: int,
-    group: int,
     window: int | None,
 ) -> Launch:
+    """Choose the kernel and its launch for up to ``n_queries`` queries per sequence."""
     device = device_of(q)
     head_dim, element_size = q.shape[-1], q.element_size()
-    if n_queries * group > max_rows(element_size):
+    rows = n_queries * (q.shape[-2] // n_kv_heads)
+    if rows > max_rows(element_size):
         return choose_prefill_launch(
-            n_queries=n_queries,
-            head_dim=head_dim,
-            element_size=element_size,
-            shared_memory=device.shared_memory,
+            n_queries=n_queries, head_dim=head_dim, element_size=element_size, device=device
         )
     if window is not None:
         n_keys = min(n_keys, window + n_queries - 1)
     return choose_decode_launch(
         sequences=batch * n_kv_heads,
-        rows=n_queries * group,
+        rows=rows,
         key_blocks=-(-n_keys // 64),
         head_dim=head_dim,
         element_size=element_size,
-        sm_count=device.sm_count,
-        shared_memory=device.shared_memory,
+        device=device,
     )

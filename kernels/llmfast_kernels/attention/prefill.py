@@ -7,42 +7,51 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..common.device import Device
+from .arguments import (
+    NOT_SPECIALIZED,
+    Heads,
+    Output,
+    Scoring,
+    Sequences,
+    first_row,
+    locate_sequence,
+    lse_rows,
+)
 from .loop import (
     LN_2,
     LOG2_E,
-    NOT_SPECIALIZED,
     attend,
     finish,
     load_tile,
     load_tree,
-    locate_sequence,
     needed_keys,
     pad_head_dim,
 )
+from .tables import CONSTANTS
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
 
 @dataclass(frozen=True)
 class PrefillLaunch:
-    """How the queries of one head are cut into programs."""
+    """The division of one head's queries into programs."""
 
-    block_m: int  # queries of a program
-    block_n: int  # keys of a step of its loop
+    block_m: int  # queries per program
+    block_n: int  # keys per step of its loop
     num_warps: int
     num_stages: int
-    heads_first: bool = False  # neighbouring programs: heads of one block, or blocks of one head
+    heads_first: bool = (
+        False  # neighbouring programs take heads of one block, else blocks of one head
+    )
 
 
 def choose_prefill_launch(
-    *, n_queries: int, head_dim: int, element_size: int, shared_memory: int
+    *, n_queries: int, head_dim: int, element_size: int, device: Device
 ) -> PrefillLaunch:
-    """Pick the launch for ``n_queries`` a sequence. Pure: it asks no device.
-
-    ``shared_memory`` is what one program may use, in bytes.
-    """
+    """Choose the launch for ``n_queries`` per sequence. Pure: it asks no device."""
     width = pad_head_dim(head_dim)
-    large = shared_memory >= 200 * 1024  # Hopper, and Blackwell for data centres
+    large = device.shared_memory >= 200 * 1024  # Hopper, and Blackwell for data centres
     if element_size == 4:  # full precision has no tensor cores: larger tiles only spill registers
         return PrefillLaunch(32, 32 if width <= 64 else 16, 8, 2)
     if width > 128:
@@ -52,9 +61,10 @@ def choose_prefill_launch(
             else PrefillLaunch(64, 32, 8, 2)
         )
     if large:
-        # two programs an SM hide each other's softmax: on an H100 2 to 20% ahead of tiles of 128
-        # rows below 16,384 queries. Long loops gain from neighbours that read the same keys
-        return PrefillLaunch(64, 64, 4, 3, heads_first=n_queries >= 2048)
+        # two programs per SM hide each other's softmax: on an H100 2 to 20% faster than tiles of
+        # 128 rows below 16,384 queries
+        heads_first = n_queries >= CONSTANTS.of(device).prefill_heads_first
+        return PrefillLaunch(64, 64, 4, 3, heads_first)
     if n_queries <= 64:
         return PrefillLaunch(64, 64, 4, 3 if width <= 64 else 2)
     return PrefillLaunch(128, 64, 8, 2 if width == 128 else 3)
@@ -62,9 +72,10 @@ def choose_prefill_launch(
 
 @triton.jit
 def find_block(index, cu_q_ptr, batch, BLOCK_M: tl.constexpr):
-    """The sequence and the block of its queries at ``index``, of those with several queries.
+    """Return the sequence and the block of its queries that program ``index`` takes.
 
-    All blocks of such sequences are counted in order; past the last the sequence is ``batch``.
+    The blocks of all sequences with several queries are numbered in order. Past the last one the
+    sequence is ``batch``.
     """
     b = 0
     before = 0  # blocks of the sequences before b
@@ -84,32 +95,13 @@ def find_block(index, cu_q_ptr, batch, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_heads", "batch"])
 def _prefill_kernel(
-    q_ptr,  # [B, Lq, Hq, D], or [Tq, Hq, D] with cu_q_ptr
-    k_ptr,  # [B, Lk, Hkv, D], or [Tk, Hkv, D], or with block_table_ptr [Nb, BLOCK_SIZE, Hkv, D]
-    v_ptr,
-    out_ptr,  # as q but contiguous, written
-    lse_ptr,  # float32 [B, Hq, Lq] or [Hq, Tq], written; or None
-    sinks_ptr,  # [Hq] or None
-    key_start_ptr,  # int [B] or None
-    key_end_ptr,
-    offset_ptr,  # int [B] or [1], or None
-    cu_q_ptr,  # int [B + 1], or None: batched
-    cu_k_ptr,
-    block_table_ptr,  # int32 [B, max_blocks]: a paged cache, only with cu_q_ptr; or None
-    context_len_ptr,  # int32 [B], if and only if there is a block table
-    tree_mask_ptr,  # bool [Tq, n], n <= 64, only with a block table and without CAUSAL; or None
-    stride_qb: tl.int64,
-    stride_qm: tl.int64,
-    stride_qh: tl.int64,
-    stride_kb: tl.int64,
-    stride_kn: tl.int64,
-    stride_kh: tl.int64,
-    stride_vb: tl.int64,
-    stride_vn: tl.int64,
-    stride_vh: tl.int64,
-    stride_out_b: tl.int64,
-    stride_lse_b: tl.int64,
-    stride_lse_h: tl.int64,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Output,
+    sequences: Sequences,
+    scoring: Scoring,
+    stride_lse_h,
     stride_offset,
     stride_table,
     stride_tree,
@@ -118,24 +110,23 @@ def _prefill_kernel(
     n_queries,  # the most of any sequence
     n_keys,
     query_offset,
-    scale,
     window,
-    softcap,
     CAUSAL: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     MIXED: tl.constexpr,  # only sequences with several queries, the grid as find_block counts
-    GROUP: tl.constexpr,  # query heads of one KV head
+    GROUP: tl.constexpr,  # query heads per KV head
     HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,  # keys of a block of the paged cache; or None
+    BLOCK_SIZE: tl.constexpr,  # keys in a block of the paged cache; or None
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
+    """Attend with one block of queries of one head, over all of its keys."""
+    BLOCK_D: tl.constexpr = pad_head_dim(HEAD_DIM)
     pid = tl.program_id(0)
     if MIXED:
         index = (tl.num_programs(0) - 1 - pid) // n_heads  # the last first, as below
         head = pid % n_heads
-        b, block = find_block(index, cu_q_ptr, batch, BLOCK_M)
+        b, block = find_block(index, sequences.cu_q_ptr, batch, BLOCK_M)
         if b == batch:
             return
     else:
@@ -152,18 +143,9 @@ def _prefill_kernel(
         b = head // n_heads
         head = head % n_heads
 
+    max_queries = n_queries
     q_start, k_start, n_queries, key_lo, key_hi, offset = locate_sequence(
-        b,
-        cu_q_ptr,
-        cu_k_ptr,
-        key_start_ptr,
-        key_end_ptr,
-        offset_ptr,
-        context_len_ptr,
-        stride_offset,
-        n_queries,
-        n_keys,
-        query_offset,
+        b, sequences, stride_offset, n_queries, n_keys, query_offset, window
     )
     m_start = block * BLOCK_M
     if m_start >= n_queries:
@@ -174,22 +156,27 @@ def _prefill_kernel(
     PAD: tl.constexpr = BLOCK_D != HEAD_DIM
     row_mask = rows < n_queries
     dim_mask = dims < HEAD_DIM
-    q_ptr += b * stride_qb + q_start * stride_qm + head * stride_qh
+    # int64: a sequence's or a token's number times its stride passes 2**31
+    b64, kv_head = b.to(tl.int64), (head // GROUP).to(tl.int64)
+    q_ptr = q.ptr + b64 * q.stride_b + q_start * q.stride_m + head.to(tl.int64) * q.stride_h
+    k_ptr = k.ptr + kv_head * k.stride_h
+    v_ptr = v.ptr + kv_head * v.stride_h
     keys = tl.arange(0, BLOCK_N)
+    block_table_ptr = sequences.block_table_ptr
     if block_table_ptr is None:
-        k_ptr += b * stride_kb + k_start * stride_kn + (head // GROUP) * stride_kh
-        v_ptr += b * stride_vb + k_start * stride_vn + (head // GROUP) * stride_vh
+        k_ptr += b64 * k.stride_b + k_start * k.stride_m
+        v_ptr += b64 * v.stride_b + k_start * v.stride_m
     else:  # the loop adds where the blocks lie
-        k_ptr += (head // GROUP) * stride_kh
-        v_ptr += (head // GROUP) * stride_vh
-        block_table_ptr += b.to(tl.int64) * stride_table
+        block_table_ptr += b64 * stride_table
         keys = keys % BLOCK_SIZE
-    q = load_tile(q_ptr + rows[:, None] * stride_qm + dims[None, :], row_mask, dim_mask, True, PAD)
-    k_ptrs = k_ptr + keys[:, None] * stride_kn + dims[None, :]
-    v_ptrs = v_ptr + keys[:, None] * stride_vn + dims[None, :]
+    q_rows = rows[:, None].to(tl.int64) * q.stride_m
+    q_tile = load_tile(q_ptr + q_rows + dims[None, :], row_mask, dim_mask, True, PAD)
+    keys = keys[:, None].to(tl.int64)
+    k_ptrs = k_ptr + keys * k.stride_m + dims[None, :]
+    v_ptrs = v_ptr + keys * v.stride_m + dims[None, :]
     tree = None
-    if tree_mask_ptr is not None:
-        tree = load_tree(tree_mask_ptr, q_start + rows, row_mask, stride_tree, n_queries)
+    if sequences.tree_mask_ptr is not None:
+        tree = load_tree(sequences.tree_mask_ptr, q_start + rows, row_mask, stride_tree, n_queries)
 
     # keys lo to lead are masked on the window's side, lead to main are whole blocks that every
     # query attends, main to hi are masked on the diagonal and at the end
@@ -209,43 +196,41 @@ def _prefill_kernel(
     free = hi
     if CAUSAL:
         free = tl.minimum(hi, first_pos + 1)
-    if tree_mask_ptr is not None:
+    if sequences.tree_mask_ptr is not None:
         free = tl.minimum(hi, offset)
     main = lead + tl.maximum(free - lead, 0) // BLOCK_N * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if sinks_ptr is None:
+    if scoring.sinks_ptr is None:
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
     else:  # a key with this score and the value 0
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
+        sink = tl.load(scoring.sinks_ptr + head).to(tl.float32) * _LOG2_E
         row_max = tl.zeros([BLOCK_M], tl.float32) + sink
         row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     if window is not None:
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
-            stride_kb, stride_kn, stride_vb, stride_vn, lo, lead, first,
-            pos, tree, offset, scale, window, softcap,
+            acc, row_sum, row_max, q_tile, k, v, k_ptrs, v_ptrs, block_table_ptr,
+            lo, lead, first, pos, tree, offset, scoring, window,
             True, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
-        stride_kb, stride_kn, stride_vb, stride_vn, lead, main, first,
-        pos, tree, offset, scale, window, softcap,
+        acc, row_sum, row_max, q_tile, k, v, k_ptrs, v_ptrs, block_table_ptr,
+        lead, main, first, pos, tree, offset, scoring, window,
         False, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_ptrs, v_ptrs, block_table_ptr,
-        stride_kb, stride_kn, stride_vb, stride_vn, main, hi, first,
-        pos, tree, offset, scale, window, softcap,
+        acc, row_sum, row_max, q_tile, k, v, k_ptrs, v_ptrs, block_table_ptr,
+        main, hi, first, pos, tree, offset, scoring, window,
         True, CAUSAL, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, lse = finish(acc, row_sum, row_max)
 
-    out_ptr += b * stride_out_b + (q_start * n_heads + head) * HEAD_DIM
+    out_row = first_row(b, q_start, max_queries, sequences)
+    out_ptr = out.ptr + (out_row * n_heads + head) * HEAD_DIM
     out_ptrs = out_ptr + rows[:, None].to(tl.int64) * (n_heads * HEAD_DIM) + dims[None, :]
     mask = row_mask[:, None] & dim_mask[None, :] if PAD else row_mask[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    if lse_ptr is not None:
-        lse_ptr += b * stride_lse_b + head * stride_lse_h + q_start
+    tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=mask)
+    if out.lse_ptr is not None:
+        lse_ptr = lse_rows(out.lse_ptr, b, head, q_start, n_heads, stride_lse_h, sequences)
         tl.store(lse_ptr + rows, lse * LN_2, mask=row_mask)

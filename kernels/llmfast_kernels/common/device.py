@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that caches of launches are quick
 class Device:
     """A GPU, as far as the choice of a launch depends on it."""
 
