@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import gelu, linear, silu
 
 from guards import GuardedEmpty, guarded
+from linear_cases import assert_as_good, each_dtype, skip_bfloat16_in_the_interpreter
 from llmfast_kernels.common.device import Device
 from llmfast_kernels.common.options import launch_options
 from llmfast_kernels.linear import dense_linear, gated_linear, kernel, launch_tables
@@ -20,7 +21,6 @@ from llmfast_kernels.linear.launch import Launch, choose_launch
 from llmfast_kernels.linear.launch_tables import BadTable, read_table, table_of, write_table
 from llmfast_kernels.linear.reference import dense_linear_reference, gated_linear_reference
 
-DTYPES = [torch.float16, torch.bfloat16]
 GEMV = Launch("gemv", 4, 64, num_warps=2)
 TILES = Launch("tiles", 16, 32, num_warps=2, num_stages=2)
 CUBLAS, UNFUSED = Launch("cublas"), Launch("unfused")
@@ -30,15 +30,9 @@ ACTIVATIONS = {"silu": silu, "gelu_tanh": partial(gelu, approximate="tanh"), "ge
 SHAPES = [(1, 1, 1), (1, 67, 5), (1, 128, 31), (1, 193, 8), (3, 32, 16), (5, 67, 33), (17, 70, 37)]
 
 on_cuda = torch.cuda.is_available()
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 needs_cuda = pytest.mark.skipif(not on_cuda, reason="wants a CUDA GPU")
-
-
-def skip_bfloat16_in_the_interpreter(device, dtype):
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
 
 
 def make(shape, dtype, device="cpu", extras="both", gated=False):
@@ -64,14 +58,6 @@ def in_float64(x, weight, bias=None, residual=None, activation=None):
         gate, up = y.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
     return y if residual is None else y + residual.double()
-
-
-def assert_as_good(ours, reference, exact):
-    """Assert the relative rule: at most twice PyTorch's own error, or four epsilons."""
-    assert ours.dtype == reference.dtype and ours.shape == reference.shape
-    error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
-    floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
-    assert error <= max(2 * own, floor)  # false for NaN too
 
 
 def tiers(tokens):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from linear_cases import REFERENCE, assert_as_good, each_bits, in_float64, make
 from llmfast_kernels import int4_linear, int8_linear, pack_int4, pack_int8
 from llmfast_kernels.common.device import INTERPRETER, Device
 from llmfast_kernels.quantized_linear import free_workspaces, workspace_bytes
@@ -21,14 +22,14 @@ from llmfast_kernels.quantized_linear.formats import CHUNK, FORMATS, INT4
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
 from llmfast_kernels.quantized_linear.launch import (
     GEMV_COLUMNS,
-    MAX_TOKENS,
     Problem,
+    max_tokens,
     plan,
     stage_bytes,
 )
 from llmfast_kernels.quantized_linear.workspace import MAX_TICKETS, Scratch, workspace
-from quantized_cases import REFERENCE, assert_as_good, each_bits, in_float64, make
 
+MAX_TOKENS = {bits: max_tokens(bits, False, INTERPRETER) for bits in FORMATS}
 OPERATION = {4: int4_linear, 8: int8_linear}
 H100 = Device("NVIDIA H100 80GB HBM3", "sm_90", 132, 227 * 1024, 50 * 2**20)
 SMALL_GPU = Device("NVIDIA L4", "sm_89", 58, 99 * 1024, 48 * 2**20)

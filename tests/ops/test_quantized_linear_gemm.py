@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from guards import GuardedEmpty, guard_all
-from llmfast_kernels.linear.reference import ACTIVATIONS
-from llmfast_kernels.quantized_linear import int4_linear
-from llmfast_kernels.quantized_linear.formats import FORMATS
-from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
-from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
-from llmfast_kernels.quantized_linear.launch import GEMM_STAGES, HOPPER_ROWS, Launch
-from llmfast_kernels.quantized_linear.workspace import tickets
-from quantized_cases import (
+from linear_cases import (
     REFERENCE,
     assert_as_good,
     each_bits,
@@ -23,6 +16,13 @@ from quantized_cases import (
     make,
     on_hopper,
 )
+from llmfast_kernels.linear.reference import ACTIVATIONS
+from llmfast_kernels.quantized_linear import int4_linear
+from llmfast_kernels.quantized_linear.formats import FORMATS
+from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
+from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
+from llmfast_kernels.quantized_linear.launch import GEMM_STAGES, HOPPER_ROWS, Launch
+from llmfast_kernels.quantized_linear.workspace import tickets
 
 pytestmark = on_hopper
 LAUNCH = {bits: partial(launch_quantized_linear, fmt=fmt) for bits, fmt in FORMATS.items()}

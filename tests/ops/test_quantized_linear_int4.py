@@ -9,18 +9,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guards import BAND, GuardedEmpty, guard_all, guarded
+from linear_cases import (
+    assert_as_good,
+    each_dtype,
+    each_kind,
+    in_float64,
+    make,
+    skip_bfloat16_in_the_interpreter,
+)
+from llmfast_kernels.common.device import INTERPRETER
 from llmfast_kernels.linear.reference import ACTIVATIONS
 from llmfast_kernels.quantized_linear import int4_linear, pack_int4, unpack_int4
 from llmfast_kernels.quantized_linear.formats import CHUNK, INT4
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
 from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
-from llmfast_kernels.quantized_linear.launch import GEMV_COLUMNS, Launch
-from llmfast_kernels.quantized_linear.launch import MAX_TOKENS as MAX_TOKENS_BY_BITS
+from llmfast_kernels.quantized_linear.launch import GEMV_COLUMNS, Launch, max_tokens
 from llmfast_kernels.quantized_linear.reference import int4_linear_reference
-from quantized_cases import assert_as_good, each_dtype, each_kind, in_float64, make
 
 launch_int4_linear = partial(launch_quantized_linear, fmt=INT4)
-MAX_TOKENS = MAX_TOKENS_BY_BITS[4]
+MAX_TOKENS = max_tokens(4, False, INTERPRETER)
 TILES = Launch("tiles", 32, 16, CHUNK, num_warps=2, num_stages=2)
 SCALED_TILES = Launch("scaled_tiles", 32, 16, CHUNK, num_warps=2, num_stages=2)
 GEMV = Launch("gemv", 1, 8, GEMV_COLUMNS, num_warps=2)
@@ -39,11 +46,6 @@ SHAPES = [
 on_cuda = torch.cuda.is_available()
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 each_tile = pytest.mark.parametrize("launch", [TILES, SCALED_TILES], ids=lambda launch: launch.tier)
-
-
-def skip_bfloat16_in_the_interpreter(device, dtype):
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
 
 
 @each_shape

@@ -7,8 +7,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import quantized_cases
+import linear_cases
 from guards import BAND, GuardedEmpty, guard_all, guarded
+from linear_cases import (
+    assert_as_good,
+    each_dtype,
+    each_kind,
+    skip_bfloat16_in_the_interpreter,
+)
+from llmfast_kernels.common.device import INTERPRETER
 from llmfast_kernels.linear.launch import block_m
 from llmfast_kernels.quantized_linear import (
     int8_linear,
@@ -19,10 +26,8 @@ from llmfast_kernels.quantized_linear import (
 from llmfast_kernels.quantized_linear.formats import INT8
 from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
 from llmfast_kernels.quantized_linear.kernels.dequantize import launch_dequantize
-from llmfast_kernels.quantized_linear.launch import MAX_TOKENS as MAX_TOKENS_BY_BITS
-from llmfast_kernels.quantized_linear.launch import Launch
+from llmfast_kernels.quantized_linear.launch import Launch, max_tokens
 from llmfast_kernels.quantized_linear.reference import int8_linear_reference
-from quantized_cases import assert_as_good, each_dtype, each_kind
 
 # tokens, k, n, group size: odd rows, k on either side of a block, groups cut short, all columns
 SHAPES = [
@@ -37,15 +42,10 @@ SHAPES = [
 ]
 
 launch_int8_linear = partial(launch_quantized_linear, fmt=INT8)
-MAX_TOKENS = MAX_TOKENS_BY_BITS[8]
+MAX_TOKENS = max_tokens(8, False, INTERPRETER)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-make = partial(quantized_cases.make, bits=8)
-in_float64 = partial(quantized_cases.in_float64, bits=8)
-
-
-def skip_bfloat16_in_the_interpreter(device, dtype):
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
+make = partial(linear_cases.make, bits=8)
+in_float64 = partial(linear_cases.in_float64, bits=8)
 
 
 def small(args):

@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from guards import GuardedEmpty, guard_all
-from llmfast_kernels.common.device import INTERPRETER
-from llmfast_kernels.linear.reference import ACTIVATIONS
-from llmfast_kernels.quantized_linear import int4_linear, tables
-from llmfast_kernels.quantized_linear.formats import FORMATS
-from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
-from llmfast_kernels.quantized_linear.launch import HOPPER_ROWS, stream_launch
-from llmfast_kernels.quantized_linear.workspace import tickets
-from quantized_cases import (
+from linear_cases import (
     REFERENCE,
     assert_as_good,
     each_bits,
@@ -22,6 +15,13 @@ from quantized_cases import (
     make,
     on_hopper,
 )
+from llmfast_kernels.common.device import INTERPRETER
+from llmfast_kernels.linear.reference import ACTIVATIONS
+from llmfast_kernels.quantized_linear import int4_linear, tables
+from llmfast_kernels.quantized_linear.formats import FORMATS
+from llmfast_kernels.quantized_linear.kernel import launch_quantized_linear
+from llmfast_kernels.quantized_linear.launch import HOPPER_ROWS, stream_launch
+from llmfast_kernels.quantized_linear.workspace import tickets
 
 pytestmark = on_hopper
 LAUNCH = {bits: partial(launch_quantized_linear, fmt=fmt) for bits, fmt in FORMATS.items()}
@@ -85,7 +85,7 @@ def test_gate_and_up_in_one_launch(shape, activation, bias, width, dtype):
 @each_dtype
 @each_bits
 def test_every_code_and_zero_point_is_exact(bits, dtype):
-    """One column at a time, a scale of 1: the weight itself comes out."""
+    """With one column at a time and a scale of 1, the output is the weight itself."""
     k, codes = 8, torch.arange(2**bits, dtype=torch.uint8)
     args = {
         "packed": FORMATS[bits].pack(codes[:, None].repeat(1, k)).cuda(),

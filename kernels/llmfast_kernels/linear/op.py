@@ -1,4 +1,4 @@
-"""Linear layers of few tokens: the contract, the checks and the choice of implementation."""
+"""Linear layers in 16 bits: the contracts, the checks and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ def dense_linear(
     *,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply tokens with a weight matrix, and add to the residual stream if there is one.
+    """Multiply tokens with a weight matrix, and add the residual stream if there is one.
 
         y = round(x @ weight.T + bias) + residual
 
-    Products are summed in float32; ``round`` is the cast to ``x.dtype`` that a linear layer ends
-    with, before the residual is added as a Hugging Face decoder layer adds it.
+    Products are summed in float32. ``round`` is the cast to ``x.dtype`` that a linear layer ends
+    with. The residual is added after it, as a Hugging Face decoder layer adds it.
 
     Args:
         x: ``(..., in_features)``, contiguous; float32, float16 or bfloat16, and float64 off CUDA.
-        weight: ``(out_features, in_features)``, contiguous; of x's dtype and on x's device.
-        bias: ``(out_features,)``, contiguous, likewise.
-        residual: ``(..., out_features)``, contiguous, likewise.
+        weight: ``(out_features, in_features)``, contiguous, of x's dtype and on x's device.
+        bias: ``(out_features,)``, contiguous, of x's dtype and on x's device.
+        residual: ``(..., out_features)``, contiguous, of x's dtype and on x's device.
 
     Returns:
         A new contiguous tensor ``(..., out_features)``. No argument is changed.
 
-    On CUDA, up to ``launch.MAX_TOKENS`` tokens in 16 bits run our kernels, as the table measured
-    for this GPU says, or else a heuristic; more tokens and float32 run cuBLAS.
+    On CUDA, up to 128 tokens in 16 bits run the kernels that the GPU's table names, or without an
+    entry a heuristic. More tokens and float32 run cuBLAS.
 
     Raises:
         TypeError: a dtype that is not listed above, or dtypes that differ.
@@ -57,25 +57,25 @@ def gated_linear(
     *,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """The first half of a gated MLP: gate and up projection, and their gated product.
+    """Compute the first half of a gated MLP: gate and up projection, and their gated product.
 
         gate, up = round(x @ weight.T + bias)
         y = round(act(gate)) * up
 
-    It rounds where :func:`dense_linear` and then ``silu_mul`` and its like round.
+    It rounds where :func:`dense_linear` and an activation like ``silu_mul`` after it round.
 
     Args:
         x: as in :func:`dense_linear`.
-        weight: ``(2 * n, in_features)``, contiguous: the gate's rows first, then up's.
+        weight: ``(2 * n, in_features)``, contiguous: the gate's rows, then the rows of up.
         bias: ``(2 * n,)``, contiguous.
-        activation: of the gate: ``silu``, ``gelu_tanh`` or ``gelu``.
+        activation: the gate's: ``silu``, ``gelu_tanh`` or ``gelu``.
 
     Returns:
         A new contiguous tensor ``(..., n)``. No argument is changed.
 
     Raises:
-        What :func:`dense_linear` raises, and ValueError for an odd number of rows or an
-        activation that is not listed above.
+        TypeError, ValueError, RuntimeError: as :func:`dense_linear`.
+        ValueError: also an odd number of rows, or an activation that is not listed above.
 
     Paper: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """

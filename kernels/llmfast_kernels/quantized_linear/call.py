@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     @property
     def problem(self) -> Problem:
-        """What the choice of the launch depends on."""
+        """The call as far as the choice of its launch depends on it."""
         x, scales, minima, residual = self.x, self.scales, self.minima, self.residual
         return Problem(
             bits=self.fmt.bits,

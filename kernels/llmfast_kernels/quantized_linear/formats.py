@@ -8,8 +8,8 @@ multiplies.
 shift and one mask then give two neighbouring columns in the two halves of a word, as tensor cores
 take a pair of 16-bit numbers. Rows are padded to whole chunks.
 
-**Eight bits.** Of each 16 columns of a row, the codes of columns ``2 * c``, ``2 * c + 1``,
-``2 * c + 8`` and ``2 * c + 9`` are the bytes of word ``c``. Rows are padded to whole sixteens.
+**Eight bits.** In a unit of 16 columns of a row, the codes of columns ``2 * c``, ``2 * c + 1``,
+``2 * c + 8`` and ``2 * c + 9`` are the bytes of word ``c``. Rows are padded to whole units.
 
 A weight is ``scale * (code - zero)``, or ``scale * code + minimum``; a group of columns shares its
 scale and its zero point or minimum.

@@ -23,7 +23,6 @@ from .formats import CHUNK
 from .tables import CONSTANTS, Constants, StreamConfig
 from .workspace import MAX_TICKETS
 
-MAX_TOKENS = {4: 256, 8: 128}  # by bits, of tiles and scaled_tiles; for more cuBLAS is faster
 GEMV_COLUMNS = 1024  # columns that int4's gemv reads at a time
 INT8_GROUP = 128  # columns of int8 that are summed at a time where all share a scale
 _INT8_STAGED = 72 * 1024  # bytes of int8's codes and inputs in flight per program of tiles
@@ -74,17 +73,19 @@ def plan(problem: Problem, device: Device) -> Launch:
     launch = None
     if device.is_hopper and problem.tma_loads:
         launch = _stream(problem, constants) or _gemm(problem, device, constants)
-    if launch is None and problem.tokens > _max_tokens(problem):
-        launch = Launch("workspace", reason=f"more than {_max_tokens(problem)} tokens")
+    most = max_tokens(problem.bits, problem.minima, device)
+    if launch is None and problem.tokens > most:
+        launch = Launch("workspace", reason=f"more than {most} tokens")
     if launch is None:
         launch = (_int4 if problem.bits == 4 else _int8)(problem, device, constants)
     return launch
 
 
-def _max_tokens(problem: Problem) -> int:
-    if problem.bits == 8 and problem.minima:
+def max_tokens(bits: int, minima: bool, device: Device) -> int:
+    """Return the most tokens that a main loop for any GPU takes; more use the workspace."""
+    if bits == 8 and minima:
         return 1  # tiles that summed minima beside the products gave wrong sums in bfloat16
-    return MAX_TOKENS[problem.bits]
+    return CONSTANTS.of(device).max_tokens[bits]
 
 
 def _stream(p: Problem, constants: Constants) -> Launch | None:

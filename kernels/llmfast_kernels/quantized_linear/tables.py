@@ -28,6 +28,8 @@ class Constants:
 
     sm_count: int  # of that GPU; numbers of programs below are for as many
 
+    # gemv, tiles, scaled_tiles: the most tokens by bits; for more, cuBLAS is faster
+    max_tokens: Mapping[int, int]
     # gemv: rows of a weight from which lanes read one token's weights faster than tensor cores do
     gemv_rows: int
     # tiles: programs that are enough, by tokens of a tile; columns are split while there are fewer
@@ -73,6 +75,8 @@ _TWO_PROGRAMS, _ONE_PROGRAM = (80, 104, 24), (168, 232, 40)
 # names. docs/ops/quantized_linear.md has the runs.
 _H100 = Constants(
     sm_count=132,
+    # int4: c6cf19a; int8's tiles take 426 us at 128 tokens, where cuBLAS takes 181
+    max_tokens={4: 256, 8: 128},
     # 4c1aaa7: gate and up, of 28,672 rows, are faster by lanes; qkv, of 6,144, by tiles
     gemv_rows=16384,
     # 4c1aaa7: down took 51 us at one token without splits, by 64 programs

@@ -124,8 +124,8 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
 def workspace_bytes(device: torch.device | None = None) -> int:
     """Return the bytes that workspaces take on a device, on all devices if it is None.
 
-    They are held until :func:`free_workspaces`. What CUDA graphs hold in their memory pools is not
-    counted.
+    They are held until :func:`free_workspaces`. Workspaces in the memory pools of CUDA graphs are
+    not counted.
     """
     return sum(scratch.workspace_bytes(device) for scratch in list(_every))
 

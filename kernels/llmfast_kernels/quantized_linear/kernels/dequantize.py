@@ -1,4 +1,7 @@
-"""Write dequantized weights to memory: computed in float32, rounded once."""
+"""Write dequantized weights to memory: computed in float32, rounded once.
+
+It is bound by memory, so each format has the kernel that reads and writes its layout in order.
+"""
 
 from __future__ import annotations
 

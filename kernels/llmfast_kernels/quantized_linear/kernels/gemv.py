@@ -1,6 +1,9 @@
 """The gemv main loop: one token, multiplied and summed by the lanes, on any GPU.
 
-Minima are not added to the weights: each group's is multiplied by the sum of its inputs.
+Minima are not added to the weights: each group's minimum is multiplied by the sum of its inputs.
+
+Each format has a kernel of its own, since a lane works on other units: int4 multiplies words of
+eight codes and keeps a group's sums in a lane, int8 sums groups across lanes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear layers with quantized weights for tests, and their exact results."""
+"""What tests of linear layers share: quantized layers, their exact results, the tolerance."""
 
 import pytest
 import torch
@@ -61,3 +61,9 @@ def assert_as_good(ours, reference, exact):
     error, own = ((y.double() - exact).square().mean().sqrt() for y in (ours, reference))
     floor = 4 * torch.finfo(ours.dtype).eps * exact.square().mean().sqrt()
     assert error <= max(2 * own, floor)  # false for NaN too
+
+
+def skip_bfloat16_in_the_interpreter(device, dtype):
+    """Skip a test whose products the interpreter cannot compute."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 products, and truncates to bfloat16")
