@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import attention, shadow
+from .decoder import hooked, layer_lists, layer_output
 from .modules import Candidate, attributes, choose, mlp_candidates, norm_candidates
 from .sizes import ModelSizes
 from .swap import Operations, Swap
@@ -132,7 +133,6 @@ def _watch(model: PreTrainedModel, operations: Operations) -> tuple[PreTrainedMo
     twin = shadow.make_shadow(model)
     shadow.point_attention(twin, attention.NAMES)
     events: list[Any] = []
-    handles = _listen(twin, events)
     for module in twin.modules():
         setattr(module, attention.STATE, attention.AttentionState(Swap(operations), calls=events))
     sizes = ModelSizes.of(model)
@@ -140,13 +140,12 @@ def _watch(model: PreTrainedModel, operations: Operations) -> tuple[PreTrainedMo
     generator = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(sizes.vocabulary, (1, length), generator=generator, device="cpu")
     try:
-        twin(input_ids=ids.to(model.device), use_cache=False)
+        with hooked(_listen(twin, events)):
+            twin(input_ids=ids.to(model.device), use_cache=False)
     except Exception as error:
         lines = str(error).splitlines() or [""]
         raise NotTraced(f"a forward raised {type(error).__name__}: {lines[0]}") from error
     finally:
-        for handle in handles:
-            handle.remove()
         for module in twin.modules():
             vars(module).pop(attention.STATE, None)  # later calls run the original
     return twin, events
@@ -182,16 +181,10 @@ def _listen(twin: nn.Module, events: list[Any]) -> list[Any]:
 
 def _describe(twin: PreTrainedModel, events: list[Any], operations: Operations) -> Trace:
     callers = {e.module for e in events if isinstance(e, attention.Call)}
-    containers = [
-        m
-        for m in twin.modules()
-        if isinstance(m, nn.ModuleList)
-        and len(m)
-        and all(any(part in callers for part in child.modules()) for child in m)
-    ]
-    if len(containers) != 1:
+    found = layer_lists(twin, lambda layer: any(part in callers for part in layer.modules()))
+    if len(found) != 1:
         raise NotTraced("its layers do not all call transformers' attention interface")
-    container = containers[0]
+    _, container = found[0]
     rotaries = [
         Rotary(e.module, e.args[2:], _rest(e), e.output)
         for e in events
@@ -232,7 +225,7 @@ def _describe_layer(
     call: attention.Call = inside[calls[0]]
     if call.refused is not None:
         raise NotTraced(f"attention has {call.refused}")
-    output = leave.output[0] if isinstance(leave.output, tuple) else leave.output
+    output = layer_output(leave.output)
     unknown = [e for e in inside if isinstance(e, _Event) and e.kind == "other"]
     if unknown or not isinstance(output, torch.Tensor):
         what = type((unknown or [enter])[0].module).__name__

@@ -41,6 +41,17 @@ def precise_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(module, {id(config): config for config in configs}).to(dtype)
 
 
+def use_eager_experts(module: nn.Module) -> None:
+    """Let experts run one by one: transformers' other implementations have no float64.
+
+    The configs of ``module`` are changed: it must be a copy that has its own.
+    """
+    for part in module.modules():
+        config: Any = vars(part).get("config")
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
+
+
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     """Cast every floating-point tensor in a module's arguments to ``dtype``."""
     if isinstance(value, torch.Tensor):

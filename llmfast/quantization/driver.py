@@ -11,15 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..model.decoder import LayerCall, capture, decoder_layers, linears, run_layer
 from ..model.shadow import check_unpatched
 from ..model.sizes import ModelSizes
 from ..weights.model_weights import dequantized
 from ..weights.quantized import Quantized, QuantizedWeight
-from .decoder import Call, capture, decoder_layers, gathering, linears, run_layer
 from .methods import (
     AwqSettings,
     GptqSettings,
-    InputStatistics,
     Scheme,
     awq_round,
     awq_scales,
@@ -28,6 +27,7 @@ from .methods import (
 )
 from .resume import WorkFolder, fingerprint_of
 from .scale_folding import ScaleFold, find_scale_folds
+from .statistics import InputStatistics, gather_statistics
 
 WEIGHTS = {"int4": 4, "int8": 8}
 METHODS = ("nearest", "gptq", "awq")
@@ -89,7 +89,7 @@ def quantize(
     if method not in METHODS:
         raise UserError(f"quantize: method must be nearest, gptq or awq; got {method!r}")
     scheme = Scheme(WEIGHTS[weights], group_size, symmetric, scale_dtype)
-    prefix, layers = decoder_layers(model)
+    prefix, layers = decoder_layers("quantize", model)
     _check_model(model, prefix, layers, scheme)
     sequences = None
     if method != "nearest":
@@ -145,11 +145,11 @@ def _calibrated(
     """Each layer by GPTQ or AWQ, on what the layers before it give; some may be finished."""
     device = model.get_input_embeddings().weight.device
     hidden: list[torch.Tensor] = []
-    all_calls: list[list[Call]] = []
+    all_calls: list[list[LayerCall]] = []
     layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
     home = device
     for row in sequences:
-        captured = capture(model, layers, row[None].to(device))
+        captured = capture("quantize", model, layers, row[None].to(device))
         if captured.hidden.nbytes * len(sequences) > layer_bytes:
             home = torch.device("cpu")  # what all hidden states together must not take on a GPU
         hidden.append(captured.hidden.to(home))
@@ -158,12 +158,12 @@ def _calibrated(
         all_calls.append(
             [call.sharing(first) for call, first in zip(captured.calls, like, strict=True)]
         )
-    probe = capture(model, layers, sequences[:1, :PROBE_TOKENS].to(device))
+    probe = capture("quantize", model, layers, sequences[:1, :PROBE_TOKENS].to(device))
     for index, layer in enumerate(layers):
         calls = [of_layers[index] for of_layers in all_calls]
         found = None if finished is None else finished.load(index, device)
         if found is None:
-            with gathering(layer) as statistics:
+            with gather_statistics(layer) as statistics:
                 for x, call in zip(hidden, calls, strict=True):
                     run_layer(layer, x.to(device), call)
             if method == "gptq":

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ..hardware import Gpu, gpu_of
 from ..model.costs import weight_bytes
+from ..model.decoder import decoder_layers, linears
 from ..weights.registry import FORMATS
-from .decoder import decoder_layers, linears
 
 MANY_TOKENS = 256  # from here on 16-bit weights were as fast: docs/ops/quantized_linear.md
 
@@ -70,7 +70,9 @@ def estimate_quantization(
     Raises:
         UserError: there is no list of decoder layers.
     """
-    parts = [part for layer in decoder_layers(model)[1] for part in linears(layer).values()]
+    parts = [
+        part for layer in decoder_layers("quantize", model)[1] for part in linears(layer).values()
+    ]
     dense = sum(part.weight.nbytes for part in parts)
     packed_bytes = FORMATS[weights].packed_bytes
     shapes = [(part.out_features, part.in_features) for part in parts]

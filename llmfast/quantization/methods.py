@@ -1,7 +1,7 @@
 """How codes and scales are found: rounding to nearest, GPTQ, AWQ.
 
 Every function is of a weight, of what is known about the layer's inputs, and of settings; none
-knows models. Statistics come from :class:`InputStatistics`.
+knows models. Statistics come from :mod:`.statistics`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..weights.quantized import FLOATS, QuantizedWeight, check_bits, check_group_size
+from .statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -90,40 +91,6 @@ class AwqSettings:
 
     alphas: Sequence[float] = field(default_factory=lambda: tuple(i / 10 for i in range(10)))
     clips: Sequence[float] = field(default_factory=lambda: tuple(1 - i / 20 for i in range(10)))
-
-
-class InputStatistics:
-    """What calibration says about the inputs of a linear layer: sums over tokens.
-
-    ``gram``: float32 ``[k, k]``, the mean of x x^T (half of GPTQ's Hessian). ``magnitude``:
-    float32 ``[k]``, the mean of |x|. Both are zero before the first token.
-    """
-
-    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = 0
-        self._gram = torch.zeros(k, k, device=device)
-        self._magnitude = torch.zeros(k, device=device)
-
-    @torch.no_grad()
-    def add(self, x: torch.Tensor) -> None:
-        """Count the rows of ``x [..., k]`` in. Any floating dtype; the sums are float32."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self._gram.addmm_(rows.T, rows)
-        self._magnitude += rows.abs().sum(0)
-        self.tokens += len(rows)
-
-    @property
-    def gram(self) -> torch.Tensor:
-        return self._gram / max(self.tokens, 1)
-
-    @property
-    def squares(self) -> torch.Tensor:
-        """float32 ``[k]``, the mean of x**2: gram's diagonal."""
-        return self._gram.diagonal() / max(self.tokens, 1)
-
-    @property
-    def magnitude(self) -> torch.Tensor:
-        return self._magnitude / max(self.tokens, 1)
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.decoder import LayerCall, hooked, linears, run_layer
+from ..model.verify import MIN_VALUES, compare, use_eager_experts
 from ..weights.parameters import replaced
-from .decoder import Call, linears, run_layer
-
-MAX_ERROR = 1e-3  # relative, of float32 output; a wrong guess is wrong by a tenth and more
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,15 @@ class ScaleFold:
         return s.new_ones(rows).scatter_(0, self.row, s)
 
     def divided(self, parameter: str, value: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """A parameter of the producer with its rows divided, in float32."""
+        """Return a parameter of the producer with its rows divided, in float32 or float64."""
         by = self.factors_of_rows(s)
+        exact = torch.promote_types(value.dtype, torch.float32)
         offset = 1.0 if self.unit_offset and parameter == "weight" else 0.0
-        return (value.float() + offset) / by.view(-1, *[1] * (value.ndim - 1)) - offset
+        return (value.to(exact) + offset) / by.view(-1, *[1] * (value.ndim - 1)) - offset
 
 
 @torch.no_grad()
-def find_scale_folds(layer: nn.Module, hidden: torch.Tensor, call: Call) -> list[ScaleFold]:
+def find_scale_folds(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> list[ScaleFold]:
     """The folds of ``layer``, in the order in which their consumers are called.
 
     Args:
@@ -55,20 +55,21 @@ def find_scale_folds(layer: nn.Module, hidden: torch.Tensor, call: Call) -> list
         hidden: ``[batch, tokens, width]``, what to try it on.
         call: the layer's other arguments for as many tokens.
     """
-    twin = copy.deepcopy(layer).float()
-    hidden, call = hidden.float(), call.to(torch.float32)
+    twin = copy.deepcopy(layer).double()
+    use_eager_experts(twin)
+    hidden, call = hidden.double(), call.to(torch.float64)
     groups, outputs, right = _watch(twin, hidden, call)
     folds = []
     for x, consumers in groups:
         for fold in _candidates(twin, x, consumers, outputs):
-            if _holds(twin, fold, hidden, call, right):
+            if _is_equivalent(twin, fold, hidden, call, right):
                 folds.append(fold)
                 break
     return folds
 
 
 def _watch(
-    layer: nn.Module, hidden: torch.Tensor, call: Call
+    layer: nn.Module, hidden: torch.Tensor, call: LayerCall
 ) -> tuple[list[tuple[torch.Tensor, list[str]]], dict[str, torch.Tensor], torch.Tensor]:
     """The inputs of linear layers, each with who has it; outputs by name; the layer's output."""
     groups: list[tuple[torch.Tensor, list[str]]] = []
@@ -85,12 +86,8 @@ def _watch(
                     return
             groups.append((args[0], [names[module]]))
 
-    handles = [module.register_forward_hook(after) for module in names]
-    try:
+    with hooked([module.register_forward_hook(after) for module in names]):
         right = run_layer(layer, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     return groups, outputs, right
 
 
@@ -125,14 +122,35 @@ def _candidates(
                 yield ScaleFold(names, name, row=head * size + column % size)
 
 
-def _holds(
-    layer: nn.Module, fold: ScaleFold, hidden: torch.Tensor, call: Call, right: torch.Tensor
+def _is_equivalent(
+    layer: nn.Module, fold: ScaleFold, hidden: torch.Tensor, call: LayerCall, right: torch.Tensor
 ) -> bool:
-    """Whether dividing and multiplying by random factors leaves the layer's output as it is."""
+    """Verify that random factors and their inverses leave the output of ``layer`` as it is.
+
+    The layer runs in float64, and its output is held to the rule for float32: a wrong guess is
+    wrong by a tenth and more. The hidden states are subtracted first, since they may be far larger
+    than what the layer adds to them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    wanted = right - hidden
+    draws = -(-MIN_VALUES // wanted.numel())
+    folded = torch.cat(
+        [_run_folded(layer, fold, hidden, call, generator) - hidden for _ in range(draws)]
+    )
+    oracle = torch.cat([wanted] * draws)
+    return compare(folded.float(), oracle.float(), oracle).holds
+
+
+def _run_folded(
+    layer: nn.Module,
+    fold: ScaleFold,
+    hidden: torch.Tensor,
+    call: LayerCall,
+    generator: torch.Generator,
+) -> torch.Tensor:
     modules = dict(layer.named_modules())
     k = modules[fold.consumers[0]].in_features
-    generator = torch.Generator().manual_seed(0)
-    s = 2.0 ** torch.randint(-2, 3, (k,), generator=generator).to(hidden.device)
+    s = 2.0 ** torch.randint(-2, 3, (k,), generator=generator).to(hidden)
     if fold.row is not None:
         s = fold.factors_of_rows(s)[fold.row]
     values = {
@@ -143,7 +161,4 @@ def _holds(
         weight = modules[consumer].weight
         values[weight] = values.get(weight, weight.data) * s
     with replaced(values):
-        error = run_layer(layer, hidden, call) - right
-    # the residual stream may be far larger than what the layer adds to it
-    added = (right - hidden).norm()
-    return bool(error.norm() <= MAX_ERROR * added)
+        return run_layer(layer, hidden, call)

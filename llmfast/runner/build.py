@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..model.decoder import layer_output, split_input
 from ..model.modules import attributes
 from ..model.trace import Layer, NotTraced, Trace
 from ..model.verify import (
@@ -255,7 +256,7 @@ def _run(
 
     The cache is shuffled, its blocks of the runner's own size: a GPU then compiles what steps run.
     """
-    hidden = _hidden(layer)[0]
+    hidden = split_input(layer.args, layer.kwargs)[0][0]
     length, device = len(hidden), hidden.device
     tables, first_row = [], 0
     if guess.rotation != "none" and layer.rotary is not None:
@@ -293,12 +294,5 @@ def _oracle(layer: Layer) -> torch.Tensor:
     higher = oracle_dtype(layer.output.dtype)
     precise = precise_copy(layer.module, higher)
     output = precise(*cast_floats(layer.args, higher), **cast_floats(layer.kwargs, higher))
-    output = output[0] if isinstance(output, tuple) else output
-    result: torch.Tensor = output[0]
+    result: torch.Tensor = layer_output(output)[0]
     return result
-
-
-def _hidden(layer: Layer) -> torch.Tensor:
-    hidden = layer.args[0] if layer.args else layer.kwargs["hidden_states"]
-    assert isinstance(hidden, torch.Tensor)
-    return hidden

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from ..model.shadow import make_shadow
 from ..model.sizes import ModelSizes
 from ..model.trace import NotTraced
-from ..model.verify import Verification, cast_floats, compare, oracle_dtype, precise_copy
+from ..model.verify import (
+    Verification,
+    cast_floats,
+    compare,
+    oracle_dtype,
+    precise_copy,
+    use_eager_experts,
+)
 from .cache import BLOCK_SIZE, PagedCache
 from .step import Chunk, make_step
 
@@ -100,10 +107,8 @@ def _precise(model: PreTrainedModel) -> PreTrainedModel:
     """The model one precision up: each part is copied when it is called, and let go after."""
     twin = make_shadow(model)
     dtype = oracle_dtype(model.dtype)
+    use_eager_experts(twin)
     for parent in list(twin.modules()):
-        config = vars(parent).get("config")
-        if getattr(config, "_experts_implementation", None) is not None:
-            config._experts_implementation = "eager"  # the others have no float64
         for name, child in list(parent._modules.items()):
             whole = child is not None and (isinstance(parent, nn.ModuleList) or not child._modules)
             if whole and not isinstance(child, nn.ModuleList):

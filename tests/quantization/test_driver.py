@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 import llmfast
 import tiny_models
 from llmfast.errors import UserError
+from llmfast.model.decoder import capture, decoder_layers, linears, run_layer
 from llmfast.quantization import driver
-from llmfast.quantization.decoder import capture, decoder_layers, gathering, linears, run_layer
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.methods import GptqSettings, Scheme, gptq, round_to_nearest
 from llmfast.quantization.scale_folding import find_scale_folds
+from llmfast.quantization.statistics import gather_statistics
 
 METHODS = ["nearest", "gptq", "awq"]
 IDS = tiny_models.tokens(8, 64)
@@ -75,7 +76,7 @@ def test_every_linear_layer_of_the_decoder(kind: str, method: str):
     )
     assert_unchanged(model, before)
     assert seen == [("quantizing layers", done, 2) for done in range(3)]
-    prefix, layers = decoder_layers(model)
+    prefix, layers = decoder_layers("quantize", model)
     wanted = {
         name: tuple(part.weight.shape)
         for name, part in model.named_modules()
@@ -127,7 +128,7 @@ def test_layers_see_the_layers_before_quantized():
     first = type(found)({name: w for name, w in found.weights.items() if ".layers.0." in name})
 
     def codes_of_layer_1() -> dict[str, torch.Tensor]:
-        with gathering(model.model.layers[1]) as statistics:
+        with gather_statistics(model.model.layers[1]) as statistics:
             for row in IDS:
                 logits(model, row[None])
         return {
@@ -149,8 +150,8 @@ def test_layers_see_the_layers_before_quantized():
 def test_what_awq_can_fold(kind: str, dtype: torch.dtype):
     model = tiny_models.make(kind).to(dtype)
     before = state(model)
-    _, layers = decoder_layers(model)
-    captured = capture(model, layers, IDS[:1, :32])
+    _, layers = decoder_layers("quantize", model)
+    captured = capture("quantize", model, layers, IDS[:1, :32])
     folds = find_scale_folds(layers[0], captured.hidden, captured.calls[0])
     short = [
         (tuple(name.split(".")[-1] for name in fold.consumers), fold.producer.split(".")[-1])
@@ -200,8 +201,8 @@ def test_a_text_is_cut_into_sequences():
 
 def test_one_layer_at_a_time_is_the_model():
     model = tiny_models.make("Gemma2")  # whose layers are called with different masks
-    _, layers = decoder_layers(model)
-    captured = capture(model, layers, IDS)
+    _, layers = decoder_layers("quantize", model)
+    captured = capture("quantize", model, layers, IDS)
     hidden = captured.hidden
     for layer, call in zip(layers, captured.calls, strict=True):
         hidden = run_layer(layer, hidden, call)
@@ -350,8 +351,8 @@ def test_layers_of_one_input_are_one_matrix_to_gptq(monkeypatch):
     found = quantize(model, method="gptq", group_size=32, calibration=IDS)
     assert seen == [(128, 64), (64, 64), (192, 64), (64, 96)] * 2
     first = model.model.layers[0]
-    with gathering(first) as statistics:
-        captured = [capture(model, model.model.layers, row[None]) for row in IDS]
+    with gather_statistics(first) as statistics:
+        captured = [capture("quantize", model, model.model.layers, row[None]) for row in IDS]
         for one in captured:
             run_layer(first, one.hidden, one.calls[0])
     for name, part in linears(first).items():

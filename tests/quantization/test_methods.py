@@ -7,13 +7,13 @@ from llmfast.errors import UserError
 from llmfast.quantization.methods import (
     AwqSettings,
     GptqSettings,
-    InputStatistics,
     Scheme,
     awq_round,
     awq_scales,
     gptq,
     round_to_nearest,
 )
+from llmfast.quantization.statistics import InputStatistics
 
 N, K, TOKENS = 24, 256, 1024
 
