@@ -109,7 +109,7 @@ def patch(
 
 
 def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
-    from .runner.generate import take_over
+    from .runner.generate.override import install
     from .runner.model import make_step_model
 
     try:
@@ -121,7 +121,7 @@ def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
         report.generate_fallback = str(error)
         report.notes.append(f"generate: transformers' own, since {error}.")
         return
-    take_over(model, steps)
+    install(model, steps)
     report.notes.append(
         f"generate: taken over; {steps.describe()}; logits of the whole model: "
         f"{steps.verification}."
@@ -134,11 +134,11 @@ def unpatch(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model is not patched.
     """
-    from .runner.generate import give_back
+    from .runner.generate.override import uninstall
 
     swap_out(model)
     detach(model)  # first, so that nothing is dequantized only to be replaced
-    give_back(model)
+    uninstall(model)
     restore_dense(model)  # of a copy, which has no runner
 
 

@@ -264,12 +264,12 @@ def _print_stats(
 
 def _decoded_by(model: Any) -> str:
     """Return which loop ran the model's latest ``generate``."""
-    from ..runner.generate import takeover_of
+    from ..runner.generate.override import override_of
 
-    takeover = takeover_of(model)
-    if takeover is None or takeover.runner is None:
+    override = override_of(model)
+    if override is None or override.batch is None:
         return "transformers' own loop"
-    return "llmfast's runner" + (", CUDA graphs" if takeover.runner.use_graphs else "")
+    return "llmfast's runner" + (", CUDA graphs" if override.batch.executor.use_graphs else "")
 
 
 def _peak_memory(device: Any) -> str:

@@ -15,6 +15,7 @@ from ..loading.load import load
 from ..model.patch import refuse
 from ..quantization.select import select_weights
 from ..runner.cache import BLOCK_SIZE
+from ..runner.inputs import MAX_STEP_TOKENS
 from ..weights.model_weights import detach
 from ..weights.quantized import Quantized
 from .block_manager import BlockManager
@@ -26,8 +27,6 @@ from .processor import InputProcessor, Prompt, end_tokens_of
 from .request import RequestOutput
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-
-MAX_TOKENS_OF_A_STEP = 4096  # more take memory for activations and gain no speed
 
 
 class LLM(EngineCore):
@@ -95,7 +94,7 @@ class LLM(EngineCore):
             ValueError: an argument that is out of range.
         """
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = max(MAX_TOKENS_OF_A_STEP, max_num_seqs)
+            max_num_batched_tokens = max(MAX_STEP_TOKENS, max_num_seqs)
         for name, value in (
             ("max_model_len", max_model_len),
             ("max_num_seqs", max_num_seqs),

@@ -17,11 +17,12 @@ from ..errors import UserError
 from ..model.patch import evaluating
 from ..model.sizes import ModelSizes
 from ..model.trace import NotTraced
-from ..runner.executor import Executor, Owner, StepHandle
+from ..runner.executor import Executor, Owner
 from ..runner.graphs import step_shapes
 from ..runner.inputs import GraphKey, SamplingOps
 from ..runner.memory import count_blocks
 from ..runner.model import make_step_model
+from ..runner.results import StepHandle
 from ..runner.warmup import compile_steps
 from .batch import BatchBuilder
 from .penalties import Counts
@@ -98,7 +99,7 @@ class ModelRunner:
                 block_size=block_size,
                 max_rows=max_num_seqs,
                 max_length=longest,
-                graph_shapes=shapes,
+                fixed_shapes=shapes,
                 use_graphs=False if eager else None,
                 owner=OWNER,
             )
@@ -175,8 +176,9 @@ class ModelRunner:
         result = self.executor.collect(batch.step)
         if batch.chosen is not None:
             return batch.chosen
-        sampled = zip(result.tokens.tolist(), result.status.tolist(), strict=True)
-        return [SampledToken(token, status, None, []) for token, status in sampled]
+        tokens = result.tokens.tolist()
+        status = [0] * len(tokens) if result.status is None else result.status.tolist()
+        return [SampledToken(*row, None, []) for row in zip(tokens, status, strict=True)]
 
     def close(self) -> None:
         """Free the cache and undo the changes of the user's model."""

@@ -32,8 +32,8 @@ from .shapes import Source
 from .stats import Estimate, median_estimate
 
 if TYPE_CHECKING:
-    from ..runner.generate import Takeover
-    from ..runner.runner import Runner
+    from ..runner.generate.batch import StaticBatch
+    from ..runner.generate.override import GenerateOverride
 
 VIA_GENERATE = {"through": "generate"}  # in the case of model.generate on a patched model
 WARM_UP_ROWS, WARM_UP_TOKENS = 8, 4  # of the first run, which compiles and captures
@@ -162,13 +162,13 @@ def measure_decode(
             result.add(OURS, key, "start_to_first_token_s", median_estimate(seconds), starts)
     _check_context(model, cases)
     prompts = {case: _prompts(model, case) for case in cases}
-    with _patched(model, weights) as takeover:
-        if takeover.blocks is not None and takeover.blocks.packed_bytes:
+    with _patched(model, weights) as override:
+        if override.step_model is not None and override.step_model.packed_bytes:
             result.packed = label_of(quantized_weights_of(model) or {})
         for case in cases:
             report(f"{case}: llmfast")
             with _note_failure(result, OURS, case):
-                _measure_ours(result, model, takeover, case, prompts[case], repeats)
+                _measure_ours(result, model, override, case, prompts[case], repeats)
     if peers:
         for case in cases:
             report(f"{case}: transformers")
@@ -186,57 +186,59 @@ def measure_decode(
 def _measure_ours(
     result: BenchResult,
     model: Any,
-    takeover: Takeover,
+    override: GenerateOverride,
     case: Case,
     prompts: torch.Tensor,
     repeats: int,
 ) -> None:
-    """Measure the runner driven directly and ``model.generate`` on the same runner, in turn."""
-    from ..runner.runner import Runner
+    """Measure a batch driven directly and ``model.generate`` on the same batch, in turn."""
+    from ..runner.generate.batch import StaticBatch
 
-    assert takeover.blocks is not None
+    assert override.step_model is not None
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    runner = Runner(takeover.blocks, max_rows=case.batch, max_length=case.prompt + case.tokens)
-    takeover.runner = runner
+    batch = StaticBatch(
+        override.step_model, max_rows=case.batch, max_length=case.prompt + case.tokens
+    )
+    override.batch = batch
     try:
         # rows beyond the first few have one token each: they only take part in the graph
         lengths = [case.prompt if row < WARM_UP_ROWS else 1 for row in range(case.batch)]
         short = torch.cat([row[:n] for row, n in zip(prompts, lengths, strict=True)])
-        _run(runner, short, lengths, min(WARM_UP_TOKENS, case.tokens))
+        _run(batch, short, lengths, min(WARM_UP_TOKENS, case.tokens))
         direct, generated = [], []
         for index in range(repeats):
-            direct.append(_run(runner, prompts.flatten(), [case.prompt] * case.batch, case.tokens))
-            if index == 0 and cuda:  # generate runs on the same runner: it allocates nothing more
+            direct.append(_run(batch, prompts.flatten(), [case.prompt] * case.batch, case.tokens))
+            if index == 0 and cuda:  # generate runs on the same batch: it allocates nothing more
                 peak = torch.cuda.max_memory_allocated(model.device)
-                weights = _held_bytes(model) + takeover.blocks.packed_bytes
-                over = (peak - weights - runner.cache.nbytes) / 2**30
+                weights = _held_bytes(model) + override.step_model.packed_bytes
+                over = (peak - weights - batch.executor.cache.nbytes) / 2**30
                 exact = Estimate(over, over, over)
                 result.add(OURS, case.key, "peak_over_weights_cache_gib", exact, 1)
             if index > 0 or repeats == 1:  # one run less: prefill of a large batch takes seconds
                 generated.append(_generate(model, prompts, case.tokens).times(case.tokens))
     finally:
-        runner.close()
-        takeover.runner = None
-    saved = takeover.blocks.dense_bytes - takeover.blocks.packed_bytes
+        batch.close()
+        override.batch = None
+    saved = override.step_model.dense_bytes - override.step_model.packed_bytes
     add_times(result, OURS, case.key, case, direct, bytes_per_step(model, case) - saved)
     add_times(result, OURS, case.key | VIA_GENERATE, case, generated)
 
 
-def _run(runner: Runner, ids: torch.Tensor, lengths: list[int], tokens: int) -> Times:
-    """Drive the runner as ``generate`` does: the host reads a step while the next one runs."""
-    from ..runner.generate import device_loop
-    from ..runner.runner import Sampling
+def _run(batch: StaticBatch, ids: torch.Tensor, lengths: list[int], tokens: int) -> Times:
+    """Drive a batch as ``generate`` does: the host reads a step while the next one runs."""
+    from ..runner.generate.batch import BatchSampling
+    from ..runner.generate.loop import device_loop
 
-    greedy = Sampling()
-    _synchronize(runner.device)
+    greedy = BatchSampling()
+    _synchronize(batch.device)
     clock = TokenClock(gets_prompt=False)
     try:
-        runner.start(ids, lengths, tokens, greedy)
-        device_loop(runner, tokens, greedy, clock)
+        first = batch.start(ids, lengths, tokens, greedy)
+        device_loop(batch, first, tokens, greedy, clock)
     finally:
-        runner.end()
+        batch.end()
     return clock.times(tokens)
 
 
@@ -266,7 +268,7 @@ def _peer_times(model: Any, prompts: torch.Tensor, case: Case, repeats: int) -> 
 
 
 @contextmanager
-def _patched(model: Any, weights: str | None = None) -> Iterator[Takeover]:
+def _patched(model: Any, weights: str | None = None) -> Iterator[GenerateOverride]:
     """Patch ``model`` so that the runner runs its ``generate``, on rounded ``weights`` if given.
 
     Raises:
@@ -274,17 +276,17 @@ def _patched(model: Any, weights: str | None = None) -> Iterator[Takeover]:
     """
     import llmfast
 
-    from ..runner.generate import takeover_of
+    from ..runner.generate.override import override_of
 
     # on the CPU patch swaps nothing by default
     ops = None if model.device.type == "cuda" else "generate"
     rounded = {} if weights is None else weight_options(weights)
     report = llmfast.patch(model, ops=ops, **rounded)
     try:
-        takeover = takeover_of(model)
-        if takeover is None:
+        override = override_of(model)
+        if override is None:
             raise UserError(f"the runner does not run this model: {report.generate_fallback}")
-        yield takeover
+        yield override
     finally:
         llmfast.unpatch(model)
         _release_memory()

@@ -7,18 +7,21 @@ callers describe a step in one host buffer and get back sampled tokens or logits
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from llmfast_kernels.quantized_linear import workspace_bytes
+
 from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache
-from .graphs import CAPTURES, StepGraphs
+from .graphs import CAPTURES, Replayable, StepGraphs
 from .inputs import GraphKey, SamplingOps, StepInputs, StepShape, StepTensors, buffer_bytes, views
 from .model import StepModel
+from .resident import ResidentRows, RowOptions
+from .results import HostResults, StepHandle, StepResult
 from .sampling import sample_rows
 from .step import step_of
 
@@ -34,28 +37,11 @@ class Owner:
     graph_advice: str  # or if there is no memory for a CUDA graph
 
 
-@dataclass(eq=False)
-class StepHandle:
-    """A step that was launched."""
-
-    num_sampled: int
-    logits: torch.Tensor | None = None  # rows of logits that the step did not sample from
-    result: torch.Tensor | None = None  # int64 [2, rows] on the host, once the step has run
-    done: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The tokens that a step sampled on the device, int64 ``[num_sampled]`` each, on the host."""
-
-    tokens: torch.Tensor
-    status: torch.Tensor  # of sample_tokens; 0: the token is good
-
-
 class Executor:
     """Runs steps on the model's device, on a GPU most of them as CUDA graphs.
 
-    Not for several threads at once.
+    A step either reads its inputs from one host buffer (:meth:`launch`), or advances rows that stay
+    on the device (:meth:`start_rows`, :meth:`advance`). Not for several threads at once.
     """
 
     def __init__(
@@ -67,7 +53,7 @@ class Executor:
         max_length: int,
         owner: Owner,
         block_size: int = BLOCK_SIZE,
-        graph_shapes: Iterable[StepShape] = (),
+        fixed_shapes: Iterable[StepShape] = (),
         use_graphs: bool | None = None,
     ) -> None:
         """
@@ -77,7 +63,8 @@ class Executor:
             max_rows: rows of a step at most.
             max_length: tokens of a row at most, with those in the cache.
             block_size: tokens per block.
-            graph_shapes: the shapes of steps that may be captured.
+            fixed_shapes: the shapes of steps that may be captured or advance on their own, or the
+                largest of them: they share a buffer on the device.
             use_graphs: None: where the device has graphs.
 
         Raises:
@@ -87,7 +74,6 @@ class Executor:
         self.device = model.device
         self.max_rows, self.max_length = max_rows, max_length
         self.width = -(-max_length // block_size)  # blocks per row of the block table
-        self.waited = 0.0  # seconds that the host spent only waiting for steps
         if use_graphs is None:
             use_graphs = self.device.type in CAPTURES
         self._graphs = StepGraphs(
@@ -96,9 +82,15 @@ class Executor:
         self.cache = _make_cache(model, num_blocks, block_size, owner)
         try:
             model.resize(max_length)
-            # of the latest step: the tokens that were sampled, and their status
+            # of the latest step: the tokens that were sampled, and how the host reads them
             self._sampled = torch.zeros(2, max_rows, dtype=torch.int64, device=self.device)
-            largest = max(map(buffer_bytes, graph_shapes), default=0) if use_graphs else 0
+            self.results = HostResults(self._sampled)
+            self._logits: torch.Tensor | None = None  # of graphs that end at the logits
+            self._resident: ResidentRows | None = None
+            self._rows_key: GraphKey | None = None  # of the rows that advance
+            self._rows_graph: Replayable | None = None
+            self._num_resident = 0
+            largest = max(map(buffer_bytes, fixed_shapes), default=0)
             self._buffer = torch.zeros(largest, dtype=torch.uint8, device=self.device)
         except BaseException:
             self.close()
@@ -108,6 +100,11 @@ class Executor:
     def asynchronous(self) -> bool:
         """Whether :meth:`launch` returns before the step has run."""
         return self.device.type == "cuda"
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the host spent only waiting for steps."""
+        return self.results.waited
 
     @property
     def use_graphs(self) -> bool:
@@ -164,6 +161,7 @@ class Executor:
             key = GraphKey(shape, sampling)
         return StepInputs(
             key,
+            num_logits=num_logits,
             num_sampled=num_sampled,
             num_copies=num_copies,
             max_context_len=max_context_len,
@@ -180,6 +178,8 @@ class Executor:
         if inputs.captured:
             self._upload(inputs)
             self._graphs.replay(key)
+            if key.sampling is None and self._logits is not None:
+                handle.logits = self._logits[: inputs.num_logits]
         else:
             tensors = views(inputs.buffer.to(self.device, non_blocking=True), inputs.shape)
             logits = self._forward(tensors, inputs.shape, inputs.max_context_len)
@@ -188,8 +188,8 @@ class Executor:
             if len(logits) > count:
                 handle.logits = logits[count:]
         if count:
-            handle.result = self._results()
-        self._record(handle)
+            self.results.send(handle)
+        self.results.mark_end(handle)
         return handle
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -198,15 +198,7 @@ class Executor:
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a step and return the tokens that it sampled on the device."""
-        if handle.done is not None:
-            started = time.perf_counter()
-            handle.done.synchronize()
-            self.waited += time.perf_counter() - started
-        if handle.result is None:
-            nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-            return StepResult(nothing, nothing)
-        tokens, status = handle.result[:, : handle.num_sampled]
-        return StepResult(tokens, status)
+        return self.results.collect(handle)
 
     def _copy_blocks(self, inputs: StepInputs) -> None:
         if inputs.shape.copies:
@@ -227,26 +219,103 @@ class Executor:
         self._sampled[0, : len(logits)] = sampled.tokens
         self._sampled[1, : len(logits)] = sampled.status
 
-    def _results(self) -> torch.Tensor:
-        """Return what the latest step sampled, on its way to the host."""
-        if self._sampled.device.type != "cuda":
-            return self._sampled.clone()
-        result = torch.empty(self._sampled.shape, dtype=self._sampled.dtype, pin_memory=True)
-        return result.copy_(self._sampled, non_blocking=True)
+    # ------------------------------------------------------------------------ resident rows
 
-    def _record(self, handle: StepHandle) -> None:
-        if self.device.type == "cuda":
-            handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            handle.done.record(torch.cuda.current_stream(self.device))
+    def prepare_rows(self, key: GraphKey) -> None:
+        """Allocate what self-advancing steps of ``key`` need, and capture one.
+
+        Raises:
+            UserError: the GPU has no memory left for the graph.
+        """
+        if self._resident is None:
+            self._resident = ResidentRows(self.max_rows, self.model.vocabulary, self.device)
+        self._resident.prepare(key.sampling)
+        self.capture([key])
+
+    @torch.no_grad()
+    def start_rows(
+        self,
+        inputs: StepInputs,
+        logits: torch.Tensor,
+        options: RowOptions,
+        *seen: tuple[torch.Tensor, torch.Tensor],
+    ) -> StepHandle:
+        """Load rows whose prompts are in the cache, and sample the first token of each.
+
+        Args:
+            inputs: a step of a key that was prepared. Its ``context_len``, ``block_table`` and
+                sampling parameters count; the rows' tokens are not read.
+            logits: ``[rows, vocabulary]`` of each prompt's last token.
+            seen: rows and tokens that a repetition penalty counts.
+        """
+        key, count = inputs.key, len(logits)
+        assert self._resident is not None, "the rows were not prepared"
+        self._rows_key, self._rows_graph = key, self._graphs.get(key)
+        self._num_resident = count
+        self._upload(inputs)
+        self._resident.load(options)
+        for rows, tokens in seen:
+            self._resident.mark_seen(rows, tokens)
+        tensors = views(self._buffer, key.shape)
+        self._choose(logits, tensors.context_len[:count], tensors, key)
+        return self._rows_handle()
+
+    @torch.no_grad()
+    def advance(self) -> StepHandle:
+        """Put the latest token of each row into the cache, and sample the next one."""
+        assert self._rows_key is not None, "no rows were started"
+        if self._rows_graph is not None:
+            self._rows_graph.replay()
+        else:
+            self._advance(self._rows_key)
+        return self._rows_handle()
+
+    def end_rows(self) -> None:
+        """Drop the rows that advance."""
+        self._rows_key = self._rows_graph = None
+
+    def _advance(self, key: GraphKey) -> None:
+        """Run a self-advancing step over the fixed buffers."""
+        tensors = views(self._buffer, key.shape)
+        assert self._resident is not None
+        step = self._resident.next_step(key, tensors, self._sampled[0], self.cache)
+        logits = self.model(step, self.cache, tensors.logit_tokens)
+        self._choose(logits, step.context_len, tensors, key)
+
+    def _choose(
+        self, logits: torch.Tensor, context_len: torch.Tensor, tensors: StepTensors, key: GraphKey
+    ) -> None:
+        """Sample the next token of each row, or leave that to the host."""
+        assert self._resident is not None
+        if key.sampling is None:
+            self._keep_logits(logits)
+            tensors.context_len[: len(logits)] = context_len
+        else:
+            self._resident.sample(logits, context_len, tensors, self._sampled, key.sampling)
+
+    def _rows_handle(self) -> StepHandle:
+        assert self._rows_key is not None
+        handle = StepHandle(self._num_resident, self_advancing=True)
+        if self._rows_key.sampling is None:
+            assert self._logits is not None
+            handle.num_sampled = 0
+            handle.logits = self._logits[: self._num_resident]
+        else:
+            self.results.send(handle)
+            self.results.mark_end(handle)
+        return handle
 
     # ------------------------------------------------------------------------------ graphs
 
     def capture(self, keys: Sequence[GraphKey]) -> None:
-        """Capture steps, their shapes among ``graph_shapes``; no sequence may be running.
+        """Capture steps, their shapes among ``fixed_shapes``; no sequence may be running.
 
         Raises:
             UserError: the GPU has no memory left for them.
         """
+        if self._logits is None and any(key.sampling is None for key in keys):
+            shape = (self.max_rows, self.model.vocabulary)
+            self._logits = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
         self._graphs.capture(keys, self._make_idle, self._captured_step)
 
     def _make_idle(self, key: GraphKey) -> None:
@@ -261,16 +330,49 @@ class Executor:
     @torch.no_grad()
     def _captured_step(self, key: GraphKey) -> None:
         """Run the step of a key over the fixed buffers: what a graph captures."""
+        if key.self_advancing:
+            self._advance(key)
+            return
         tensors = views(self._buffer, key.shape)
         logits = self._forward(tensors, key.shape)
-        if key.sampling is not None:
+        if key.sampling is None:
+            self._keep_logits(logits)
+        else:
             self._sample(logits, tensors, key.sampling)
 
+    def _keep_logits(self, logits: torch.Tensor) -> None:
+        assert self._logits is not None
+        self._logits[: len(logits)] = logits
+
     # ------------------------------------------------------------------------------ memory
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes held beside the model, by purpose.
+
+        ``penalties``: which tokens a row has had. ``workspace``: what libraries and the allocator
+        keep for the next step.
+        """
+        graphs, workspace = self._graphs.held_memory()
+        if graphs or workspace:
+            workspace += workspace_bytes(self.device)
+        resident, seen = self._resident, None
+        state = [self._sampled, self._buffer, *([] if self._logits is None else [self._logits])]
+        size = sum(tensor.nbytes for tensor in state)
+        if resident is not None:
+            size, seen = size + resident.nbytes, resident.seen
+        return {
+            "cache": self.cache.nbytes,
+            "state": size,
+            "penalties": 0 if seen is None else seen.nbytes,
+            "graphs": graphs,
+            "workspace": workspace,
+        }
 
     def close(self) -> None:
         """Free the graphs and the cache; the executor cannot be used afterwards."""
         self._graphs.clear()
+        self._resident = self._logits = self._rows_graph = None
         self.cache.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

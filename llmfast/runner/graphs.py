@@ -195,10 +195,12 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __contains__(self, key: GraphKey) -> bool:
-        return key in self._graphs
+    def get(self, key: GraphKey) -> Replayable | None:
+        """Return the captured step of a key; None: it was not captured."""
+        return self._graphs.get(key)
 
     def replay(self, key: GraphKey) -> None:
+        """Run the captured step of a key."""
         self._graphs[key].replay()
 
     def capture(

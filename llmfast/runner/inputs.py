@@ -16,6 +16,7 @@ from typing import Annotated, get_type_hints
 import numpy as np
 import torch
 
+MAX_STEP_TOKENS = 4096  # of a step by default: more take memory for activations and gain no speed
 _ALIGNMENT = 16  # bytes, of each field's start
 
 
@@ -101,7 +102,7 @@ class GraphKey:
 
     shape: StepShape
     sampling: SamplingOps | None  # None: the step ends at the logits
-    self_advancing: bool = False  # the device makes each step's inputs from the step before
+    self_advancing: bool = False  # each step's inputs follow on the device from the step before
 
 
 class StepInputs:
@@ -111,6 +112,7 @@ class StepInputs:
         self,
         key: GraphKey,
         *,
+        num_logits: int = 0,
         num_sampled: int = 0,
         num_copies: int = 0,
         max_context_len: int | None = None,
@@ -120,6 +122,7 @@ class StepInputs:
         """
         Args:
             key: the sizes of the buffer, and how tokens are sampled.
+            num_logits: rows of logits that are wanted.
             num_sampled: the first rows of logits, whose tokens are sampled on the device.
             num_copies: blocks that are copied before the step.
             max_context_len: the longest context, as a hint for the number of programs.
@@ -127,13 +130,13 @@ class StepInputs:
             pinned: allocate memory that a GPU can read while the host goes on.
         """
         self.key = key
-        self.num_sampled = num_sampled
+        self.num_logits, self.num_sampled = num_logits, num_sampled
         self.max_context_len = max_context_len
         self.captured = captured
         shape = key.shape
         self.shape = dataclasses.replace(shape, copies=num_copies) if num_copies else shape
         size = buffer_bytes(self.shape)
-        self.buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+        self.buffer = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         tensors = views(self.buffer, self.shape)
         self.arrays: dict[str, np.ndarray] = {n: t.numpy() for n, t in vars(tensors).items()}
 

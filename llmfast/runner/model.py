@@ -38,7 +38,6 @@ class StepModel(Protocol):
     dtype: torch.dtype
     device: torch.device
     verification: Verification  # of the logits of the whole model
-    all_ours: bool  # its layers are ours, so a step can always be captured
     packed_bytes: int  # of weights that the user's model does not have
     dense_bytes: int  # of those of the user's model that they stand for
 
@@ -102,8 +101,6 @@ class BlockModel:
     The model's own forward does what comes before and after its layers (scaled embeddings, soft
     caps, logits divided by a constant), in a shadow of it where the first layer stands for all.
     """
-
-    all_ours = True
 
     def __init__(
         self,
@@ -185,7 +182,6 @@ class ForwardModel:
     where the step can be captured.
     """
 
-    all_ours = False
     packed_bytes = dense_bytes = 0
 
     def __init__(self, model: PreTrainedModel, reason: str = "asked for") -> None:

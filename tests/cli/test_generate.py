@@ -420,16 +420,16 @@ def test_stats_name_every_figure_on_stderr_alone(folder):
 @pytest.fixture
 def on_the_runner(loaded, monkeypatch):
     """Patch as on a GPU, where `generate` is taken over; return the runner's batches."""
-    from llmfast.runner.runner import Runner
+    from llmfast.runner.generate.batch import StaticBatch
 
     started = []
-    own, patch = Runner.start, patching.patch
+    own, patch = StaticBatch.start, patching.patch
 
     def start(self, input_ids, *args, **kwargs):
         started.append(len(input_ids))
         return own(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(Runner, "start", start)
+    monkeypatch.setattr(StaticBatch, "start", start)
     monkeypatch.setattr(llmfast, "patch", lambda model: patch(model, ops="generate"))
     yield started
     llmfast.unpatch(loaded.model)
@@ -450,11 +450,11 @@ def test_the_runner_streams_and_is_named_in_the_stats(loaded, on_the_runner, sam
 
 
 def test_tokens_of_the_runner_are_written_as_they_arrive(loaded, on_the_runner, monkeypatch):
-    from llmfast.runner.runner import Runner
+    from llmfast.runner.generate.batch import StaticBatch
 
     steps = []
-    own = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self: (steps.append(1), own(self)))
+    own = StaticBatch.step
+    monkeypatch.setattr(StaticBatch, "step", lambda self: steps.append(1) or own(self))
     out = Recorder(steps)
     monkeypatch.setattr(sys, "stdout", out)
     generate.answer(generate.GenerateOptions(PROMPT, max_tokens=30))
@@ -465,14 +465,16 @@ def test_tokens_of_the_runner_are_written_as_they_arrive(loaded, on_the_runner, 
 
 
 def test_ctrl_c_leaves_the_runner_free(loaded, on_the_runner, monkeypatch):
+    from llmfast.runner.generate.override import override_of
+
     def write(self, text):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(TextStream, "_write", write)
         assert run("generate", PROMPT).exit_code == 130
-    runner = loaded.model.generate.args[1].runner
-    assert runner.cache.num_free == runner.cache.num_blocks
+    cache = override_of(loaded.model).batch.executor.cache
+    assert cache.num_free == cache.num_blocks
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
     assert loaded.model.generate(ids, max_new_tokens=3, pad_token_id=0).shape[1] == len(PROMPT) + 3
 

@@ -30,7 +30,7 @@ class _Replay:
 def use_fake_graphs(
     monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any], None] | None = None
 ) -> FakeGraphs:
-    """Let executors on the CPU capture their steps. A step runs first, as for a CUDA graph.
+    """Let executors capture their steps as on a GPU. A step runs first, as for a CUDA graph.
 
     Args:
         capture: is called with each step before it is captured; it may raise.
@@ -57,5 +57,6 @@ def use_fake_graphs(
         def held_memory(self) -> tuple[int, int]:
             return 0, 0
 
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", Capture)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(graphs.CAPTURES, device, Capture)
     return made

@@ -59,7 +59,7 @@ def test_codes_give_the_logits_of_the_dequantized_weights(kind, load):
     report = llmfast.patch(model, ops="generate", weights="own")
     bits = "eight" if kind == "Q8_0" else "four"
     assert any(f"8 of their 8 linear layers in {bits} bits" in note for note in report.notes)
-    steps = model.generate.args[1].blocks
+    steps = model.generate.args[1].step_model
     got = run_sequences(steps, [IDS.tolist()], 20, prefill=7)
     scale = float(wanted.abs().max())
     torch.testing.assert_close(got, wanted, rtol=0, atol=200 * 2**-24 * scale)
@@ -75,7 +75,7 @@ def test_in_16_bits_scales_are_rounded_as_weights_are(kind, load):
     exact = logits(load(kind, dtype="float64"))
     model = load(kind, dtype="bfloat16")
     llmfast.patch(model, ops="generate", weights="own")
-    ours = run_sequences(model.generate.args[1].blocks, [IDS.tolist()], 20)
+    ours = run_sequences(model.generate.args[1].step_model, [IDS.tolist()], 20)
     error, own = ((x.double() - exact).square().mean().sqrt() for x in (ours, logits(model)))
     assert error <= 2 * own
 
@@ -83,15 +83,15 @@ def test_in_16_bits_scales_are_rounded_as_weights_are(kind, load):
 def test_on_the_cpu_nothing_is_multiplied_in_its_own_bits_by_default(load):
     model = load("Q4_1")
     llmfast.patch(model, ops="generate")
-    assert model.generate.args[1].blocks.packed_bytes == 0
+    assert model.generate.args[1].step_model.packed_bytes == 0
     llmfast.unpatch(model)
     with llmfast.LLM(model) as llm:
         assert executor_of(llm).model.packed_bytes == 0
     llmfast.patch(model, ops="generate", weights="own")
-    assert model.generate.args[1].blocks.packed_bytes > 0
+    assert model.generate.args[1].step_model.packed_bytes > 0
     llmfast.unpatch(model)
     llmfast.patch(model, ops="generate", weights="dequantized")
-    assert model.generate.args[1].blocks.packed_bytes == 0
+    assert model.generate.args[1].step_model.packed_bytes == 0
 
 
 def test_copies_and_pickles_carry_them_too(load):
@@ -134,6 +134,6 @@ def test_on_a_gpu_they_are_the_default(kind, dtype, load):
         wanted = model(IDS[None].cuda()).logits[0].double()
     report = llmfast.patch(model)
     assert any("8 of their 8 linear layers" in note for note in report.notes)
-    got = run_sequences(model.generate.args[1].blocks, [IDS.tolist()], 20).double()
+    got = run_sequences(model.generate.args[1].step_model, [IDS.tolist()], 20).double()
     error = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
     assert error <= 16 * torch.finfo(model.dtype).eps

@@ -201,16 +201,16 @@ def test_a_case_says_how_many_tokens_only_if_they_are_not_the_usual():
 
 
 def test_every_way_is_measured_in_one_process(tiny, monkeypatch):
-    from llmfast.runner.runner import Runner
+    from llmfast.runner.generate.batch import StaticBatch
 
     starts = []  # the runner and the lengths of the prompts
-    own = Runner.start
+    own = StaticBatch.start
 
     def start(self, input_ids, lengths, *args, **kwargs):
         starts.append((self, list(lengths)))
         return own(self, input_ids, lengths, *args, **kwargs)
 
-    monkeypatch.setattr(Runner, "start", start)
+    monkeypatch.setattr(StaticBatch, "start", start)
     said = []
     found = measure_decode(
         tiny,

@@ -11,7 +11,7 @@ from llmfast.measure.texts import read_text
 from llmfast.model.demo import launchers, verify_first_block
 from llmfast.model.patch import swap_in
 from llmfast.runner.check import run_sequences
-from llmfast.runner.generate import takeover_of
+from llmfast.runner.generate.override import override_of
 
 QUESTION = "What is the capital of France?"
 
@@ -54,7 +54,7 @@ def test_256_greedy_tokens_are_those_of_transformers(model, embedded, device):
     how = {"do_sample": False, "max_new_tokens": 256, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(**ids, **how)
     llmfast.patch(model, ops="all", strict=True)
-    assert takeover_of(model) is not None
+    assert override_of(model) is not None
     got = model.generate(**ids, **how)
     assert got.shape == expected.shape == (1, 456)
     assert torch.equal(got, expected)
@@ -94,7 +94,7 @@ def test_log_probabilities_of_the_runner_in_bfloat16(model, persuasion, device):
         exact = of_tokens(model(windows).logits)
         original = of_tokens(model.bfloat16()(windows).logits)
         llmfast.patch(model, strict=True)
-        steps = takeover_of(model).blocks
+        steps = override_of(model).step_model
         ours = of_tokens(run_sequences(steps, windows.tolist(), 32).view(4, 1024, -1))
     assert exact.abs().mean() > 1  # nats: the model has not memorised the text
     error, own_error = ((x - exact).square().mean().sqrt() for x in (ours, original))

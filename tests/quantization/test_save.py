@@ -164,14 +164,14 @@ def test_on_the_cpu_loaded_weights_run_dequantized_unless_asked_for(tmp_path):
     wanted = logits(loaded)
     report = llmfast.patch(loaded, ops="generate")
     assert any("run dequantized: on the CPU that is faster" in n for n in report.notes)
-    assert loaded.generate.args[1].blocks.packed_bytes == 0
+    assert loaded.generate.args[1].step_model.packed_bytes == 0
     assert torch.equal(logits(loaded), wanted)
     llmfast.unpatch(loaded)
     llmfast.patch(loaded, ops="generate", weights="own")
-    assert loaded.generate.args[1].blocks.packed_bytes > 0
+    assert loaded.generate.args[1].step_model.packed_bytes > 0
     llmfast.unpatch(loaded)
     llmfast.patch(loaded, ops="generate")  # asked for once is not asked for twice
-    assert loaded.generate.args[1].blocks.packed_bytes == 0
+    assert loaded.generate.args[1].step_model.packed_bytes == 0
     with pytest.raises(UserError, match="not loaded with quantized weights"):
         llmfast.patch(make("Llama"), weights="own")
 

@@ -1,23 +1,23 @@
-"""Whether a runner took a call, and why not."""
+"""Whether a call ran on the executor, and why not."""
 
 import logging
 
 import pytest
 
-from llmfast.runner.runner import Runner
+from llmfast.runner.generate.batch import StaticBatch
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """What runners were started with, a dictionary for each batch."""
+    """How batches were started, a dictionary for each: whether the host samples, and keywords."""
     calls = []
-    start = Runner.start
+    start = StaticBatch.start
 
-    def count(self, *args, **kwargs):
-        calls.append(kwargs)
-        return start(self, *args, **kwargs)
+    def count(self, input_ids, lengths, new_tokens, sampling, *args, **kwargs):
+        calls.append(kwargs | {"host_samples": sampling is None})
+        return start(self, input_ids, lengths, new_tokens, sampling, *args, **kwargs)
 
-    monkeypatch.setattr(Runner, "start", count)
+    monkeypatch.setattr(StaticBatch, "start", count)
     return calls
 
 

@@ -33,7 +33,7 @@ from generating import (
     tokenizer,
 )
 from llmfast.errors import UserError
-from llmfast.runner.runner import Runner
+from llmfast.runner.generate.batch import StaticBatch
 from tiny_models import make, tokens
 
 FAMILIES = [
@@ -318,13 +318,13 @@ def test_a_streamer_gets_the_same_chunks(rows, processors, device, started):
 
 def test_a_cpu_hands_out_each_token_before_it_makes_the_next(monkeypatch):
     model, _ = shared_pair("cpu")
-    came, step = Recorder(), Runner.step
+    came, step = Recorder(), StaticBatch.step
 
-    def note(runner):
+    def note(batch):
         came.chunks.append("step")
-        step(runner)
+        return step(batch)
 
-    monkeypatch.setattr(Runner, "step", note)
+    monkeypatch.setattr(StaticBatch, "step", note)
     model.generate(tokens(1, 9, "cpu"), max_new_tokens=3, streamer=came)
     kinds = ["step" if chunk == "step" else "tokens" for chunk in came.chunks[1:-1]]
     assert kinds == ["tokens", "step", "tokens", "step", "tokens"]

@@ -48,8 +48,8 @@ def test_generate_is_that_of_the_simulated_model(kind):
         assert torch.equal(logits(model), logits(twin))  # its own forward has the same weights
     assert not torch.equal(logits(model), dense)
     assert torch.equal(model.generate(**batch(CPU), **GREEDY), wanted)
-    takeover = model.generate.args[1]
-    assert takeover.blocks.packed_bytes > 0
+    override = model.generate.args[1]
+    assert override.step_model.packed_bytes > 0
     memory = llmfast.warmup(model, max_length=16, progress=False).memory
     dense_bytes = sum(
         storage.nbytes()
@@ -57,12 +57,12 @@ def test_generate_is_that_of_the_simulated_model(kind):
             p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()
         }.values()
     )
-    assert memory["weights"] == dense_bytes + takeover.blocks.packed_bytes
+    assert memory["weights"] == dense_bytes + override.step_model.packed_bytes
     llmfast.unpatch(model)
     assert_is(model, before)
     assert quantized_weights_of(model) is None and torch.equal(logits(model), dense)
     llmfast.patch(model, ops="generate")  # and again without
-    assert model.generate.args[1].blocks.packed_bytes == 0
+    assert model.generate.args[1].step_model.packed_bytes == 0
 
 
 def test_what_quantize_found_is_taken():
@@ -84,7 +84,7 @@ def test_eight_bits_have_one_scale_an_output():
     report = llmfast.patch(model, ops="generate", weights="int8")
     assert any("14 linear layers are rounded to eight bits" in note for note in report.notes)
     assert any("8 of their 8 linear layers in eight bits" in note for note in report.notes)
-    block = model.generate.args[1].blocks.built.blocks[0]
+    block = model.generate.args[1].step_model.built.blocks[0]
     assert block.mlp.down.weight.codes.dtype == torch.uint8
     assert block.mlp.down.weight.scales.shape == (64, 1)
     with simulate(twin, quantize(twin, weights="int8", group_size=None)):
@@ -111,7 +111,7 @@ def test_a_moved_model_is_packed_anew():
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     assert torch.equal(model.generate(**batch(CPU), **GREEDY), first)
-    assert model.generate.args[1].blocks.packed_bytes > 0
+    assert model.generate.args[1].step_model.packed_bytes > 0
 
 
 def test_a_copy_is_unpatched_by_itself():

@@ -150,7 +150,7 @@ def test_a_model_in_another_dtype_computes_and_is_packed_anew():
         model.double()
         close_to(logits(model).float(), wanted)
     model.generate(**batch(CPU), **GREEDY)
-    assert model.generate.args[1].blocks.packed_bytes > 0
+    assert model.generate.args[1].step_model.packed_bytes > 0
     with torch.no_grad():
         close_to(logits(model).float(), wanted)
 

@@ -5,8 +5,8 @@ import torch
 
 import llmfast
 from llmfast.errors import UserError
-from llmfast.runner.generate import takeover_of
-from llmfast.runner.runner import Runner
+from llmfast.runner.generate.batch import StaticBatch
+from llmfast.runner.generate.override import override_of
 from tiny_models import make, tokens
 
 
@@ -19,14 +19,14 @@ def patched(device):
 def test_calls_within_its_bounds_find_everything(device, monkeypatch):
     model = patched(device)
     done = llmfast.warmup(model, batches=(1, 3), max_length=100, sampling=True, progress=False)
-    runner = takeover_of(model).runner
-    assert runner.max_rows >= 3 and runner.max_length >= 100
-    assert done.graphs == runner.num_graphs == (4 if device.type == "cuda" else 0)
-    monkeypatch.setattr(Runner, "__init__", None)  # no other is made
+    batch = override_of(model).batch
+    assert batch.max_rows >= 3 and batch.max_length >= 100
+    assert done.graphs == batch.executor.num_graphs == (4 if device.type == "cuda" else 0)
+    monkeypatch.setattr(StaticBatch, "__init__", None)  # no other is made
     for rows, draws in ((1, False), (3, True)):
         model.generate(tokens(rows, 80, device), max_new_tokens=20, do_sample=draws)
-    assert takeover_of(model).runner is runner
-    assert runner.num_graphs == done.graphs
+    assert override_of(model).batch is batch
+    assert batch.executor.num_graphs == done.graphs
 
 
 def test_the_tokens_are_the_same(device):

@@ -1,4 +1,4 @@
-"""What the takeover of ``generate`` leaves to transformers, survives, follows and gives back."""
+"""What the override of ``generate`` leaves to transformers, survives, follows and restores."""
 
 import copy
 import gc
@@ -21,8 +21,8 @@ from generating import (
     tokenizer,
 )
 from llmfast.errors import UserError
-from llmfast.runner import runner as runner_module
-from llmfast.runner.generate import takeover_of
+from llmfast.runner import executor
+from llmfast.runner.generate.override import override_of
 from tiny_models import make, tokens
 
 # --------------------------------------------------------------------- what goes to the original
@@ -74,7 +74,7 @@ ORIGINAL = {
 @pytest.mark.parametrize("reason", ORIGINAL)
 def test_unsupported_calls_reach_the_original(reason, device, started, reasons):
     model, twin = shared_pair(device, ops="generate")
-    takeover_of(model)._logged.clear()
+    override_of(model).forget_reasons()
     inputs = {"input_ids": tokens(1, 9, device)} | ORIGINAL[reason](device)
     for _ in range(2):
         check(model, twin, max_new_tokens=8, **inputs)
@@ -138,7 +138,7 @@ class CallsWithin(Recorder):
 
 def test_a_call_from_within_a_call(device, started, reasons):
     model, twin = shared_pair(device)
-    takeover_of(model)._logged.clear()
+    override_of(model).forget_reasons()
     outer, inner = batch(device), batch(device, padding=(2, 0))
     expected = twin.generate(**inner, max_new_tokens=5)
     streamer = CallsWithin(model, inner)
@@ -205,7 +205,7 @@ BREAKS = {
 
 
 def assert_usable(model, twin, device):
-    cache = takeover_of(model).runner.cache
+    cache = override_of(model).batch.executor.cache
     assert cache.num_free == cache.num_blocks
     check(model, twin, **batch(device), max_new_tokens=8)
     assert cache.num_free == cache.num_blocks
@@ -230,9 +230,9 @@ def test_an_error_in_the_middle_of_a_step(where, error, device, monkeypatch):
     def fail(*args):
         raise error
 
-    name = {"prefill": "_prefill", "step": "step"}[where]
+    name = {"prefill": "launch", "step": "advance"}[where]
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(runner_module.Runner, name, fail)
+        patch.setattr(executor.Executor, name, fail)
         model.generate(**batch(device), max_new_tokens=8)
     assert_usable(model, twin, device)
 
@@ -240,17 +240,17 @@ def test_an_error_in_the_middle_of_a_step(where, error, device, monkeypatch):
 def test_a_call_that_does_not_fit(device, monkeypatch):
     model, twin = make_pair("Llama", device)
     check(model, twin, **batch(device), max_new_tokens=8)
-    small = weakref.ref(takeover_of(model).runner.cache.keys[0])
+    small = weakref.ref(override_of(model).batch.executor.cache.keys[0])
     got = []
 
-    class Full(runner_module.PagedCache):
+    class Full(executor.PagedCache):
         def __init__(self, *args):
             super().__init__(*args)
             got.append(weakref.ref(self.keys[0]))
             raise torch.OutOfMemoryError("none left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "PagedCache", Full)
+        patch.setattr(executor, "PagedCache", Full)
         with pytest.raises(UserError, match="generate fewer or shorter") as raised:
             model.generate(**batch(device), max_new_tokens=1000)
     gc.collect()
@@ -414,12 +414,12 @@ def test_inference_mode_leaves_nothing_behind(device, started):
 def test_unpatch_gives_everything_back(device):
     model, twin = make_pair("Llama", device)
     check(model, twin, **batch(device), max_new_tokens=6)
-    takeover = takeover_of(model)
-    cache = weakref.ref(takeover.runner.cache.keys[0])
+    override = override_of(model)
+    cache = weakref.ref(override.batch.executor.cache.keys[0])
     llmfast.unpatch(model)
     gc.collect()
     assert "generate" not in vars(model) and cache() is None
-    assert takeover.runner is None and takeover.blocks is None
+    assert override.batch is None and override.step_model is None
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
     state = twin.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
