@@ -46,4 +46,5 @@ VARIANTS = [
     _linear("fp16", 1, 1536, 576, "sm_80", act="silu", bias=False),
     _linear("bf16", 16, 4096, 14336, "sm_90", act=None, bias=False),
     _linear("fp16", 8, 14336, 4096, "sm_100", act="gelu_tanh", bias=True),
+    _linear("bf16", 16, 4096, 14336, "gfx942", act=None, bias=True),
 ]

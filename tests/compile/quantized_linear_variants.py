@@ -80,7 +80,7 @@ def _on_hopper(
     act: str | None,
     more: bool,
 ) -> Variant:
-    """``more``: a bias, and without an activation a residual."""
+    """Return a variant of stream or gemm; ``more`` adds a bias, and a residual if not gated."""
     problem = Problem(bits, n, k, tokens, group, kind == "minima", gated=act is not None)
     launch = plan(problem, device("sm_90"))
     pointer, groups = f"*{dtype}:16", -(-k // group)
@@ -222,6 +222,7 @@ VARIANTS = [
     _int4("bf16", 1, 28672, 4096, 64, "sm_90", kind="zeros", act="silu"),
     _int4("fp16", 64, 1536, 576, 64, "sm_80", kind="minima", act="gelu_tanh"),
     _int4("bf16", 256, 28672, 4096, 64, "sm_90", kind="minima", act="silu"),
+    _int4("fp16", 16, 4096, 14336, 128, "gfx942", kind="zeros", act=None),
     _on_hopper("bf16", 1024, 28672, 4096, 128, bits=4, kind="symmetric", act="silu", more=False),
     _on_hopper("fp16", 512, 4096, 14336, 32, bits=4, kind="minima", act=None, more=True),
     _on_hopper("bf16", 4096, 4096, 4096, 64, bits=8, kind="zeros", act=None, more=True),
@@ -229,6 +230,7 @@ VARIANTS = [
     _on_hopper("bf16", 1, 28672, 4096, 128, bits=4, kind="symmetric", act="silu", more=False),
     _on_hopper("fp16", 32, 4096, 14336, 64, bits=4, kind="zeros", act=None, more=True),
     _on_hopper("bf16", 16, 6144, 4096, 128, bits=8, kind="symmetric", act=None, more=False),
+    _on_hopper("fp16", 64, 6144, 4096, 128, bits=8, kind="zeros", act=None, more=True),
     _dequantize("bf16", 6144, 4096, 128, "sm_90", kind="zeros"),
     _int8("bf16", 1, 6144, 4096, 0, "sm_90", kind="symmetric"),
     _int8("fp16", 64, 1536, 576, 32, "sm_80", kind="zeros"),
