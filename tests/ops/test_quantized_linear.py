@@ -398,10 +398,15 @@ def test_a_graph_keeps_the_workspace_that_it_was_captured_with(no_workspaces):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [8, 100, MAX_TOKENS[4] + 1])
-def test_two_streams_may_run_layers_at_the_same_time(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "n", "group_size"),
+    # on Hopper tiles that split columns, stream, gemm that splits columns, and the workspace
+    [(8, 4096, 32), (8, 4096, 128), (100, 4096, 128), (300, 4104, 128)],
+)
+def test_two_streams_may_run_layers_at_the_same_time(tokens, n, group_size):
     """Eager calls, and graphs that were captured on one stream and are replayed on two."""
-    layers = [make((tokens, 4096, 4096, 32), torch.half, "cuda", seed=seed) for seed in range(2)]
+    shape = (tokens, 4096, n, group_size)
+    layers = [make(shape, torch.half, "cuda", seed=seed) for seed in range(2)]
     wanted = [int4_linear(**layer) for layer in layers]
     streams = [torch.cuda.Stream() for _ in layers]
     graphs, replayed = [torch.cuda.CUDAGraph() for _ in layers], []

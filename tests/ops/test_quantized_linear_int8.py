@@ -216,3 +216,12 @@ def test_many_tokens_go_through_the_workspace(kind, more, device, no_workspaces)
     few = launch_int8_linear(**args | short)
     assert_as_good(few, many[:MAX_TOKENS], exact[:MAX_TOKENS])  # the tiers agree
     assert_as_good(many[:MAX_TOKENS], few, exact[:MAX_TOKENS])
+
+
+def test_a_launch_that_cannot_do_it_is_refused():
+    args = make((2, 64, 32, 64), torch.float16, kind="minima")
+    with pytest.raises(ValueError, match="tiles take no minima and no activation"):
+        launch_int8_linear(**args, launch=Launch("tiles", 16, 16, 64))
+    args = make((1, 64, 32, 64), torch.float16, more=False)
+    with pytest.raises(ValueError, match="gemv takes no activation"):
+        launch_int8_linear(**args, activation="silu", launch=Launch("gemv", 1, 4, 128))

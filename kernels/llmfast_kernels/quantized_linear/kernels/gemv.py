@@ -162,7 +162,9 @@ _int4_gemv, _int8_gemv = (
 
 
 def launch_gemv(call: Call, y: torch.Tensor, launch: Launch) -> None:
-    """Compute ``y`` for one token."""
+    """Compute ``y`` for one token; with int8 without an activation."""
+    if call.fmt.bits == 8 and call.activation is not None:
+        raise ValueError("int8_linear: gemv takes no activation")
     tensors = (
         call.x, call.packed, call.scales, call.zeros, call.minima, call.bias, call.residual, y,
         call.n, call.k, call.groups,

@@ -177,9 +177,9 @@ _int4_tiles, _int8_tiles = (
 
 
 def launch_tiles(call: Call, y: torch.Tensor, launch: Launch) -> None:
-    """Compute ``y`` in tiles. With int8 one tile holds all tokens, and there are no minima."""
-    if call.fmt.bits == 8 and call.minima is not None:
-        raise ValueError("int8_linear: tiles take no minima")
+    """Compute ``y`` in tiles. With int8 a tile holds all tokens, without minima or activation."""
+    if call.fmt.bits == 8 and not (call.minima is None and call.activation is None):
+        raise ValueError("int8_linear: tiles take no minima and no activation")
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     programs = -(-call.n // launch.block_n)
     even_k, blocks = call.k % launch.block_k == 0, (launch.block_m, launch.block_n)
