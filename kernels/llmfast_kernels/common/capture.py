@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .streams import current_stream
+
 _unknown = itertools.count(-1, -1)
 
 
@@ -24,7 +26,7 @@ def stream_and_capture(device: torch.device) -> tuple[int, int | None]:
     if device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
             return stream_and_capture(device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device)
     return stream, _capture_id(stream) if torch.cuda.is_current_stream_capturing() else None
 
 
