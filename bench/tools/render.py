@@ -1,14 +1,14 @@
-"""Write docs/benchmarks.md from the results files: the same files give the same page."""
+"""Render docs/benchmarks.md from the results files: the same files give the same page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmfast.measure.figures import OURS
 from llmfast.measure.results import CEILING_CASE, Row, Run, read
 from llmfast.measure.suites import SUITES, UNITS
 
-OURS = "llmfast"
 _TIMES = {"us", "ms", "s"}  # units in which less is better
 _RATES = {"GB/s", "TFLOP/s", "tok/s", "req/s"}
 
@@ -18,17 +18,17 @@ HEAD = """\
 Made by `make bench-docs` from the files in `bench/results`; do not edit. How the figures are made \
 and how to read them: [measuring.md](measuring.md).
 
-A cell is `value [low, high]`, the median and its interval. "time, llmfast / x" is our time over \
-the peer's in the same run: below 1, llmfast is faster. "of copy" is the share of the copy \
-bandwidth which the same run measured.
+A cell is `value [low, high]`: the median and its 95% interval. "time, llmfast / x" is our time \
+over the peer's in the same run; below 1, llmfast is faster. "of copy" is the share of the copy \
+bandwidth that the same run measured.
 """
 
 
 def render(folder: Path) -> str:
-    """Render the page from ``folder``, `bench/results`: its files and those of its GPU folders.
+    """Render the page from the files of ``folder`` and of the GPU folders in it.
 
     Raises:
-        UserError: a file that is not what the schema asks for.
+        UserError: a file that breaks the schema.
     """
     parts = [HEAD]
     for gpu in ("", *sorted(path.name for path in folder.iterdir() if path.is_dir())):
@@ -82,7 +82,7 @@ def _repeats(run: Run) -> str:
 
 
 def _table(run: Run, metric: str, metrics: tuple[str, ...], copy: Row | None) -> str:
-    """One metric of one run: a line a case, a column an implementation, then what follows."""
+    """Return one metric of one run: a line per case, a column per implementation, then ratios."""
     rows = {
         (row.case, row.impl): row
         for row in run.rows
@@ -134,7 +134,7 @@ def _ratio(ours: Row | None, peer: Row | None, unit: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Four figures, without an exponent where it can be."""
+    """Format with four digits, without an exponent if possible."""
     if value == 0 or abs(value) < 1e-4:
         return f"{value:.3g}"
     whole = len(str(int(abs(value))))

@@ -1,4 +1,4 @@
-"""Where and with what a run is measured, found out when asked and never at import."""
+"""The environment of a run: GPU, versions and commit. Importing this module queries nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .results import Env
 
 
 def capture_env(*, commit: str | None = None) -> Env:
-    """Find out where and with what this process measures, now.
+    """Return the environment of this process.
 
     Args:
-        commit: of the sources, for a machine whose copy of them has no history. None: asked of git.
+        commit: of the sources, if the checkout has no history. None: ask git.
     """
     import torch
 
@@ -36,12 +36,12 @@ def capture_env(*, commit: str | None = None) -> Env:
 
 
 def run_id(env: Env) -> str:
-    """Make a name for a run: `20261121T225101Z-1f2e3d4c5b6a-9c0e`, another one at each call."""
+    """Make a unique name for a run: `20261121T225101Z-1f2e3d4c5b6a-9c0e`."""
     return f"{re.sub(r'[-:]', '', env.date)}-{env.commit}-{secrets.token_hex(2)}"
 
 
 def gpu_folder(gpu: str) -> str:
-    """Name a GPU's folder after the device: "NVIDIA H100 80GB HBM3" gives "h100"."""
+    """Return the name of a GPU's folder: "NVIDIA H100 80GB HBM3" gives "h100"."""
     words = re.sub(r"(?i)\b(nvidia|geforce|tesla|amd|instinct|quadro)\b", " ", gpu).split()
     if words and re.fullmatch(r"(?i)(rtx|gtx|titan)", words[0]):
         kept = [w for w in words if not re.fullmatch(r"(?i)\d+gb", w)]
@@ -63,19 +63,19 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout this package is in, with "-dirty" if tracked sources differ."""
+    """Return the checkout's commit, with "-dirty" if tracked sources differ from it."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "unknown"
     head = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
-    # the figures themselves change while they are made
+    # results and pages change while they are measured and written
     sources = ["--untracked-files=no", "--", ".", ":!bench/results", ":!docs/benchmarks.md"]
     changed = _output(["git", "-C", str(root), "status", "--porcelain", *sources])
     return "unknown" if not head else head + ("-dirty" if changed else "")
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints, stripped; None if it is missing or fails."""
+    """Return the stripped output of a command; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

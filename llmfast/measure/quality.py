@@ -1,13 +1,13 @@
-"""What a model is worth: perplexity, KL divergence to a reference model, top-1 agreement.
+"""The quality of a model: perplexity, KL divergence from a reference model, top-1 agreement.
 
-A text is cut into windows; each is run on its own, without a cache. Window k starts at token
-k * stride and holds ``window`` tokens. A token is scored once, by the first window in which another
-token stands before it. So with disjoint windows (``stride == window``) the first token of each is
-context only; with a smaller stride every token but the text's first is scored, most with more
-context.
+A text is cut into windows, and each window is one forward pass without a cache. Window k starts at
+token k * stride and holds ``window`` tokens. Each token is scored once, by the first window that
+holds a token before it. So with disjoint windows (``stride == window``) the first token of each
+window is only context. With a smaller stride every token but the text's first is scored, most of
+them with more context.
 
-Sums are taken in float64 from the logits as the model gives them. Intervals come from a seeded
-bootstrap over documents where there are several, else over windows.
+Sums are taken in float64 from the model's logits. Intervals are from a seeded bootstrap, over
+documents if there are several, else over windows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .stats import Estimate, bootstrap_means, percentile_estimate
 
 CHUNK_BYTES = 2**26  # of float64 logits at a time, so that memory does not grow with the vocabulary
 
-Progress = Callable[[int, int], None]  # windows done, windows in all
+Progress = Callable[[int, int], None]  # windows done, windows in total
 
 
 @dataclass(frozen=True)
 class Window:
-    """One forward pass: tokens ``start`` to ``end`` of a document, scored from a token on."""
+    """One forward pass: the tokens from ``start`` to ``end`` of a document."""
 
     document: int
     start: int
@@ -39,33 +39,34 @@ class Window:
 
     @property
     def scored(self) -> int:
+        """The number of tokens that this window scores."""
         return self.end - self.score_from
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood a token."""
+    """The exponential of the mean negative log-likelihood per token."""
 
     perplexity: Estimate
-    tokens: int  # that were scored
+    tokens: int  # scored tokens
     windows: int
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A model beside its reference, on the same tokens."""
+    """The quality of a model beside its reference, on the same tokens."""
 
     perplexity: Estimate
     reference_perplexity: Estimate
     perplexity_ratio: Estimate  # the model's over the reference's, paired
-    kl: Estimate  # mean KL(reference || model) a token, in nats
-    top1_agreement: Estimate  # share of tokens at which both have the same most likely token
+    kl: Estimate  # mean KL(reference || model) per token, in nats
+    top1_agreement: Estimate  # share of tokens for which both predict the same token
     tokens: int
     windows: int
 
 
 def cut_windows(lengths: Sequence[int], window: int, stride: int | None = None) -> list[Window]:
-    """Cut documents of these lengths into windows, none across two documents. Pure.
+    """Cut documents of these lengths into windows, none of them across two documents.
 
     Raises:
         UserError: window is less than 2, or stride is not in 1 to window.
@@ -101,12 +102,12 @@ def perplexity(
     """Measure a causal language model's perplexity on token ids.
 
     Args:
-        model: called as ``model(input_ids=..., use_cache=False)``, gives ``.logits``; in eval mode.
+        model: in eval mode; called as ``model(input_ids=..., use_cache=False).logits``.
         ids: token ids of one text ``(n,)`` or of several documents.
         window: tokens of one forward pass.
         stride: tokens from one window's start to the next. None: ``window``, disjoint windows.
         seed: of the bootstrap.
-        progress: called after each window.
+        progress: is called after each window.
 
     Raises:
         UserError: a bad window or stride, ids that are not token ids of the model, too few tokens
@@ -128,7 +129,7 @@ def compare(
 ) -> Quality:
     """Measure a model beside a reference on the same tokens. Arguments as in :func:`perplexity`.
 
-    The logits of both are held for one window at a time; the models may be on different devices.
+    The logits of both are held for one window at a time. The models may be on different devices.
 
     Raises:
         UserError: as in :func:`perplexity`, or vocabularies of different sizes.
@@ -150,7 +151,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Scores:
-    """Each window's totals: a column a quantity."""
+    """Totals of each window, one column per quantity."""
 
     windows: list[Window]
     sums: torch.Tensor  # [n_windows, n_quantities] float64
@@ -213,7 +214,7 @@ def _score(
 
 @torch.no_grad()
 def _window_sums(what: str, models: list[Any], tokens: torch.Tensor, part: Window) -> torch.Tensor:
-    """Totals of one window: each model's negative log-likelihood; for two, KL and agreement too."""
+    """Return a window's totals: each model's negative log-likelihood; of two, KL and agreement."""
     first = part.score_from - part.start  # position of the first scored token in the window
     logits = []
     for model in models:
@@ -245,9 +246,9 @@ def _window_sums(what: str, models: list[Any], tokens: torch.Tensor, part: Windo
 
 
 def _kl(reference: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Sum of KL(reference || model) over rows of log-probabilities."""
+    """Sum KL(reference || model) over rows of log-probabilities."""
     probability = reference.exp()
-    # a token that the reference rules out adds nothing, whatever the model makes of it
+    # a token of probability 0 in the reference adds 0, whatever the model's probability is
     terms = torch.where(probability > 0, probability * (reference - model), 0.0)
     return terms.sum()
 
@@ -259,7 +260,7 @@ def _chunks(n_rows: int, vocab: int) -> Iterator[slice]:
 
 
 def _device(model: Any) -> torch.device:
-    """Where a model takes its token ids: beside its embedding."""
+    """Return the device of a model's input embedding, which takes its token ids."""
     weight: torch.Tensor = model.get_input_embeddings().weight
     return weight.device
 

@@ -1,12 +1,12 @@
-"""The files of measured figures: what a row is, reading, checking, merging.
+"""The files of measured figures: their schema, reading, checking and merging.
 
 One file holds one suite on one GPU, `bench/results/<gpu>/<suite>.json`:
 
     {"schema": 1, "runs": [{"id": ..., "env": {...}, "rows": [{"case": ..., "impl": ..., ...}]}]}
 
-A run is what one process measured, or several processes combined; ratios and shares of a ceiling
-are taken only within one run. So each run carries the copy bandwidth it saw, as the row with case
-`op=copy`, which stays with its run as long as the run has another row.
+A run holds the figures of one process, or of several processes combined. Ratios and shares of a
+ceiling are taken only within one run. So each run has a row with its own copy bandwidth, of the
+case `op=copy`, which stays with its run as long as the run has another row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CEILING_CASE = "op=copy"  # allowed in every suite, with metric gb_per_s
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. ``low`` and ``high`` are its 95% interval, ``repeats`` what it is a median of."""
+    """One figure with its 95% interval, the median of ``repeats`` samples."""
 
     case: str
     impl: str
@@ -42,13 +42,13 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a newer row must share to take this one's place."""
+        """The key of the row: a newer row with the same key replaces it."""
         return self.case, self.impl, self.metric
 
 
 @dataclass(frozen=True)
 class Env:
-    """Where and with what a run was made. What cannot be found out is "unknown" or "none"."""
+    """The environment of a run. Facts that cannot be determined are "unknown" or "none"."""
 
     gpu: str
     driver: str
@@ -62,7 +62,7 @@ class Env:
 
 @dataclass(frozen=True)
 class Run:
-    """The rows that were measured together."""
+    """Rows that were measured together."""
 
     id: str
     env: Env
@@ -75,7 +75,7 @@ _IMPL = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def parse_case(case: str) -> dict[str, str]:
-    """Take `key=value key=value` apart, in its order.
+    """Parse `key=value key=value` into pairs, in this order.
 
     Raises:
         UserError: not pairs with single spaces between them, or a key given twice.
@@ -89,23 +89,23 @@ def parse_case(case: str) -> dict[str, str]:
                 f"keys in lower case; got {part!r} in {case!r}"
             )
         if key in pairs:
-            raise UserError(f"case: key {key!r} stands twice in {case!r}")
+            raise UserError(f"case: key {key!r} is there twice in {case!r}")
         pairs[key] = value
     return pairs
 
 
 def format_case(pairs: Mapping[str, object]) -> str:
-    """Write pairs as a case, in their order: the inverse of :func:`parse_case`."""
+    """Format pairs as a case, in their order: the inverse of :func:`parse_case`."""
     case = " ".join(f"{key}={value}" for key, value in pairs.items())
     parse_case(case)
     return case
 
 
 def validate(data: object, *, suite: str, name: str = "results") -> None:
-    """Check what a results file holds against the schema and its suite's metrics.
+    """Check the contents of a results file against the schema and its suite's metrics.
 
     Raises:
-        UserError: the first fault, as "name: run, row: field wanted, got".
+        UserError: the first error, as "name: run, row: field wanted, got".
     """
     if suite not in SUITES:
         raise UserError(f"{name}: suite must be one of {', '.join(SUITES)}; got {suite!r}")
@@ -121,7 +121,7 @@ def validate(data: object, *, suite: str, name: str = "results") -> None:
         run = _object(run, {f.name for f in fields(Run)}, where)
         _text(run["id"], f"{where}.id")
         if run["id"] in ids:
-            raise UserError(f"{where}.id: {run['id']!r} stands twice")
+            raise UserError(f"{where}.id: {run['id']!r} is there twice")
         ids.add(run["id"])
         where = f"{name}: run {run['id']}"
         _validate_env(run["env"], f"{where}: env")
@@ -133,10 +133,10 @@ def validate(data: object, *, suite: str, name: str = "results") -> None:
         for j, row in enumerate(run["rows"]):
             _validate_row(row, suite, f"{where}: rows[{j}]")
             key = (row["case"], row["impl"], row["metric"])
-            # a run keeps its own ceiling, so only another one in the same run is a double
+            # each run has its own ceiling, so only a second one in the same run is a duplicate
             known = ceilings if row["case"] == CEILING_CASE else seen
             if key in known:
-                raise UserError(f"{where}: rows[{j}]: {' / '.join(key)} stands twice")
+                raise UserError(f"{where}: rows[{j}]: {' / '.join(key)} is there twice")
             known.add(key)
 
 
@@ -206,7 +206,7 @@ def _text(value: object, where: str) -> None:
 
 
 def to_data(runs: tuple[Run, ...]) -> dict[str, Any]:
-    """Give runs the form a results file has."""
+    """Return runs as the JSON data of a results file."""
     return {
         "schema": SCHEMA,
         "runs": [asdict(run) | {"rows": [*map(asdict, run.rows)]} for run in runs],
@@ -217,7 +217,7 @@ def read(path: Path, *, suite: str | None = None) -> tuple[Run, ...]:
     """Read a results file and check it. The suite is the file's stem unless given.
 
     Raises:
-        UserError: no such file, not JSON, or not what the schema asks for.
+        UserError: the file cannot be read, is not JSON or breaks the schema.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -233,7 +233,7 @@ def read(path: Path, *, suite: str | None = None) -> tuple[Run, ...]:
 
 
 def write(path: Path, runs: tuple[Run, ...], *, suite: str | None = None) -> None:
-    """Check runs and write them: first beside the file, then over it, so no half file is left."""
+    """Check runs and write them to a temporary file first, so that the file is never partial."""
     data = to_data(runs)
     validate(data, suite=suite or path.stem, name=str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,14 +243,14 @@ def write(path: Path, runs: tuple[Run, ...], *, suite: str | None = None) -> Non
 
 
 def merge(path: Path, run: Run, *, suite: str | None = None) -> None:
-    """Add a run to a results file, in place of the older rows of its own cases.
+    """Add a run to a results file, in place of the older rows with the same keys.
 
-    An older row goes if ``run`` has one with the same case, implementation and metric. An older
-    run's ceiling stays while that run has any other row, and a run left with none goes. A run whose
-    id the file already has is added to, if its environment is the same but for the date.
+    An older run's ceiling stays while that run has any other row; without other rows the run is
+    removed. If the file has a run of the same id, the rows are added to it. Its environment must be
+    the same except for the date.
 
     Raises:
-        UserError: the file or the run is not what the schema asks for.
+        UserError: the file or the run breaks the schema, or the environments differ.
     """
     suite = suite or path.stem
     older = read(path, suite=suite) if path.exists() else ()

@@ -1,4 +1,4 @@
-"""A figure and its 95% interval: of a median by order statistics, of a mean by bootstrap."""
+"""Figures with 95% intervals: medians by order statistics, means by bootstrap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000  # of a bootstrap: leaves about 50 resamples beyond each end of the interval
+RESAMPLES = 2000  # of a bootstrap: about 50 are beyond each end of the interval
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Estimate:
     high: float
 
     def map(self, change: Callable[[float], float]) -> Estimate:
-        """Carry value and interval through a monotone function, turning the ends if it falls."""
+        """Apply a monotone function to value and interval; a falling one swaps the ends."""
         low, high = sorted((change(self.low), change(self.high)))
         return Estimate(change(self.value), low, high)
 
 
 def median_estimate(samples: Sequence[float]) -> Estimate:
-    """Take the median and the 95% interval that its order statistics give, with no assumption.
+    """Return the median with its 95% interval from order statistics; no distribution is assumed.
 
-    The number of samples below the true median is binomial with p = 1/2, so the interval from the
-    k-th smallest to the k-th largest misses it with probability 2 * P(B < k). k is the largest
-    that keeps this at or below 5%. Fewer than 6 samples cannot: they give their least and greatest.
+    The number of samples below the true median is binomial with p = 1/2. So the interval from the
+    k-th smallest to the k-th largest sample misses it with probability 2 * P(B < k), and k is the
+    largest for which this is at most 5%. Fewer than 6 samples give their minimum and maximum.
 
     Raises:
         ValueError: there is no sample.
@@ -53,7 +53,7 @@ def median_estimate(samples: Sequence[float]) -> Estimate:
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The value below which ``share`` (0 to 1) of the samples lie, linear between two of them.
+    """Return the percentile at ``share`` (0 to 1), interpolated linearly between two samples.
 
     Raises:
         ValueError: there is no sample.
@@ -69,14 +69,14 @@ def percentile(samples: Sequence[float], share: float) -> float:
 def bootstrap_means(
     sums: torch.Tensor, counts: torch.Tensor, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> torch.Tensor:
-    """Resample units with replacement and give each resample's mean: its sums over its counts.
+    """Resample units with replacement and return each resample's mean: its sums over its counts.
 
     Args:
-        sums: ``(n_units, n_quantities)``, float64, on the CPU: each unit's total.
-        counts: ``(n_units,)``, float64: how many terms each total has.
-        seed: of the draws. The same units are drawn for every quantity, so that a ratio or a
-            difference of two columns keeps what their errors have in common.
-        resamples: how many resamples.
+        sums: ``(n_units, n_quantities)``, float64, on the CPU: each unit's totals.
+        counts: ``(n_units,)``, float64: the number of terms of each total.
+        seed: of the draws. The same units are drawn for every quantity, so that the errors of
+            two columns stay correlated in their ratio or difference.
+        resamples: the number of resamples.
 
     Returns:
         ``(resamples, n_quantities)``, float64.
@@ -92,7 +92,7 @@ def bootstrap_means(
 
 
 def percentile_estimate(value: float, resampled: torch.Tensor) -> Estimate:
-    """Take the middle 95% of resampled values as the interval, widened if need be to hold value."""
+    """Return the middle 95% of resampled values as the interval, widened to contain ``value``."""
     ordered = sorted(resampled.tolist())
     cut = int(len(ordered) * (1 - CONFIDENCE) / 2)
     return Estimate(value, min(value, ordered[cut]), max(value, ordered[-1 - cut]))

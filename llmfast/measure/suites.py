@@ -35,11 +35,11 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Suite:
-    """What a suite measures, in which metrics, and the command that makes its file."""
+    """A suite of figures: its subject, its metrics and the command that writes its file."""
 
     about: str
     metrics: tuple[str, ...]
-    command: str | None = None  # None: nothing in this repository makes it yet
+    command: str | None = None  # None: no command writes it yet
 
 
 _OPS = ("us", "gb_per_s")
@@ -59,13 +59,13 @@ _DECODE = (
 )
 
 SUITES: dict[str, Suite] = {
-    "ceilings": Suite("what the GPU can do at best", ("gb_per_s", "tflops"), "pytest bench"),
+    "ceilings": Suite("limits of the GPU", ("gb_per_s", "tflops"), "pytest bench"),
     "norm": Suite("normalisation", _OPS, "pytest bench/bench_norm.py"),
     "activation": Suite("gated activations", _OPS, "pytest bench/bench_activation.py"),
     "rope": Suite("rotary position embedding", _OPS, "pytest bench/bench_rope.py"),
     "kv_cache": Suite("writes to the cache", _OPS, "pytest bench/bench_kv_cache.py"),
     "linear": Suite(
-        "the four linear layers of a block",
+        "the four linear layers of a decoder block",
         ("us_per_block", "gb_per_s"),
         "pytest bench/bench_linear.py bench/bench_quantized_linear.py",
     ),
@@ -78,7 +78,7 @@ SUITES: dict[str, Suite] = {
     "decode_step": Suite(
         "begin_step and end_step, around the model", ("us",), "pytest bench/bench_decode_step.py"
     ),
-    "sampling": Suite("the choice of the next token", ("us",), "pytest bench/bench_sampling.py"),
+    "sampling": Suite("sampling of the next token", ("us",), "pytest bench/bench_sampling.py"),
     "patch": Suite("the time patch(model) takes", ("s",), "pytest bench/bench_patch.py"),
     "quantize": Suite(
         "the time quantizing takes",
@@ -88,7 +88,7 @@ SUITES: dict[str, Suite] = {
     "decode": Suite("token by token generation", _DECODE, "llmfast bench decode"),
     "model_prefill": Suite("a whole model over a prompt", ("ms", "tok_per_s")),
     "throughput": Suite(
-        "many requests at once",
+        "offline throughput of many requests",
         (
             "out_tok_per_s",
             "total_tok_per_s",
@@ -99,10 +99,10 @@ SUITES: dict[str, Suite] = {
         ),
         "llmfast bench throughput",
     ),
-    "latency": Suite("a batch, answered in full", ("s",), "llmfast bench latency"),
+    "latency": Suite("latency of a whole batch", ("s",), "llmfast bench latency"),
     "serve": Suite("requests that arrive over time", _SERVE, "llmfast bench serve"),
     "quality": Suite(
-        "what a model lost",
+        "quality of quantized and patched models",
         ("perplexity", "perplexity_ratio", "kl_to_dense", "top1_agreement"),
         "llmfast eval",
     ),

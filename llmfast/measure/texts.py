@@ -1,4 +1,4 @@
-"""The texts that quality is measured on: two novels in the package, or a file."""
+"""The texts of evaluation and calibration: two novels in the package, or a file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ TEXTS = {"persuasion": "persuasion.txt", "pride-and-prejudice": "pride_and_preju
 
 
 class Text(NamedTuple):
+    """A text and its name in a results file."""
+
     name: str
     text: str
 
 
 def read_text(name: str) -> Text:
-    """Read a text of the package by its name, or else the file at that path (UTF-8).
+    """Read a text of the package by name, or the UTF-8 file at that path.
 
     Raises:
-        UserError: neither a known name nor a file that can be read, or a file that is empty.
+        UserError: neither a known name nor a readable file, or an empty file.
     """
     if name in TEXTS:
         source = files("llmfast.measure").joinpath("data", TEXTS[name])

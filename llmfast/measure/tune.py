@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .figures import Progress, no_progress
 from .shapes import linear_sizes
 from .timing import Timing, time_in_graph
 
@@ -24,7 +25,7 @@ MAX_WORKERS = 16  # each holds a CUDA context
 SECONDS = 0.03  # spent on one candidate
 TOGETHER = 12  # candidates that are timed side by side
 
-Progress = Callable[[str, int, int], None]  # what runs now, layers done, layers in all
+
 Layer = tuple[str, int, int]  # an operation, features of its result, in_features
 
 
@@ -68,7 +69,7 @@ def tune(
     tokens: Iterable[int] = TOKENS,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[Key, Launch]:
     """Time every candidate for every layer and number of tokens; return the fastest of each.
 

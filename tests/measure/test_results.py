@@ -104,13 +104,13 @@ def test_each_fault_is_named_with_its_place(make_run, fault, says):
 
 
 def test_doubles_and_unknown_suites_are_named(make_run, make_row, copy_row):
-    with pytest.raises(UserError, match=r"rows\[1\]: op=rms_norm tokens=1 / llmfast / us stands"):
+    with pytest.raises(UserError, match=r"rows\[1\]: op=rms_norm tokens=1 / llmfast / us is there"):
         validate(to_data((make_run(make_row(), make_row(11.0)),)), suite="norm")
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="is there twice"):
         validate(to_data((make_run(), make_run(id="b"))), suite="norm")
-    with pytest.raises(UserError, match="'a' stands twice"):
+    with pytest.raises(UserError, match="'a' is there twice"):
         validate(to_data((make_run(), make_run(make_row(case="x=1")))), suite="norm")
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="is there twice"):
         validate(to_data((make_run(copy_row, copy_row),)), suite="norm")
     with pytest.raises(UserError, match=r"suite must be one of .*norm.* got 'noise'"):
         validate(to_data(()), suite="noise")
