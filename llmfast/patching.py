@@ -110,7 +110,7 @@ def patch(
 
 def _take_over(model: PreTrainedModel, report: Report, strict: bool) -> None:
     from .runner.generate.override import install
-    from .runner.model import make_step_model
+    from .runner.make_model import make_step_model
 
     try:
         with evaluating(model):

@@ -20,8 +20,8 @@ from ..model.trace import NotTraced
 from ..runner.executor import Executor, Owner
 from ..runner.graphs import step_shapes
 from ..runner.inputs import GraphKey, SamplingOps
+from ..runner.make_model import make_step_model
 from ..runner.memory import count_blocks
-from ..runner.model import make_step_model
 from ..runner.results import StepHandle
 from ..runner.warmup import compile_steps
 from .batch import BatchBuilder

@@ -1,8 +1,9 @@
-"""The paged cache: blocks of keys and values, and a list of the free ones."""
+"""The paged cache: the layout of each layer, the blocks, and which of them are free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,30 +12,42 @@ from ..errors import UserError
 BLOCK_SIZE = 64  # tokens of a block; docs/ops/kv_cache.md has the measurement
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer caches for each token: a key and a value per KV head."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    window: int | None  # tokens that a query sees; None: all
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes in the cache of this layer."""
+        return self.kv_heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+
+
 class PagedCache:
-    """Keys and values of every layer, ``[num_blocks, kv_heads, BLOCK_SIZE, head_dim]`` each."""
+    """Keys and values of every layer, ``[num_blocks, kv_heads, block_size, k_dim or v_dim]``."""
 
     def __init__(
         self,
-        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[LayerCache],
         num_blocks: int,
-        dtype: torch.dtype,
         device: torch.device,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        """
-        Args:
-            shapes: heads and head dimension of each layer.
-        """
+        """Allocate ``num_blocks`` blocks of ``block_size`` tokens for each of ``layers``."""
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.keys, self.values = (
-            [
-                torch.empty(num_blocks, heads, block_size, dim, dtype=dtype, device=device)
-                for heads, dim in shapes
-            ]
-            for _ in range(2)
-        )
+
+        def allocate(layer: LayerCache, dim: int) -> torch.Tensor:
+            shape = (num_blocks, layer.kv_heads, block_size, dim)
+            return torch.empty(shape, dtype=layer.dtype, device=device)
+
+        self.keys = [allocate(layer, layer.k_dim) for layer in layers]
+        self.values = [allocate(layer, layer.v_dim) for layer in layers]
         self._free = list(range(num_blocks))[::-1]
 
     @property

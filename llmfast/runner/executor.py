@@ -19,11 +19,11 @@ from ..errors import UserError
 from .cache import BLOCK_SIZE, PagedCache
 from .graphs import CAPTURES, Replayable, StepGraphs
 from .inputs import GraphKey, SamplingOps, StepInputs, StepShape, StepTensors, buffer_bytes, views
-from .model import StepModel
 from .resident import ResidentRows, RowOptions
 from .results import HostResults, StepHandle, StepResult
 from .sampling import sample_rows
 from .step import step_of
+from .step_model import StepModel
 
 logger = logging.getLogger("llmfast")
 
@@ -380,7 +380,7 @@ class Executor:
 
 def _make_cache(model: StepModel, num_blocks: int, block_size: int, owner: Owner) -> PagedCache:
     with suppress(RuntimeError):  # the allocator's; its traceback would keep what was allocated
-        return PagedCache(model.cache_shapes, num_blocks, model.dtype, model.device, block_size)
+        return PagedCache(model.layer_caches, num_blocks, model.device, block_size)
     raise UserError(
         f"{owner.name}: a cache of {num_blocks} blocks of {block_size} tokens does not fit in the "
         f"memory of {model.device}; {owner.cache_advice}"

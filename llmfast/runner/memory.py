@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..errors import UserError
-from ..model.costs import kv_bytes
 from .cache import PagedCache
-from .model import StepModel
 from .step import Chunk, make_step
+from .step_model import StepModel
 
 CPU_CACHE_BYTES = 2**30  # on the CPU there is no memory that only the cache would use
 _SAMPLING_COPIES = 8  # of the logits in float32: the most that sampling with all parameters holds
@@ -33,7 +32,7 @@ def count_blocks(
     Raises:
         UserError: not one block fits.
     """
-    token = sum(kv_bytes(heads, dim, model.dtype) for heads, dim in model.cache_shapes)
+    token = sum(layer.bytes_per_token for layer in model.layer_caches)
     each = token * block_size
     if model.device.type != "cuda":
         wanted = max_num_seqs * -(-max_model_len // block_size)
@@ -71,7 +70,7 @@ def _run_largest_step(
         chunks.append(Chunk([0] * count, 0, range(blocks, blocks + own), first_row))
         blocks += own
         tokens -= count
-    cache = PagedCache(model.cache_shapes, blocks, model.dtype, model.device, block_size)
+    cache = PagedCache(model.layer_caches, blocks, model.device, block_size)
     table = max(len(chunk.blocks) for chunk in chunks)
     step = make_step(chunks, block_size, table, model.device)
     rows = torch.arange(max_num_seqs, device=model.device) % len(step.token_ids)

@@ -10,7 +10,7 @@ import llmfast
 from engines import executor_of
 from llmfast.errors import UserError
 from llmfast.quantization.driver import quantize
-from llmfast.runner.check import run_sequences
+from llmfast.runner.verify import run_sequences
 from llmfast.weights.model_weights import attach, quantized_weights_of
 
 IDS = torch.arange(3, 35)

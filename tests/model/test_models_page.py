@@ -14,7 +14,8 @@ from packaging.version import Version
 
 import llmfast
 from llmfast.model.trace import NotTraced
-from llmfast.runner.model import BlockModel, make_step_model
+from llmfast.runner.block_model import BlockModel
+from llmfast.runner.make_model import make_step_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/models.md"
@@ -34,7 +35,7 @@ linear layers where it has a recipe.
 RECIPES = """
 ## Recipes
 
-If every decoder layer matches a recipe of `llmfast/runner/blocks.py`, a step of `generate` is a
+If every decoder layer matches a recipe of `llmfast/runner/blocks/`, a step of `generate` is a
 short loop over fused operations. llmfast watches one forward to find the recipe, the places of the
 norms, the rotation and the multipliers, and then verifies them. It does not look at names.
 
@@ -97,9 +98,9 @@ def _recipe_line(kind, model):
 
 def _fused(block):
     """Yield the operations of a block in order, without the dense linear layers."""
-    attention, per_head = block.attention, False
+    attention, per_head = block.mixer, False
     if attention.q_norm is not None:
-        per_head = len(attention.q_norm.weight) == attention.head_dim
+        per_head = len(attention.q_norm.weight) == attention.cache.k_dim
     if block.recipe != "post-norm":
         yield "`add_rms_norm`"
     if attention.q_norm is not None and not per_head:
@@ -110,7 +111,7 @@ def _fused(block):
         yield "`rms_norm`"
     if block.recipe != "post-norm":
         yield "`add_rms_norm`"
-    yield f"`gated_linear` ({block.mlp.activation})"
+    yield f"`gated_linear` ({block.feed_forward.activation})"
     if block.recipe in ("post-norm", "sandwich"):
         yield "`rms_norm`"
 

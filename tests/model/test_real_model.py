@@ -10,8 +10,8 @@ from llmfast.measure.quality import perplexity
 from llmfast.measure.texts import read_text
 from llmfast.model.demo import launchers, verify_first_block
 from llmfast.model.patch import swap_in
-from llmfast.runner.check import run_sequences
 from llmfast.runner.generate.override import override_of
+from llmfast.runner.verify import run_sequences
 
 QUESTION = "What is the capital of France?"
 

@@ -8,12 +8,12 @@ import llmfast_kernels
 from llmfast.model.shadow import make_shadow
 from llmfast.model.swap import Operations
 from llmfast.model.trace import NotTraced, trace
-from llmfast.runner.blocks import BlockOperations
-from llmfast.runner.build import build_blocks
+from llmfast.runner.block_model import BlockModel
+from llmfast.runner.blocks.build import build_blocks
+from llmfast.runner.blocks.run import BlockOperations
 from llmfast.runner.cache import PagedCache
-from llmfast.runner.check import run_sequences
-from llmfast.runner.model import BlockModel
 from llmfast.runner.step import Chunk, make_step
+from llmfast.runner.verify import run_sequences
 from llmfast.weights import dense
 from tiny_models import make, tokens
 
@@ -89,14 +89,14 @@ def test_a_model_without_a_recipe_says_why(kind, device):
 def test_smollm3_rotates_only_some_layers(device):
     model = make("SmolLM3", device, num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
     ours = BlockModel(model, 64)
-    assert [b.attention.rope for b in ours.built.blocks] == [0, 0, 0, None]
+    assert [b.mixer.rope for b in ours.built.blocks] == [0, 0, 0, None]
 
 
 def test_gemma3_has_two_tables_and_windows(device):
     types = ["sliding_attention", "full_attention"]
     model = make("Gemma3", device, layer_types=types)
-    attention = [b.attention for b in BlockModel(model, 64).built.blocks]
-    assert [a.window for a in attention] == [8, None]
+    attention = [b.mixer for b in BlockModel(model, 64).built.blocks]
+    assert [a.cache.window for a in attention] == [8, None]
     assert sorted(a.rope for a in attention) == [0, 1]
 
 
@@ -124,7 +124,7 @@ def test_merging_takes_no_memory_and_changes_no_result(device):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with torch.no_grad():  # what is loaded or trained later is in the merged tensor too
         q.add_(1)
-    assert torch.equal(ours.built.blocks[0].attention.qkv.weight.tensor[: len(q)], q)
+    assert torch.equal(ours.built.blocks[0].mixer.qkv.weight.tensor[: len(q)], q)
 
 
 def test_restore_gives_back_tensors_of_their_own(device):
@@ -196,7 +196,7 @@ def test_a_wrong_operation_is_not_verified(device):
 
 def test_a_wiring_that_no_block_shows_is_found_by_the_whole_check(device, monkeypatch):
     """Blocks that are each right, in a wrong order."""
-    import llmfast.runner.model as module
+    import llmfast.runner.block_model as module
 
     def reversed_blocks(*args):
         built = build_blocks(*args)
@@ -223,7 +223,7 @@ def test_other_tables_and_padding_rows_change_nothing(device):
     rows = torch.tensor([69, 139], device=device)
 
     def run(places, padding):
-        cache = PagedCache(ours.cache_shapes, 8, model.dtype, model.device)
+        cache = PagedCache(ours.layer_caches, 8, model.device)
         for tensor in (*cache.keys, *cache.values):
             tensor.fill_(torch.nan)
         chunks = [Chunk(ids[i].tolist(), 0, places[i], ours.admit(70)) for i in range(2)]

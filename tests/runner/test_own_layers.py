@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from llmfast.model.trace import NotTraced
-from llmfast.runner.check import run_sequences
-from llmfast.runner.model import BlockModel, ForwardModel, make_step_model
+from llmfast.runner.block_model import BlockModel
+from llmfast.runner.forward_model import ForwardModel
+from llmfast.runner.make_model import make_step_model
+from llmfast.runner.verify import run_sequences
 from tiny_models import make, tokens
 
 OWN = ["GPTNeoX", "Cohere", "StableLm", "Starcoder2", "Mixtral", "Qwen3Moe", "Nemotron"]

@@ -8,8 +8,8 @@ import llmfast_kernels
 from llmfast.model.trace import NotTraced
 from llmfast.quantization.driver import quantize, simulate
 from llmfast.quantization.methods import GptqSettings
-from llmfast.runner.check import run_sequences
-from llmfast.runner.model import BlockModel
+from llmfast.runner.block_model import BlockModel
+from llmfast.runner.verify import run_sequences
 from llmfast.weights import int4
 from llmfast.weights.dense import DenseWeight
 from llmfast.weights.int4 import Int4Weight
@@ -58,7 +58,7 @@ def test_packed_blocks_equal_the_simulated_model(kind, symmetric):
 def test_one_scale_an_output():
     model = make("Llama")
     ours = assert_packed_is_simulated(model, quantize(model, group_size=None))
-    assert ours.built.blocks[0].mlp.down.weight.scales.shape == (64, 1)
+    assert ours.built.blocks[0].feed_forward.down.weight.scales.shape == (64, 1)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zeros"])
@@ -127,10 +127,10 @@ def test_what_is_not_of_one_form_runs_as_the_model_has_it():
     del weights["model.layers.1.mlp.up_proj"]
     ours = assert_packed_is_simulated(model, Quantized(weights), packed=6)
     first, second = ours.built.blocks
-    assert isinstance(first.attention.qkv.weight, DenseWeight)
-    assert isinstance(first.mlp.gate_up.weight, Int4Weight)
-    assert isinstance(second.attention.qkv.weight, Int4Weight)
-    assert isinstance(second.mlp.gate_up.weight, DenseWeight)
+    assert isinstance(first.mixer.qkv.weight, DenseWeight)
+    assert isinstance(first.feed_forward.gate_up.weight, Int4Weight)
+    assert isinstance(second.mixer.qkv.weight, Int4Weight)
+    assert isinstance(second.feed_forward.gate_up.weight, DenseWeight)
 
 
 def test_layers_of_another_form_have_a_proof_of_their_own():

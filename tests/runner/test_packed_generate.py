@@ -85,8 +85,8 @@ def test_eight_bits_have_one_scale_an_output():
     assert any("14 linear layers are rounded to eight bits" in note for note in report.notes)
     assert any("8 of their 8 linear layers in eight bits" in note for note in report.notes)
     block = model.generate.args[1].step_model.built.blocks[0]
-    assert block.mlp.down.weight.codes.dtype == torch.uint8
-    assert block.mlp.down.weight.scales.shape == (64, 1)
+    assert block.feed_forward.down.weight.codes.dtype == torch.uint8
+    assert block.feed_forward.down.weight.scales.shape == (64, 1)
     with simulate(twin, quantize(twin, weights="int8", group_size=None)):
         wanted = twin.generate(**batch(CPU), **GREEDY)
         assert torch.equal(logits(model), logits(twin))

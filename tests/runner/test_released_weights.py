@@ -11,7 +11,7 @@ from engines import executor_of
 from generating import batch
 from llmfast.errors import UserError
 from llmfast.quantization.driver import quantize, simulate
-from llmfast.runner import model as step_model
+from llmfast.runner import block_model, make_model
 from llmfast.weights.model_weights import attach, set_quantized
 from tiny_models import make, tokens
 
@@ -24,7 +24,7 @@ IDS = tokens(2, 20)
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch):
-    monkeypatch.setattr(step_model, "RELEASED", ("cpu", "cuda"))
+    monkeypatch.setattr(make_model, "OFFLOADED", ("cpu", "cuda"))
 
 
 def state(model):
@@ -102,7 +102,7 @@ def test_no_tensor_anywhere_holds_them():
     linears = sum(p.nbytes for n, p in model.named_parameters() if "_proj" in n)
     attach(model, quantize(model, group_size=32))
     full = alive()
-    steps = step_model.make_step_model(model)
+    steps = make_model.make_step_model(model)
     kept = alive()
     scales = sum(part.scales.nbytes for part in steps.built.packed)
     assert full - kept >= linears - scales - 2**14  # rotary tables and the like
@@ -200,13 +200,13 @@ def test_the_engine_s_cache_goes_before_dense_weights_come_back(monkeypatch):
     model = make("Llama")
     before = state(model)
     llm = llmfast.LLM(model, max_num_seqs=2, weights="int4", group_size=32)
-    executor, restore_dense, seen = executor_of(llm), step_model.restore_dense, []
+    executor, restore_dense, seen = executor_of(llm), block_model.restore_dense, []
 
     def watched(model):
         seen.append((len(executor.cache.keys), executor.num_graphs))
         restore_dense(model)
 
-    monkeypatch.setattr(step_model, "restore_dense", watched)
+    monkeypatch.setattr(block_model, "restore_dense", watched)
     assert executor.cache.keys
     llm.close()
     assert seen == [(0, 0)]

@@ -5,9 +5,9 @@ import torch
 
 from llmfast.model.swap import Operations
 from llmfast.model.trace import trace
-from llmfast.runner.check import run_sequences
-from llmfast.runner.model import BlockModel
-from llmfast.runner.rope import RopeTable
+from llmfast.runner.block_model import BlockModel
+from llmfast.runner.blocks.rope import RopeTable
+from llmfast.runner.verify import run_sequences
 from tiny_models import make, tokens
 
 LENGTH = 96

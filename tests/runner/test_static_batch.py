@@ -12,12 +12,12 @@ import llmfast
 from fake_graphs import use_fake_graphs
 from generating import batch, check, make_pair
 from llmfast.errors import UserError
+from llmfast.runner.block_model import BlockModel
 from llmfast.runner.cache import BLOCK_SIZE
 from llmfast.runner.executor import Executor
 from llmfast.runner.generate import batch as batch_module
 from llmfast.runner.generate.batch import BatchSampling, StaticBatch
 from llmfast.runner.generate.override import override_of
-from llmfast.runner.model import BlockModel
 from llmfast.runner.resident import MAX_STOP_TOKENS
 from llmfast.runner.warmup import warm_up
 from tiny_models import make, tokens

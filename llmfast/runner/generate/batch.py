@@ -14,9 +14,9 @@ from ..cache import BLOCK_SIZE
 from ..executor import Executor, Owner
 from ..graphs import decode_shape, row_bucket
 from ..inputs import MAX_STEP_TOKENS, GraphKey, SamplingOps, StepInputs
-from ..model import StepModel
 from ..resident import MAX_STOP_TOKENS, RowOptions
 from ..results import StepHandle, StepResult
+from ..step_model import StepModel
 
 logger = logging.getLogger("llmfast")
 

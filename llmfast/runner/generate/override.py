@@ -22,7 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from ...model.trace import NotTraced
-from ..model import StepModel, make_step_model
+from ..make_model import make_step_model
+from ..step_model import StepModel
 from .batch import StaticBatch
 from .loop import decode
 

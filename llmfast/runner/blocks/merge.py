@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..weights.dense import DenseWeight
-from ..weights.parameters import MergedParameters
-from ..weights.weight import Linear
+from ...weights.dense import DenseWeight
+from ...weights.parameters import MergedParameters
+from ...weights.weight import Linear
 
 
 class MergedLinears:

@@ -1,4 +1,4 @@
-"""From a traced model to its blocks: the recipe of each layer, chosen and verified."""
+"""Build a model's blocks from its trace: choose and verify a recipe for each layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.decoder import layer_output, split_input
-from ..model.modules import attributes
-from ..model.trace import Layer, NotTraced, Trace
-from ..model.verify import (
+from ...model.decoder import layer_output, split_input
+from ...model.modules import attributes
+from ...model.trace import Layer, NotTraced, Trace
+from ...model.verify import (
     Verification,
     cast_floats,
     compare,
@@ -22,19 +22,22 @@ from ..model.verify import (
     precise_copy,
     relative_rms,
 )
-from ..weights.dense import DenseWeight
-from ..weights.registry import pack
-from ..weights.weight import Linear, PackedWeight, StoredWeight
-from .blocks import BY_NORMS, REFERENCES, Attention, Block, BlockOperations, GatedMLP, Run
-from .cache import BLOCK_SIZE, PagedCache
+from ...weights.dense import DenseWeight
+from ...weights.registry import pack
+from ...weights.weight import Linear, PackedWeight, StoredWeight
+from ..cache import BLOCK_SIZE, LayerCache, PagedCache
+from ..step import Chunk, make_step
+from .attention import Attention
 from .merge import MergedLinears
+from .mlp import GatedMLP
+from .recipes import BY_NORMS, Block
 from .rope import RopeTable
-from .step import Chunk, make_step
+from .run import REFERENCES, BlockOperations, Run
 
 
 @dataclass
 class Blocks:
-    """The decoder layers of a model as blocks, and how they were found."""
+    """The decoder layers of a model as blocks, with their tables, weights and verifications."""
 
     blocks: list[Block]
     tables: list[RopeTable]
@@ -63,7 +66,7 @@ class _Linears:
 
     @property
     def forms(self) -> tuple[Any, ...]:
-        """How each is packed: layers that differ in it do not share a verification."""
+        """The form of each weight; layers with different forms do not share a verification."""
         linears = (self.qkv, self.out, self.gate_up, self.down)
         return tuple(None if linear is None else linear.weight.form for linear in linears)
 
@@ -88,8 +91,8 @@ def build_blocks(
     """Choose and verify a recipe for every layer.
 
     The weights of a layer's projections are merged on the way; the model's own parameters become
-    views of them. If anything fails they are put back. Layers with quantized ``weights``, by their
-    names in the model, get packed ones instead, and their parameters are left alone.
+    views of them, and are restored if anything fails. A layer whose name is in ``weights`` gets a
+    packed weight instead, and its parameter stays as it is.
 
     Raises:
         NotTraced: no recipe computes what a layer does.
@@ -178,22 +181,20 @@ def _block(
     return Block(
         recipe=guess.recipe,
         norms=(*layer.before, *layer.between, *layer.after),
-        attention=Attention(
+        mixer=Attention(
             qkv=packed.qkv or merge(layer.qkv),
             out=packed.out or _dense(layer.out),
             heads=call.query_heads,
-            kv_heads=call.kv_heads,
-            head_dim=call.head_dim,
+            cache=LayerCache(call.kv_heads, call.head_dim, call.head_dim, call.dtype, call.window),
             q_norm=q_norm,
             k_norm=k_norm,
             rope=rope,
             interleaved=guess.rotation == "pairs",
             scale=call.kwargs.get("scaling"),
-            window=call.window,
             softcap=guess.softcap,
             sinks=call.kwargs.get("s_aux"),
         ),
-        mlp=GatedMLP(
+        feed_forward=GatedMLP(
             packed.gate_up or merge(layer.gate),
             packed.down or _dense(layer.down),
             layer.activation.removesuffix("_mul"),
@@ -213,7 +214,7 @@ def _dense(layer: nn.Linear) -> Linear:
 def _choose(
     layer: Layer, packed: _Linears, operations: BlockOperations
 ) -> tuple[_Guess, Verification]:
-    """The guess nearest to the layer by the reference operations; verified with the real ones."""
+    """Return the guess closest to the layer by the references, verified with ``operations``."""
     name = type(layer.module).__name__
     if len(layer.heads) not in (0, 2):
         raise NotTraced(f"{name} has {len(layer.heads)} norms between projections and attention")
@@ -252,9 +253,10 @@ def _guesses(layer: Layer) -> Iterator[_Guess]:
 def _run(
     layer: Layer, guess: _Guess, packed: _Linears, operations: BlockOperations
 ) -> torch.Tensor:
-    """The layer's output by a block: two chunks of a prefill and a decoded token.
+    """Return the layer's output, computed by a block: two prefill chunks and a decoded token.
 
-    The cache is shuffled, its blocks of the runner's own size: a GPU then compiles what steps run.
+    The block table is reversed, and blocks have the runner's own size, so that a GPU compiles the
+    kernels that steps run.
     """
     hidden = split_input(layer.args, layer.kwargs)[0][0]
     length, device = len(hidden), hidden.device
@@ -267,8 +269,7 @@ def _run(
     if operations is REFERENCES:
         block = block.with_reference_weights()
     count = -(-length // BLOCK_SIZE)
-    call = layer.call
-    cache = PagedCache([(call.kv_heads, call.head_dim)], count, hidden.dtype, device)
+    cache = PagedCache([block.mixer.cache], count, device)
     places = list(range(count))[::-1]
     parts = []
     for start, stop in pairwise((0, length // 2, length - 1, length)):
@@ -290,7 +291,7 @@ def _side_by_side(layers: list[nn.Linear]) -> Linear:
 
 @torch.no_grad()
 def _oracle(layer: Layer) -> torch.Tensor:
-    """What the layer gives one precision up, for the input that it was traced with."""
+    """Return the layer's output one precision up, for the input that it was traced with."""
     higher = oracle_dtype(layer.output.dtype)
     precise = precise_copy(layer.module, higher)
     output = precise(*cast_floats(layer.args, higher), **cast_floats(layer.kwargs, higher))

@@ -1,9 +1,9 @@
-"""The check of a whole model: wiring errors that single layers do not show."""
+"""Verify a whole model: wiring errors do not show in single layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +22,7 @@ from ..model.verify import (
 )
 from .cache import BLOCK_SIZE, PagedCache
 from .step import Chunk, make_step
-
-if TYPE_CHECKING:
-    from .model import StepModel
+from .step_model import StepModel
 
 _LENGTHS = (27, 19)  # tokens of the sequences
 _STEPS = 2  # of one token, behind the prefill
@@ -32,10 +30,10 @@ CHECKED_LENGTH = max(_LENGTHS)
 
 
 def verify_whole_model(model: PreTrainedModel, ours: StepModel) -> Verification:
-    """Compare the logits of ``ours`` with the model's own; if it does not hold, undo ``ours``.
+    """Compare the logits of ``ours`` with the model's own; restore the model if they differ.
 
     Raises:
-        NotTraced: they are not what the model computes, or a step raised.
+        NotTraced: the logits differ from the model's, or a step raised.
     """
     try:
         verification = check_model(model, ours)
@@ -52,10 +50,10 @@ def verify_whole_model(model: PreTrainedModel, ours: StepModel) -> Verification:
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, ours: StepModel) -> Verification:
-    """Logits of a prefill of two sequences and of two steps of decoding: ours against the model's.
+    """Compare the logits of a prefill of two sequences and of two decoding steps.
 
-    The oracle is the model one precision up, made layer by layer, so that it takes the memory of
-    one layer only.
+    The oracle is the model one precision up, converted layer by layer, so that it takes the memory
+    of one layer only.
     """
     vocabulary = ModelSizes.of(model).vocabulary
     generator = torch.Generator("cpu").manual_seed(1)
@@ -74,14 +72,14 @@ def check_model(model: PreTrainedModel, ours: StepModel) -> Verification:
 def run_sequences(
     model: StepModel, sequences: Sequence[Sequence[int]], steps: int, prefill: int | None = None
 ) -> torch.Tensor:
-    """Logits of every token of some sequences: prefilled, then the last ``steps`` one by one.
+    """Return the logits of all tokens of ``sequences``; the last ``steps`` are decoded one by one.
 
     Args:
-        prefill: tokens of a chunk of the prefill at most; None: it is one chunk.
+        prefill: most tokens of a prefill chunk; None: one chunk.
     """
     model.resize(max(map(len, sequences)))
     blocks = [-(-len(s) // BLOCK_SIZE) for s in sequences]
-    cache = PagedCache(model.cache_shapes, sum(blocks), model.dtype, model.device)
+    cache = PagedCache(model.layer_caches, sum(blocks), model.device)
     places = [cache.allocate(len(s)) for s in sequences]
     done = [0] * len(sequences)
     parts: list[list[torch.Tensor]] = [[] for _ in sequences]
@@ -104,7 +102,7 @@ def run_sequences(
 
 
 def _precise(model: PreTrainedModel) -> PreTrainedModel:
-    """The model one precision up: each part is copied when it is called, and let go after."""
+    """Return the model one precision up: each part is converted for the length of its call."""
     twin = make_shadow(model)
     dtype = oracle_dtype(model.dtype)
     use_eager_experts(twin)
@@ -119,7 +117,7 @@ def _precise(model: PreTrainedModel) -> PreTrainedModel:
 class _Precise(nn.Module):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.__dict__["module"] = module  # no child: its parameters are not this one's
+        self.__dict__["module"] = module  # not a child: its parameters stay out of this module
         self.dtype = dtype
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..model.trace import Rotary
+from ...model.trace import Rotary
 
 
 class RopeTable:
