@@ -10,9 +10,9 @@ import re
 
 from variant import SHARED_LIMIT, SHARED_LIMIT_EVERYWHERE, Variant
 
-from llmfast_kernels.attention.arguments import Heads, Output, Scoring, Sequences
-from llmfast_kernels.attention.decode import choose_decode_launch
-from llmfast_kernels.attention.prefill import choose_prefill_launch
+from llmfast_kernels.attention.kernels.arguments import Heads, Output, Scoring, Sequences
+from llmfast_kernels.attention.kernels.decode import choose_decode_launch
+from llmfast_kernels.attention.kernels.prefill import choose_prefill_launch
 from llmfast_kernels.common.device import Device
 
 GROUP = 4
@@ -79,7 +79,7 @@ def _attention(
     num_warps, num_stages = launch_options.pop("num_warps"), launch_options.pop("num_stages")
     return Variant(
         name=f"attention/{kernel} {dtype} {dim} {features}".rstrip(),
-        kernel=f"llmfast_kernels.attention.{kernel}:_{kernel}_kernel",
+        kernel=f"llmfast_kernels.attention.kernels.{kernel}:_{kernel}_kernel",
         signature=signature | dict.fromkeys(own, "i32"),
         constexprs=constexprs | launch_options,
         num_warps=int(str(num_warps)),
@@ -130,7 +130,7 @@ def _decode(target: str, dtype: str, dim: int, n_queries: int, features: str = "
 def _merge(target: str, dtype: str, dim: int, splits: int, features: str = "") -> Variant:
     return Variant(
         name=f"attention/merge {dtype} {dim} splits={splits} {features}".rstrip(),
-        kernel="llmfast_kernels.attention.decode:_merge_kernel",
+        kernel="llmfast_kernels.attention.kernels.decode:_merge_kernel",
         signature={
             "out": Output(f"*{dtype}:16", "*fp32:16" if "lse" in features else None),
             "sequences": Sequences(cu_q_ptr="*i32:16" if "varlen" in features else None),

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from variant import Variant
 
-from llmfast_kernels.kv_cache.kernel import choose_launch
+from llmfast_kernels.kv_cache.kernel import Cache, TokenHeads, choose_launch
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def _write_kv(dtype: str, n_heads: int, head_dim: int, block_size: int, target: str) -> Variant:
     launch = choose_launch(head_dim, SIZES[dtype])
-    pointers = ("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr")
-    strides = ("k_token", "k_head", "v_token", "v_head", "cache_block", "cache_head")
-    signature = (
-        dict.fromkeys(pointers, f"*{dtype}:16")
-        | {f"stride_{name}": "i32:16" for name in (*strides, "cache_offset")}
-        | {"slots_ptr": "*i64:16", "n_tokens": "i32"}
-    )
+    pointer = f"*{dtype}:16"
+    heads = TokenHeads(pointer, "i32:16", "i32:16")
     return Variant(
         name=f"kv_cache/write_kv {dtype} {n_heads}x{head_dim} block={block_size}",
         kernel="llmfast_kernels.kv_cache.kernel:_write_kv_kernel",
-        signature=signature,
+        signature={
+            "k": heads,
+            "v": heads,
+            "cache": Cache(pointer, pointer, "i32:16", "i32:16", "i32:16"),
+            "slots_ptr": "*i64:16",
+            "n_tokens": "i32",
+        },
         constexprs={
             "N_HEADS": n_heads,
             "HEAD_DIM": head_dim,

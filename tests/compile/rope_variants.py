@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 from variant import Variant
 
-from llmfast_kernels.rope.kernel import choose_launch
+from llmfast_kernels.kv_cache.kernel import Cache, TokenHeads
+from llmfast_kernels.rope.kernel import HeadNorms, Rotation, choose_launch
 
 HEADS, KV_HEADS = 32, 8
 
@@ -21,16 +22,18 @@ def _rope(
 ) -> Variant:
     head_dim, rotary_dim = dims
     launch = choose_launch(HEADS, head_dim, rotary_dim, few_tokens)
-    signature = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}:16")
-    signature |= dict.fromkeys(("cos_ptr", "sin_ptr"), f"*{tables}:16")
-    signature |= {"positions_ptr": "*i32:16" if few_tokens else "*i64:16"}
-    strides = ("stride_q_token", "stride_q_head", "stride_k_token", "stride_k_head")
-    signature |= dict.fromkeys(strides, "i32:16")
+    heads = TokenHeads(f"*{dtype}:16", "i32:16", "i32:16")
+    positions = "*i32:16" if few_tokens else "*i64:16"
     return Variant(
         name=f"rope/{'interleaved' if interleaved else 'halves'} {dtype} {head_dim}/{rotary_dim} "
         f"tables {tables}{' few tokens' if few_tokens else ''}",
         kernel="llmfast_kernels.rope.kernel:_rope_kernel",
-        signature=signature,
+        signature={
+            "q": heads,
+            "k": heads,
+            "rotation": Rotation(f"*{tables}:16", f"*{tables}:16", positions),
+            **dict.fromkeys(("q_out_ptr", "k_out_ptr"), f"*{dtype}:16"),
+        },
         constexprs={
             "Q_HEADS": HEADS,
             "KV_HEADS": KV_HEADS,
@@ -61,29 +64,27 @@ def _rope_write_kv(
 ) -> Variant:
     head_dim, rotary_dim = dims
     launch = choose_launch(HEADS, head_dim, rotary_dim, few_tokens, norm)
-    pointers = ("q", "k", "v", "q_out", "k_cache", "v_cache")
-    signature = {f"{name}_ptr": f"*{dtype}:16" for name in pointers}
-    optional = {
-        "cos_ptr": f"*{tables}:16" if tables else None,
-        "sin_ptr": f"*{tables}:16" if tables else None,
-        "positions_ptr": "*i64:16" if tables else None,
-        "q_norm_ptr": f"*{dtype}:16" if norm else None,
-        "k_norm_ptr": f"*{dtype}:16" if norm else None,
-    }
-    signature |= {name: kind for name, kind in optional.items() if kind}
-    strides = [f"{x}_{axis}" for x in "qkv" for axis in ("token", "head")]
-    strides += ["cache_block", "cache_head", "cache_offset"]
-    signature |= {f"stride_{name}": "i32:16" for name in strides}
-    signature |= {"slots_ptr": "*i64:16", "eps": "fp32"}
+    pointer = f"*{dtype}:16"
+    heads = TokenHeads(pointer, "i32:16", "i32:16")
+    table = f"*{tables}:16" if tables else None
+    weight = pointer if norm else None
     rotation = f"{'interleaved' if interleaved else 'halves'} tables {tables}" if tables else "none"
     return Variant(
         name=f"rope/write_kv {dtype} {head_dim}/{rotary_dim} {rotation}"
         f"{' norm' if norm else ''}{' gemma' if unit_offset else ''}"
         f"{' few tokens' if few_tokens else ''}",
         kernel="llmfast_kernels.rope.kernel:_rope_write_kv_kernel",
-        signature=signature,
+        signature={
+            "q": heads,
+            "k": heads,
+            "v": heads,
+            "rotation": Rotation(table, table, "*i64:16" if tables else None),
+            "norms": HeadNorms(weight, weight, "fp32"),
+            "cache": Cache(pointer, pointer, "i32:16", "i32:16", "i32:16"),
+            "slots_ptr": "*i64:16",
+            "q_out_ptr": pointer,
+        },
         constexprs={
-            **{name: None for name, kind in optional.items() if not kind},
             "Q_HEADS": HEADS,
             "KV_HEADS": KV_HEADS,
             "HEAD_DIM": head_dim,

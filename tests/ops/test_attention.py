@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 
 from attention_oracle import assert_close, make, oracle, skip_bf16_in_the_interpreter, to
 from llmfast_kernels import flash_attention, flash_attention_varlen
-from llmfast_kernels.attention import decode, prefill
 from llmfast_kernels.attention.kernel import (
     DecodeLaunch,
     PrefillLaunch,
@@ -24,7 +23,8 @@ from llmfast_kernels.attention.kernel import (
     launch_flash_attention,
     launch_flash_attention_varlen,
 )
-from llmfast_kernels.attention.loop import shared_bytes
+from llmfast_kernels.attention.kernels import decode, prefill
+from llmfast_kernels.attention.kernels.loop import shared_bytes
 from llmfast_kernels.attention.reference import (
     flash_attention_reference,
     flash_attention_varlen_reference,

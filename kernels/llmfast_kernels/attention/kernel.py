@@ -11,10 +11,16 @@ import torch
 from ..common.device import device_of
 from ..common.launch import CachedLauncher
 from ..common.streams import PerStream
-from .arguments import Heads, Output, Scoring, Sequences
-from .decode import DecodeLaunch, _decode_kernel, _merge_kernel, choose_decode_launch, max_rows
-from .loop import LOG2_E
-from .prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
+from .kernels.arguments import Heads, Output, Scoring, Sequences
+from .kernels.decode import (
+    DecodeLaunch,
+    _decode_kernel,
+    _merge_kernel,
+    choose_decode_launch,
+    max_rows,
+)
+from .kernels.loop import LOG2_E
+from .kernels.prefill import PrefillLaunch, _prefill_kernel, choose_prefill_launch
 
 Launch = PrefillLaunch | DecodeLaunch
 Launches = tuple[DecodeLaunch, PrefillLaunch]  # of sequences with one query, and with more

@@ -1,9 +1,10 @@
-"""Rotary position embedding in Triton. Arguments, checked by op.py, are here taken as good."""
+"""Rotary position embedding in Triton. op.py checks the arguments; here they are trusted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,22 +12,22 @@ import triton.language as tl
 
 from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
-from ..kv_cache.kernel import cache_offsets
+from ..kv_cache.kernel import Cache, TokenHeads, cache_offsets
 from ..norm.kernel import inverse_rms, scale
 
 MAX_HEAD_DIM = 4096  # one program holds a whole head in registers
-_TILE = 1024  # elements of a program
-_FEW_TOKENS = 128  # up to here a GPU is not filled, and one program's latency is what counts
+_TILE = 1024  # elements per program
+_FEW_TOKENS = 128  # up to here a GPU is not filled, and the latency of one program decides
 _MAX_GRID_Y = 65535
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the heads of one token are cut into programs; none takes heads of two tensors."""
+    """The division of one token's heads into programs; no program takes heads of two tensors."""
 
-    block_h: int  # heads of one program, a power of 2
-    block_r: int  # pairs a program holds of each head: rounded up to a power of 2, or 0
-    block_p: int  # elements behind the pairs, to be copied: rounded up to a power of 2, or 0
+    block_h: int  # heads per program, a power of 2
+    block_r: int  # pairs per head, rounded up to a power of 2; or 0
+    block_p: int  # elements behind the pairs, which are copied, rounded up to a power of 2; or 0
     num_warps: int
 
 
@@ -34,11 +35,12 @@ class Launch:
 def choose_launch(
     n_heads: int, head_dim: int, rotary_dim: int, few_tokens: bool = False, norm: bool = False
 ) -> Launch:
-    """Pick the launch for tokens of ``n_heads`` heads, the more of q's and k's. Pure: it
-    asks no device.
+    """Choose the launch. Pure: it asks no device.
 
-    ``few_tokens`` says that the tokens do not fill a GPU, as in decoding, ``norm`` that heads are
-    normalised too.
+    Args:
+        n_heads: the larger number of q's and k's heads.
+        few_tokens: the tokens do not fill a GPU, as in decoding.
+        norm: heads are normalised too.
 
     Raises:
         NotImplementedError: head_dim is more than MAX_HEAD_DIM.
@@ -51,8 +53,8 @@ def choose_launch(
     tile = _TILE // 2 if few_tokens else _TILE
     heads = triton.next_power_of_2(n_heads)
     if norm:
-        # 8 elements a lane: then a lane has the same heads in the whole tile as in its halves, and
-        # a head's sum is taken in rms_norm's order
+        # 8 elements per lane: then a lane has the same heads in the whole tile as in its halves,
+        # and a head's sum is taken in rms_norm's order
         per_warp = 256
         heads = max(heads, per_warp // width)
     else:
@@ -68,19 +70,39 @@ def choose_launch(
     )
 
 
+class Rotation(NamedTuple):
+    """The rotary tables and where each token reads them; all None if nothing is rotated."""
+
+    cos_ptr: Any  # [max_positions, HALF]
+    sin_ptr: Any  # [max_positions, HALF]
+    positions_ptr: Any  # [n_tokens], int32 or int64
+
+
+class HeadNorms(NamedTuple):
+    """The RMS norms of queries and keys; both weights None if there are none."""
+
+    q_ptr: Any  # [HEAD_DIM]
+    k_ptr: Any  # [HEAD_DIM]
+    eps: Any  # a float: Triton would compile an integer into another variant
+
+
+class Target(NamedTuple):
+    """Where one token's heads are written: a contiguous row, or a slot of the paged cache."""
+
+    ptr: Any
+    stride_head: Any
+    slot_ptr: Any = None  # [1], int64, the token's slot; None: ptr is no cache
+    stride_block: Any = None  # of a cache
+    stride_offset: Any = None
+
+
 @triton.jit
 def _rope_kernel(
-    q_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM], any strides of tokens and heads
-    k_ptr,  # [n_tokens, KV_HEADS, HEAD_DIM], any strides of tokens and heads
-    cos_ptr,  # [max_positions, HALF]
-    sin_ptr,  # [max_positions, HALF]
-    positions_ptr,  # [n_tokens]
+    q: TokenHeads,
+    k: TokenHeads,
+    rotation: Rotation,
     q_out_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM] contiguous, written
     k_out_ptr,  # [n_tokens, KV_HEADS, HEAD_DIM] contiguous, written
-    stride_q_token,
-    stride_q_head,
-    stride_k_token,
-    stride_k_head,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -91,91 +113,40 @@ def _rope_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    """Rotate BLOCK_H heads of one token's queries or keys."""
     wait_for_inputs()
     # int64: tokens times heads times head_dim passes 2**31 for a long prefill
     token = tl.program_id(0 if MANY_TOKENS else 1).to(tl.int64)
     block = tl.program_id(1 if MANY_TOKENS else 0)
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
-    position = tl.load(positions_ptr + token)  # first of all, because the tables wait for it
+    position = tl.load(rotation.positions_ptr + token)  # first of all: the tables wait for it
 
     if block < q_blocks:
         _write_heads(
-            q_ptr + token * stride_q_token,
-            stride_q_head,
-            q_out_ptr + token * (Q_HEADS * HEAD_DIM),
-            HEAD_DIM,
-            None,
-            None,
-            None,
-            cos_ptr,
-            sin_ptr,
-            position,
-            None,
-            None,
-            block,
-            Q_HEADS,
-            HEAD_DIM,
-            HALF,
-            INTERLEAVED,
-            False,
-            BLOCK_H,
-            BLOCK_R,
-            BLOCK_P,
-            0,
-            0,
-        )
+            q.ptr + token * q.stride_token, q.stride_head,
+            Target(q_out_ptr + token * (Q_HEADS * HEAD_DIM), HEAD_DIM),
+            rotation, position, None, None, block,
+            Q_HEADS, HEAD_DIM, HALF, INTERLEAVED, False, BLOCK_H, BLOCK_R, BLOCK_P, 0, 0,
+        )  # fmt: skip
     else:
         _write_heads(
-            k_ptr + token * stride_k_token,
-            stride_k_head,
-            k_out_ptr + token * (KV_HEADS * HEAD_DIM),
-            HEAD_DIM,
-            None,
-            None,
-            None,
-            cos_ptr,
-            sin_ptr,
-            position,
-            None,
-            None,
-            block - q_blocks,
-            KV_HEADS,
-            HEAD_DIM,
-            HALF,
-            INTERLEAVED,
-            False,
-            BLOCK_H,
-            BLOCK_R,
-            BLOCK_P,
-            0,
-            0,
-        )
+            k.ptr + token * k.stride_token, k.stride_head,
+            Target(k_out_ptr + token * (KV_HEADS * HEAD_DIM), HEAD_DIM),
+            rotation, position, None, None, block - q_blocks,
+            KV_HEADS, HEAD_DIM, HALF, INTERLEAVED, False, BLOCK_H, BLOCK_R, BLOCK_P, 0, 0,
+        )  # fmt: skip
 
 
 @triton.jit
 def _rope_write_kv_kernel(
-    q_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM], any strides of tokens and heads
-    k_ptr,  # [n_tokens, KV_HEADS, HEAD_DIM], any strides of tokens and heads
-    v_ptr,  # [n_tokens, KV_HEADS, HEAD_DIM], any strides of tokens and heads
-    cos_ptr,  # [max_positions, HALF], None if HALF is 0, as are sin and positions
-    sin_ptr,  # [max_positions, HALF]
-    positions_ptr,  # [n_tokens]
-    q_out_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM] contiguous, written
-    k_cache_ptr,  # [n_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM], written
-    v_cache_ptr,  # [n_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM], written; strides as k_cache's
+    q: TokenHeads,
+    k: TokenHeads,
+    v: TokenHeads,
+    rotation: Rotation,
+    norms: HeadNorms,
+    cache: Cache,
     slots_ptr,  # [n_tokens], int64
-    q_norm_ptr,  # [HEAD_DIM], or None: no norm
-    k_norm_ptr,  # [HEAD_DIM], or None
-    stride_q_token,
-    stride_q_head,
-    stride_k_token,
-    stride_k_head,
-    stride_v_token,
-    stride_v_head,
-    stride_cache_block,
-    stride_cache_head,
-    stride_cache_offset,
-    eps,
+    q_out_ptr,  # [n_tokens, Q_HEADS, HEAD_DIM] contiguous, written
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -189,104 +160,51 @@ def _rope_write_kv_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of 2
 ):
+    """Normalise and rotate BLOCK_H heads of one token's q or k, or copy heads of its v."""
     wait_for_inputs()
     token = tl.program_id(0 if MANY_TOKENS else 1).to(tl.int64)
     block = tl.program_id(1 if MANY_TOKENS else 0)
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
-    position = tl.load(positions_ptr + token) if HALF > 0 else None
+    position = tl.load(rotation.positions_ptr + token) if HALF > 0 else None
+    slot_ptr = slots_ptr + token
 
     if block < q_blocks:
         _write_heads(
-            q_ptr + token * stride_q_token,
-            stride_q_head,
-            q_out_ptr + token * (Q_HEADS * HEAD_DIM),
-            HEAD_DIM,
-            None,
-            None,
-            None,
-            cos_ptr,
-            sin_ptr,
-            position,
-            q_norm_ptr,
-            eps,
-            block,
-            Q_HEADS,
-            HEAD_DIM,
-            HALF,
-            INTERLEAVED,
-            UNIT_OFFSET,
-            BLOCK_H,
-            BLOCK_R,
-            BLOCK_P,
-            BLOCK_D,
-            BLOCK_SIZE,
-        )
+            q.ptr + token * q.stride_token, q.stride_head,
+            Target(q_out_ptr + token * (Q_HEADS * HEAD_DIM), HEAD_DIM),
+            rotation, position, norms.q_ptr, norms.eps, block,
+            Q_HEADS, HEAD_DIM, HALF, INTERLEAVED, UNIT_OFFSET,
+            BLOCK_H, BLOCK_R, BLOCK_P, BLOCK_D, BLOCK_SIZE,
+        )  # fmt: skip
     elif block < q_blocks + kv_blocks:
         _write_heads(
-            k_ptr + token * stride_k_token,
-            stride_k_head,
-            k_cache_ptr,
-            stride_cache_head,
-            slots_ptr + token,
-            stride_cache_block,
-            stride_cache_offset,
-            cos_ptr,
-            sin_ptr,
-            position,
-            k_norm_ptr,
-            eps,
-            block - q_blocks,
-            KV_HEADS,
-            HEAD_DIM,
-            HALF,
-            INTERLEAVED,
-            UNIT_OFFSET,
-            BLOCK_H,
-            BLOCK_R,
-            BLOCK_P,
-            BLOCK_D,
-            BLOCK_SIZE,
-        )
+            k.ptr + token * k.stride_token, k.stride_head,
+            Target(
+                cache.k_ptr, cache.stride_head, slot_ptr, cache.stride_block, cache.stride_offset
+            ),
+            rotation, position, norms.k_ptr, norms.eps, block - q_blocks,
+            KV_HEADS, HEAD_DIM, HALF, INTERLEAVED, UNIT_OFFSET,
+            BLOCK_H, BLOCK_R, BLOCK_P, BLOCK_D, BLOCK_SIZE,
+        )  # fmt: skip
     else:
         _write_heads(
-            v_ptr + token * stride_v_token,
-            stride_v_head,
-            v_cache_ptr,
-            stride_cache_head,
-            slots_ptr + token,
-            stride_cache_block,
-            stride_cache_offset,
-            None,
-            None,
-            None,
-            None,
-            None,
-            block - q_blocks - kv_blocks,
-            KV_HEADS,
-            HEAD_DIM,
-            0,
-            False,
-            False,
-            BLOCK_H,
-            0,
-            BLOCK_D,
-            BLOCK_D,
-            BLOCK_SIZE,
-        )
+            v.ptr + token * v.stride_token, v.stride_head,
+            Target(
+                cache.v_ptr, cache.stride_head, slot_ptr, cache.stride_block, cache.stride_offset
+            ),
+            Rotation(None, None, None), None, None, None, block - q_blocks - kv_blocks,
+            KV_HEADS, HEAD_DIM, 0, False, False,
+            BLOCK_H, 0, BLOCK_D, BLOCK_D, BLOCK_SIZE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _write_heads(
     x_ptr,  # [N_HEADS, HEAD_DIM] of one token
     stride_head,
-    out_ptr,  # [N_HEADS, HEAD_DIM] of one token, or the cache; written
-    stride_out_head,
-    slot_ptr,  # [1], the token's; None: out is no cache
-    stride_out_block,  # of a cache
-    stride_out_offset,
-    cos_ptr,  # [max_positions, HALF]
-    sin_ptr,  # [max_positions, HALF]
+    target: Target,
+    rotation: Rotation,
     position,  # of the token
     weight_ptr,  # [HEAD_DIM] of the norm, or None: no norm
     eps,
@@ -302,11 +220,11 @@ def _write_heads(
     BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of 2
     BLOCK_SIZE: tl.constexpr,  # of a cache
 ):
-    """Normalise, rotate and store BLOCK_H heads, each if asked to.
+    """Normalise, rotate and store BLOCK_H heads; each step only if it is asked for.
 
     The heads are loaded before anything waits for the token's position or slot.
     """
-    dtype = out_ptr.dtype.element_ty
+    dtype = target.ptr.dtype.element_ty
     heads = block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     head_mask = heads < N_HEADS
     x_ptrs = x_ptr + heads.to(tl.int64) * stride_head  # heads may be the farthest axis
@@ -328,27 +246,27 @@ def _write_heads(
             )
         if BLOCK_P > 0:
             weight = tl.load(weight_ptrs + rest, mask=rest_mask, other=0.0)
-    if slot_ptr is None:
+    if target.slot_ptr is None:
         written = head_mask
-        out_ptrs = out_ptr + heads.to(tl.int64) * stride_out_head
+        out_ptrs = target.ptr + heads.to(tl.int64) * target.stride_head
     else:
-        slot = tl.load(slot_ptr)
+        slot = tl.load(target.slot_ptr)
         written = heads < tl.where(slot >= 0, N_HEADS, 0)
-        out_ptrs = out_ptr + cache_offsets(
+        out_ptrs = target.ptr + cache_offsets(
             slot,
             heads.to(tl.int64),
-            stride_out_block,
-            stride_out_head,
-            stride_out_offset,
+            target.stride_block,
+            target.stride_head,
+            target.stride_offset,
             BLOCK_SIZE,
         )
     if HALF > 0:
-        # each lane loads what it multiplies with: a row shared out would pass through shared memory
+        # each lane loads its own factors: one row for all would pass through shared memory
         pairs = tl.broadcast_to(tl.arange(0, BLOCK_R)[None, :], (BLOCK_H, BLOCK_R))
         pair_mask = head_mask & (pairs < HALF)
         row = position.to(tl.int64) * HALF
-        cos = tl.load(cos_ptr + row + pairs, mask=pair_mask, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row + pairs, mask=pair_mask, other=0.0).to(tl.float32)
+        cos = tl.load(rotation.cos_ptr + row + pairs, mask=pair_mask, other=0.0).to(tl.float32)
+        sin = tl.load(rotation.sin_ptr + row + pairs, mask=pair_mask, other=0.0).to(tl.float32)
 
     if weight_ptr is not None:
         rms = inverse_rms(x.to(tl.float32), HEAD_DIM, eps)
@@ -362,7 +280,8 @@ def _write_heads(
     if HALF > 0:
         a, b = a.to(tl.float32), b.to(tl.float32)
         a_cos, b_sin, b_cos, a_sin = a * cos, b * sin, b * cos, a * sin
-        if cos_ptr.dtype.element_ty == dtype:  # else tables are float32, and all is until the end
+        # else the tables are float32, and all is computed in float32 until the end
+        if rotation.cos_ptr.dtype.element_ty == dtype:
             a_cos, b_sin = a_cos.to(dtype).to(tl.float32), b_sin.to(dtype).to(tl.float32)
             b_cos, a_sin = b_cos.to(dtype).to(tl.float32), a_sin.to(dtype).to(tl.float32)
         a, b = (a_cos - b_sin).to(dtype), (b_cos + a_sin).to(dtype)
@@ -386,7 +305,7 @@ def _load_pairs(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Both elements of each pair, each [BLOCK_H, BLOCK_R]."""
+    """Load both elements of each pair, each [BLOCK_H, BLOCK_R]."""
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_R)[None, :]
         x = tl.load(ptrs + cols, mask=head_mask & (cols < 2 * HALF), other=0.0)
@@ -419,14 +338,16 @@ def launch_apply_rope(
     block_h = launch.block_h
     blocks = -(-q_heads // block_h) - (-kv_heads // block_h)
     many = n_tokens > _MAX_GRID_Y
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
     constexprs = (
         *(q_heads, kv_heads, head_dim, half, interleaved, many),
         *(block_h, launch.block_r, launch.block_p),
     )
     _rope(
         (n_tokens, blocks) if many else (blocks, n_tokens),
-        (q, k, cos, sin, positions, q_out, k_out, *strides, *constexprs),
+        (
+            *(TokenHeads(q, *q.stride()[:2]), TokenHeads(k, *k.stride()[:2])),
+            *(Rotation(cos, sin, positions), q_out, k_out, *constexprs),
+        ),
         num_warps=launch.num_warps,
         enable_fp_fusion=False,  # fused with the sum, a product would not be rounded
     )
@@ -453,7 +374,7 @@ def launch_rope_write_kv(
     eps: float = 0.0,
     unit_offset: bool = False,
 ) -> torch.Tensor:
-    """The caches may have any strides, v_cache those of k_cache."""
+    """Launch the operation. The caches may have any strides, v_cache those of k_cache."""
     n_tokens, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     if cos is None:
@@ -466,7 +387,6 @@ def launch_rope_write_kv(
     block_h = launch.block_h
     blocks = -(-q_heads // block_h) - 2 * (-kv_heads // block_h)
     many = n_tokens > _MAX_GRID_Y
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3])
     constexprs = (
         *(q_heads, kv_heads, head_dim, half, k_cache.shape[2], interleaved, unit_offset, many),
         *(block_h, launch.block_r, launch.block_p, triton.next_power_of_2(head_dim)),
@@ -474,9 +394,9 @@ def launch_rope_write_kv(
     _rope_write_kv(
         (n_tokens, blocks) if many else (blocks, n_tokens),
         (
-            *(q, k, v, cos, sin, positions, q_out, k_cache, v_cache, slots, q_norm, k_norm),
-            # float: Triton would compile an integer into another variant
-            *(*strides, float(eps), *constexprs),
+            *(TokenHeads(x, *x.stride()[:2]) for x in (q, k, v)),
+            *(Rotation(cos, sin, positions), HeadNorms(q_norm, k_norm, float(eps))),
+            *(Cache(k_cache, v_cache, *k_cache.stride()[:3]), slots, q_out, *constexprs),
         ),
         num_warps=launch.num_warps,
         enable_fp_fusion=False,  # as in launch_apply_rope

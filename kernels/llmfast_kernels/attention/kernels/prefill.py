@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.device import Device
+from ...common.device import Device
+from ..tables import CONSTANTS
 from .arguments import (
     NOT_SPECIALIZED,
     Heads,
@@ -28,7 +29,6 @@ from .loop import (
     needed_keys,
     pad_head_dim,
 )
-from .tables import CONSTANTS
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.device import Device
-from ..common.pdl import wait_for_inputs
+from ...common.device import Device
+from ...common.pdl import wait_for_inputs
+from ..tables import CONSTANTS
 from .arguments import (
     NOT_SPECIALIZED,
     Heads,
@@ -31,7 +32,6 @@ from .loop import (
     pad_head_dim,
     shared_bytes,
 )
-from .tables import CONSTANTS
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
