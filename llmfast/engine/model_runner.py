@@ -110,7 +110,7 @@ class ModelRunner:
                 width=width,
                 block_size=block_size,
                 # one choice for all requests, so that they can share blocks
-                first_position=self._model.admit(longest),
+                first_position=executor.admit(longest),
             )
             self._counts = Counts(max_num_seqs)
             executor.capture([GraphKey(shape, _CAPTURED) for shape in shapes])

@@ -118,6 +118,16 @@ class Executor:
 
     # ------------------------------------------------------------------------------- steps
 
+    def admit(self, length: int) -> int:
+        """Return the first position of sequences that may reach ``length`` tokens.
+
+        Must be called before the steps of such sequences: rotary tables are filled here.
+
+        Raises:
+            NotTraced: only some of the model's rotary tables depend on the length.
+        """
+        return self.model.admit(length)
+
     def new_step(
         self,
         *,

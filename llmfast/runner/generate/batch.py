@@ -147,7 +147,7 @@ class StaticBatch:
         table = np.zeros((self._rows, self.executor.width), np.int64)
         for row, blocks in enumerate(self._blocks):
             table[row, : len(blocks)] = blocks
-        first_position = self.model.admit(max(lengths) + max_new_tokens)
+        first_position = self.executor.admit(max(lengths) + max_new_tokens)
         input_ids = input_ids.cpu()
         logits = self._prefill(input_ids.numpy(), lengths, table, first_position)
         seen = []
