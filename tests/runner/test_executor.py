@@ -8,10 +8,10 @@ import torch
 
 from fake_graphs import use_fake_graphs
 from llmfast.errors import UserError
+from llmfast.runner.block_model import BlockModel
 from llmfast.runner.executor import Executor, Owner
 from llmfast.runner.graphs import decode_shape, mixed_shape
 from llmfast.runner.inputs import GraphKey, SamplingOps, StepInputs, StepShape, buffer_bytes, views
-from llmfast.runner.model import BlockModel
 from tiny_models import make, tokens
 
 OWNER = Owner("LLM", cache_advice="lower num_blocks", graph_advice="lower something")

@@ -1,4 +1,4 @@
-"""Linear layers with one input, multiplied as one: their weights side by side in one tensor."""
+"""Linear layers with the same input, merged into one layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...weights.weight import Linear
 class MergedLinears:
     """Several linear layers as one, whose weights and biases become views of merged tensors.
 
-    Operations that move the layers' data elsewhere (``.to()``, a deepcopy of the model) leave this
-    one stale; the override of ``generate`` checks for that.
+    Operations that move the layers' data (``.to()``, a deepcopy of the model) leave this object
+    stale; the override of ``generate`` checks for that.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -34,6 +34,6 @@ class MergedLinears:
         self.linear = Linear(DenseWeight(weight), bias[0] if bias else None)
 
     def restore(self) -> None:
-        """Give each layer tensors of its own again, with the values that it has now."""
+        """Restore each layer's own tensors, with their present values."""
         for merged in self._merged:
             merged.restore()

@@ -1,8 +1,8 @@
 """Rotary tables, made by the model's own rotary module outside any graph.
 
-Where the frequencies depend on how long a sequence is (longrope, dynamic), that is decided once,
-when the sequence is admitted, from the length it may reach: its tables are a range of rows, and its
-positions are counted from the first of them.
+Frequencies that depend on the length of a sequence (longrope, dynamic) are chosen once, when the
+sequence is admitted, by the length it may reach. Its tables are a range of rows, and its positions
+count from the first of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...model.trace import Rotary
 
 
 class RopeTable:
-    """cos and sin of one rotary module, ``[rows, rotary_dim // 2]`` each."""
+    """The cos and sin tables of one rotary module, ``[rows, rotary_dim // 2]`` each."""
 
     def __init__(
         self,
@@ -27,16 +27,16 @@ class RopeTable:
     ) -> None:
         """
         Args:
-            rotary: the module, and what it is called with beside positions.
-            max_length: the longest sequence there will be.
-            dtype: of the model; the module rounds its tables to it.
+            rotary: the module, and its arguments other than positions.
+            max_length: tokens of the longest sequence.
+            dtype: the model's; the module rounds its tables to it.
         """
         self._rotary = rotary
         self._like = torch.empty(1, 1, 1, dtype=dtype, device=device)
         parameters = _parameters(rotary)
         kind = str(parameters.get("rope_type", "default"))
         self._by_length = "dynamic" in kind
-        # up to here the frequencies are those of training; None: everywhere
+        # up to this length the frequencies are those of training; None: at any length
         self._original: int | None = None
         if self._by_length or kind == "longrope":
             given = parameters.get("original_max_position_embeddings")
@@ -45,21 +45,21 @@ class RopeTable:
         self.resize(max_length)
 
     def resize(self, max_length: int) -> None:
-        """Make room for sequences of another length; the tables move."""
+        """Reallocate the tables for sequences of another length."""
         regions = 1 if self._original is None else 2
-        first, _ = self._make(2)  # at position 0 all columns are alike
+        first, _ = self._make(2)  # at position 0 all columns are equal
         shape = (regions * max_length, first.shape[1])
         self._max_length = max_length
         self.cos, self.sin = (
             torch.zeros(shape, dtype=first.dtype, device=first.device) for _ in range(2)
         )
-        self._filled: dict[int, int] = {}  # the region, and the length its rows were made for
+        self._filled: dict[int, int] = {}  # by region: the length its rows were made for
 
     def admit(self, length: int) -> int:
-        """The first row of the tables for a sequence that may reach ``length`` tokens.
+        """Return the first row of the tables for a sequence that may reach ``length`` tokens.
 
-        Sequences that run at the same time must be admitted with one length where the frequencies
-        depend on every token of it ("dynamic"): there is one such region.
+        Where the frequencies depend on the exact length ("dynamic"), sequences that run at the same
+        time must be admitted with the same length: there is one such region.
         """
         if length > self._max_length:
             raise ValueError(f"rope tables: made for {self._max_length} tokens, got {length}")
@@ -83,20 +83,20 @@ class RopeTable:
 
     @torch.no_grad()
     def _make(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables of a forward over ``length`` tokens, by a copy: some modules keep state."""
+        """Return the tables for ``length`` tokens, made by a copy: some modules keep state."""
         module = copy.deepcopy(self._rotary.module)
         positions = torch.arange(length, device=self._like.device)[None]
-        for seen in (positions[:, :1], positions):  # a single token makes it forget longer ones
+        for seen in (positions[:, :1], positions):  # a single token resets the module
             cos, sin = module(self._like, seen, *self._rotary.args, **self._rotary.kwargs)
         half = cos.shape[-1] // 2
-        # a column a pair: the module lays each twice, as two halves or side by side (Cohere)
+        # one column per pair: the module has each twice, in two halves or side by side (Cohere)
         halves = torch.equal(cos[..., :half], cos[..., half:])
         columns = slice(0, half) if halves else slice(0, None, 2)
         return cos[0, :, columns], sin[0, :, columns]
 
 
 def _parameters(rotary: Rotary) -> dict[str, Any]:
-    """transformers' parameters of this rotary embedding; models may have one set a layer type."""
+    """Return the module's rotary parameters; a model may have a set for each layer type."""
     parameters: dict[str, Any] = getattr(rotary.module.config, "rope_parameters", None) or {}
     for argument in (*rotary.args, *rotary.kwargs.values()):
         if isinstance(argument, str) and isinstance(parameters.get(argument), dict):
