@@ -1,4 +1,4 @@
-"""Read folders of GPTQ, AWQ and compressed-tensors."""
+"""Read folders with weights of GPTQ, AWQ or compressed-tensors."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def load_folder(
 
     Args:
         folder: holds the safetensors files.
-        quantization_config: of its config.json.
+        quantization_config: the field of its config.json.
         dtype: of the dequantized weights.
         on_progress: called as ``on_progress("loading weights", done, total)`` after each layer.
 
     Returns:
-        The quantized weights by the names of their layers; and a state dict of the whole, with the
-        dequantized weights in it.
+        The quantized weights by the names of their layers; and a state dict of the whole model with
+        the dequantized weights.
 
     Raises:
-        UserError: a format that cannot be read here, or a layer that is not of it.
+        UserError: a format that cannot be read here, or a layer that does not follow it.
     """
     where = f"{folder}: quantization_config"
     marker, read = _reader(where, quantization_config)
@@ -70,7 +70,7 @@ def load_folder(
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors of the model: some folders hold its weights in another form as well."""
+    """Return the model's safetensors files: some folders hold its weights in another form too."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
         return [whole]
@@ -81,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _reader(where: str, config: Mapping[str, Any]) -> tuple[str, Read]:
-    """The end of the name of each layer's codes, and what reads a layer."""
+    """Return the suffix of the tensors that hold codes, and the reader of a layer."""
     method = config.get("quant_method")
     if method == "compressed-tensors":
         return ".weight_packed", partial(from_compressed_tensors, bits=_group_bits(where, config))
@@ -104,7 +104,7 @@ def _reader(where: str, config: Mapping[str, Any]) -> tuple[str, Read]:
 
 
 def _group_bits(where: str, config: Mapping[str, Any]) -> int:
-    """The bits of the codes, which all groups of layers must share."""
+    """Return the bits of the codes, which all groups of layers must share."""
     if config.get("format") != PACK_QUANTIZED:
         raise UserError(
             f"{where}: format {config.get('format')!r} cannot be read; {PACK_QUANTIZED!r} can"

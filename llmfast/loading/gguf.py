@@ -1,8 +1,8 @@
-"""A Llama-architecture GGUF file as a transformers model and tokenizer.
+"""Load a GGUF file of the Llama architecture as a transformers model and tokenizer.
 
-The model is built without memory (on PyTorch's meta device), then each tensor is read,
-dequantised and put in place, so nothing is initialised only to be overwritten. Quantized layers
-are read once more, in their own bits, when somebody wants to multiply with those.
+The model is built on PyTorch's meta device. Then each tensor is read, dequantised and put in place,
+so nothing is initialised only to be overwritten. Quantized layers are read again, in their own
+bits, when the runner packs them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_gguf(
     dtype: torch.dtype,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Read ``path`` whole: the model on ``device`` in ``dtype``, in eval mode, and its tokenizer.
+    """Load the model, on ``device`` in ``dtype`` and in eval mode, and its tokenizer.
 
     ``on_progress("loading weights", done, total)`` is called after each tensor.
 
@@ -60,7 +60,7 @@ def load_gguf(
         return _read(file, name, config).to(dtype).to(device)
 
     weights = {}
-    # threads, since numpy gives up the interpreter's lock while it works on a tensor
+    # in threads: numpy releases the interpreter's lock while it works on a tensor
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for done, (name, weight) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
             weights[names[name]] = weight
@@ -68,7 +68,7 @@ def load_gguf(
                 on_progress("loading weights", done, len(names))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    # the only buffers are computed, not stored: make them anew where there is memory
+    # the only buffers are computed, not stored: compute them again, off the meta device
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(device)
     weights_in_file = GgufWeights(file, names, config)
@@ -80,10 +80,10 @@ def load_gguf(
 
 
 class GgufWeights(Mapping[str, "QuantizedWeight"]):
-    """The quantized linear layers of the decoder by their names, read when they are asked for."""
+    """The quantized linear layers of the decoder by name, read from the file on access."""
 
     def __init__(self, file: GgufFile, names: Mapping[str, str], config: LlamaConfig) -> None:
-        """``names``: of the file's tensors, each with that of its parameter."""
+        """Map the layers to tensors. ``names`` has the parameter of each of the file's tensors."""
         self._file: GgufFile | None = file
         self._path = file.path
         self._config = config
@@ -132,7 +132,7 @@ def _empty_model(config: LlamaConfig) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     end, pad = config.eos_token_id, config.pad_token_id
-    if pad is None:  # any id can fill up a batch: it is masked
+    if pad is None:  # any id can pad a batch: it is masked
         pad = end[0] if isinstance(end, list) else end
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=end, pad_token_id=pad
@@ -141,11 +141,14 @@ def _empty_model(config: LlamaConfig) -> LlamaForCausalLM:
 
 
 def _match(file: GgufFile, model: LlamaForCausalLM) -> dict[str, str]:
-    """The file's tensor names, each with the name of its parameter; every one has a partner."""
+    """Return the parameter of each of the file's tensors; both sides must be complete."""
     blocks = model.config.num_hidden_layers
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
     names = {}
-    for parameter, value in model.named_parameters():  # a tied output is listed once, as input
+    for (
+        parameter,
+        value,
+    ) in model.named_parameters():  # a tied head is the embedding
         name = known.get_name(parameter, try_suffixes=(".weight", ".bias"))
         info = file.tensors.get(name)
         if info is None:
@@ -156,7 +159,7 @@ def _match(file: GgufFile, model: LlamaForCausalLM) -> dict[str, str]:
                 f" metadata; got {info.shape}"
             )
         names[name] = parameter
-    # held by the config: see gguf_config
+    # in the configuration: see gguf_config
     unknown = file.tensors.keys() - names.keys() - {"rope_freqs.weight"}
     if unknown:
         raise UserError(f"{file.path}: tensor {min(unknown)!r} is not part of a Llama model")
@@ -173,7 +176,7 @@ def _read(file: GgufFile, name: str, config: LlamaConfig) -> torch.Tensor:
 
 
 def _rotated_heads(name: str, config: LlamaConfig) -> int | None:
-    """How many heads a tensor's rows are of, if they stand in GGUF's order; else None."""
+    """Return the number of heads of a tensor whose rows are in GGUF's order; else None."""
     if ".attn_q." in name:
         return int(config.num_attention_heads)
     if ".attn_k." in name:
@@ -182,7 +185,9 @@ def _rotated_heads(name: str, config: LlamaConfig) -> int | None:
 
 
 def _half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo GGUF's order of a head's rows: pairs that rotate together stand side by side there,
-    half a head apart in transformers."""
+    """Undo GGUF's order of a head's rows.
+
+    Rows that rotate together are neighbours in GGUF, and half a head apart in transformers.
+    """
     rest: tuple[Any, ...] = tuple(tensor.shape[1:])
     return tensor.view(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape)

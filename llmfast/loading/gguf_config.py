@@ -1,7 +1,7 @@
-"""A GGUF file's metadata as a transformers LlamaConfig.
+"""Make a transformers LlamaConfig from a GGUF file's metadata.
 
-Every ``llama.*`` key is either used, known to change nothing, or refused by name: a key passed
-over would be a model that computes something else without a sign of it.
+Every ``llama.*`` key is used, known to change nothing, or refused by name: a model that ignores a
+key could compute something else without any sign of it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NO_EFFECT = {
     "tensor_data_layout",
     "use_parallel_residual",
 }
-# Read if they hold the value that leaves Llama as it is.
+# accepted with the value that leaves a Llama model unchanged
 _NEUTRAL = {
     "attention.causal": True,
     "attention.clamp_kqv": 0.0,
@@ -63,7 +63,7 @@ def llama_config(file: GgufFile, dtype: torch.dtype) -> LlamaConfig:
     """Build the config that ``file`` describes, for weights in ``dtype``.
 
     Raises:
-        UserError: a key is missing, damaged, or asks for what a transformers Llama is not.
+        UserError: a key is missing or damaged, or a transformers Llama has no such property.
     """
     from transformers import LlamaConfig
 
@@ -156,10 +156,10 @@ def _rope(file: GgufFile, head_dim: int, context: int) -> dict[str, Any]:
 
 
 def _llama3_rope(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1's scaling, of which the file holds only what it divides each frequency by.
+    """Find the parameters of Llama 3.1's scaling from the divisors of the frequencies.
 
-    All published models have the same three constants, so the largest divisor tells the rest;
-    that they give the very divisors of the file is checked.
+    The file holds only the divisors. All published models share three constants, so the largest
+    divisor determines the rest. The result must reproduce the divisors of the file.
     """
     info = file.tensors["rope_freqs.weight"]
     divisors = dequantize(file.raw(info.name), info.type)
@@ -196,7 +196,7 @@ def _real(file: GgufFile, name: str, default: float | None = None) -> float:
     value = file.metadata.get(f"llama.{name}", default)
     if not isinstance(value, float) or not 0 < value < float("inf"):
         raise _not_a(file, name, "a number above 0", value)
-    return float(str(np.float32(value)))  # 1e-05 as it was meant, not 9.999999747378752e-06
+    return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
 
 
 def _not_a(file: GgufFile, name: str, wanted: str, value: object) -> UserError:

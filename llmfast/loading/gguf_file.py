@@ -1,7 +1,7 @@
-"""What a GGUF file holds: its metadata, and where the bytes of each tensor lie.
+"""Read a GGUF file's metadata, and the positions of its tensors.
 
-The gguf library's own reader makes several numpy views per string, 2.4 s for a vocabulary of
-49,152 tokens; this one takes 0.1 s and checks every read against the end of the file. Types,
+The gguf library's own reader makes several numpy views per string: 2.4 s for a vocabulary of
+49,152 tokens. This reader takes 0.1 s and checks every read against the end of the file. Types,
 block sizes and dequantisation are the library's.
 """
 
@@ -37,13 +37,13 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as the header describes it."""
+    """A tensor as the header describes it."""
 
     name: str
     shape: tuple[int, ...]  # as PyTorch has it: the file lists the fastest dimension first
     type: GGMLQuantizationType | None  # None: a number that the gguf library does not know
     type_name: str
-    start: int  # of its bytes, from the start of the file
+    start: int  # position of its first byte in the file
     nbytes: int  # 0 if the type is unknown
 
 
@@ -70,7 +70,7 @@ class GgufFile:
         self._read_header()
 
     def raw(self, name: str) -> NDArray[Any]:
-        """The tensor's bytes as rows: ``(*shape[:-1], bytes per row)``, uint8, read-only."""
+        """Return the tensor's bytes as rows: ``(*shape[:-1], bytes per row)``, uint8, read-only."""
         info = self.tensors[name]
         flat = np.frombuffer(self._data, np.uint8, count=info.nbytes, offset=info.start)
         return flat.reshape(*info.shape[:-1], -1)
@@ -85,7 +85,7 @@ class GgufFile:
         for _ in range(n_keys):
             key = self._string("a metadata key")
             if key in self.metadata:
-                raise UserError(f"{self.path}: damaged, metadata key {key!r} stands twice")
+                raise UserError(f"{self.path}: damaged, metadata key {key!r} occurs twice")
             self.metadata[key] = self._value(key, self._number("<u4"))
 
         headers = [self._tensor_header() for _ in range(n_tensors)]
@@ -95,7 +95,7 @@ class GgufFile:
         data_start = -(-self._pos // alignment) * alignment
         for name, shape, type_number, offset in headers:
             if name in self.tensors:
-                raise UserError(f"{self.path}: damaged, tensor {name!r} stands twice")
+                raise UserError(f"{self.path}: damaged, tensor {name!r} occurs twice")
             self.tensors[name] = self._tensor(name, shape, type_number, data_start + offset)
 
     def _tensor_header(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -138,7 +138,7 @@ class GgufFile:
         return np.frombuffer(self._data, dtype, count=count, offset=start).tolist()
 
     def _scalar(self, key: str, type_number: int) -> str:
-        """The numpy dtype of a scalar; an array within an array is as unreadable as type 99."""
+        """Return the numpy dtype of a scalar. Arrays of arrays are refused like unknown types."""
         if type_number not in _SCALARS:
             raise UserError(f"{self.path}: damaged, {key!r} has the unknown type {type_number}")
         return _SCALARS[GGUFValueType(type_number)]
@@ -158,7 +158,7 @@ class GgufFile:
             raise UserError(f"{self.path}: damaged, {what} is not UTF-8 text") from error
 
     def _advance(self, nbytes: int, what: str) -> int:
-        """Step over ``nbytes`` and return where they start."""
+        """Advance by ``nbytes`` and return the position before."""
         start = self._pos
         if start + nbytes > len(self._data):
             raise self._cut_short(what, start + nbytes)

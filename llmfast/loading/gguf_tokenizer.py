@@ -1,9 +1,9 @@
-"""A GGUF file's vocabulary as a transformers tokenizer.
+"""Make a transformers tokenizer from a GGUF file's vocabulary.
 
 Two kinds exist: ``gpt2``, byte-level BPE with a list of merges, and ``llama``, SentencePiece's
-BPE, whose merges follow from the scores. How text is split before the merges is only named in
-the file (``tokenizer.ggml.pre``); an unknown name is refused, since a wrong split gives wrong
-tokens without a sign of it.
+BPE, whose merges follow from the scores. The file only names its pre-tokenizer
+(``tokenizer.ggml.pre``). An unknown name is refused: a wrong split would give wrong tokens without
+any sign of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"  # GPT-2's
 _CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Each pattern splits what the one before has left; what lies between two matches is kept.
+# each pattern splits the pieces that the one before has left; text between matches is kept
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (_WORDS,),
@@ -76,7 +76,7 @@ def load_tokenizer(file: GgufFile, max_length: int) -> PreTrainedTokenizerFast:
         add_eos_token=_get(file, "add_eos_token", bool, False),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
-        padding_side="left",  # a decoder goes on from the right
+        padding_side="left",  # a decoder continues at the right end
     )
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -85,7 +85,7 @@ def load_tokenizer(file: GgufFile, max_length: int) -> PreTrainedTokenizerFast:
 
 
 def token_id(file: GgufFile, name: str) -> int | None:
-    """The id of the token called ``name`` (``bos``, ``eot``, ...), or None if the file has none."""
+    """Return the id of the token ``name`` (``bos``, ``eot``, ...); None if the file has none."""
     value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
     count = len(_list(file, "tokens", str))
     if value is not None and not (isinstance(value, int) and 0 <= value < count):
@@ -106,7 +106,7 @@ def _byte_level(file: GgufFile, pre: str) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in _list(file, "merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise UserError(f"{file.path}: damaged vocabulary: a merge that does not name two tokens")
-    # Llama 3 takes a word that is a token whole, even where no merges lead to it
+    # Llama 3 keeps a word that is a token, even where no merges lead to it
     backend = _bpe(file, vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -144,7 +144,7 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
 
 
 def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens to a third, best score first: SentencePiece's order."""
+    """List the pairs of tokens that make a third, best score first: SentencePiece's order."""
     merges = []
     for token, i in vocab.items():
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
@@ -163,7 +163,7 @@ def _bpe(file: GgufFile, **kwargs: Any) -> Tokenizer:
 
 
 def _add_special_tokens(backend: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Control tokens are never part of a text's words; user-defined ones are, but stay whole."""
+    """Add control tokens, which no text contains, and user-defined ones, which are never split."""
     special = {TokenType.CONTROL, TokenType.UNKNOWN}
     backend.add_tokens(
         [

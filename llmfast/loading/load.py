@@ -1,4 +1,4 @@
-"""One door to every model: the embedded one, GGUF files, Hugging Face folders and hub ids."""
+"""Load any model: the embedded one, GGUF files, Hugging Face folders and hub ids."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def load(
 
     Weights come from GGUF and safetensors files only: neither can run code when it is read.
 
-    A folder of GPTQ, AWQ (gemm layout) or compressed-tensors (pack-quantized), and a GGUF file,
-    give a model that computes with the dequantized weights and carries the quantized ones, so that
-    :func:`llmfast.patch` and :class:`llmfast.LLM` multiply in their own bits on a GPU. Those of a
-    GGUF file are read again when they are asked for: the file must stay.
+    Folders of GPTQ, AWQ (gemm layout) and compressed-tensors (pack-quantized) and GGUF files have
+    quantized weights. The model computes with the dequantized values and carries the quantized
+    weights: :func:`llmfast.patch` and :class:`llmfast.LLM` multiply in their own bits on a GPU.
+    The weights of a GGUF file are read again at that time, so the file must stay.
 
     Args:
         path_or_id: None or ``"embedded"`` for the embedded model; a ``.gguf`` file; a folder that
             holds one ``.gguf`` file or a Hugging Face model; or an id on the Hugging Face hub.
-        device: where the model shall lie; default: the current CUDA device, else the CPU.
-        dtype: of the weights, a torch dtype or its name. ``"auto"`` is the one they are stored
-            in, for a Hugging Face model, and the default otherwise. Default: float32 on the CPU;
-            on any other device ``"auto"`` for a Hugging Face model, bfloat16 for GGUF.
-        trust_remote_code: run the Python code that a Hugging Face model may bring along.
+        device: of the model; default: the current CUDA device, else the CPU.
+        dtype: of the weights, a torch dtype or its name. ``"auto"``: the dtype that a Hugging Face
+            model is stored in; for GGUF the default. Default: float32 on the CPU; on any other
+            device ``"auto"`` for a Hugging Face model, bfloat16 for GGUF.
+        trust_remote_code: run the Python code that a Hugging Face model may contain.
         on_progress: called as ``on_progress(what, done, total)`` after each tensor of a GGUF
             file and each quantized layer; transformers draws its own bars for the rest.
 
@@ -70,7 +70,7 @@ def load(
         ``Loaded(model, tokenizer)``; the model is in eval mode.
 
     Raises:
-        UserError: what was wrong, in one line, and what to do.
+        UserError: the model cannot be loaded; one line says why, and what to do.
     """
     where = _device(device)
     wanted = _dtype(dtype)
@@ -92,7 +92,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
-        torch.empty(0, device=where)  # a device may have a name and not be there
+        torch.empty(0, device=where)  # a device may have a name and not exist
     except Exception as error:  # the classes differ by backend
         raise UserError(
             f"device {str(device)!r} cannot be used ({_first_line(error)});"
@@ -112,7 +112,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
 
 
 def _source(path_or_id: str | os.PathLike[str] | None) -> Path | str:
-    """The GGUF file, the Hugging Face folder or the hub id that the caller means."""
+    """Return the GGUF file, the Hugging Face folder or the hub id that the caller means."""
     if path_or_id is None or path_or_id == "embedded":
         embedded = embedded_model_path()
         if embedded is None:
@@ -210,7 +210,7 @@ def _load_quantized(
     from .checkpoint import load_folder
 
     quantization_config = config.quantization_config
-    del config.quantization_config  # what transformers builds then is the dense model
+    del config.quantization_config  # so that transformers builds the dense model
     if not isinstance(dtype, torch.dtype):
         dtype = config.dtype or torch.float16
     with _explained(folder):
@@ -228,13 +228,13 @@ def _load_quantized(
     _check_found(folder, found["missing_keys"])
     if lost := biases & set(found["unexpected_keys"]):
         raise UserError(f"{folder}: {min(lost)!r} has no place in {kind.__name__}")
-    replacements(str(folder), model, Quantized(weights))  # names and shapes are the model's
+    replacements(str(folder), model, Quantized(weights))  # checks names and shapes
     set_quantized(model, weights)
     return cast("PreTrainedModel", model)
 
 
 def _check_files(folder: Path) -> None:
-    """Say what is missing; transformers would make up a tokenizer from nothing for some models."""
+    """Refuse an incomplete folder: transformers would invent a tokenizer for some models."""
     names = sorted(path.name for path in folder.iterdir())
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith(_PICKLES)]
@@ -250,7 +250,7 @@ def _check_files(folder: Path) -> None:
 
 @contextmanager
 def _explained(source: Path | str) -> Iterator[None]:
-    """Turn what transformers raises for a bad model into one line."""
+    """Turn exceptions of transformers into errors of one line."""
     from huggingface_hub.errors import StrictDataclassError  # a config with an impossible value
     from safetensors import SafetensorError
 

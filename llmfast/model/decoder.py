@@ -21,7 +21,7 @@ def layer_lists(
 ) -> list[tuple[str, nn.ModuleList]]:
     """Return the lists of modules, with their names, all of whose entries satisfy ``holds``.
 
-    They come in the order of ``named_modules``: an outer list before those inside it.
+    The order is that of ``named_modules``: an outer list precedes the lists inside it.
     """
     return [
         (name, module)

@@ -1,4 +1,4 @@
-"""Quantize a transformers decoder layer by layer, and try the result in the model itself."""
+"""Quantize a transformers decoder layer by layer, and simulate the result in the model itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .statistics import InputStatistics, gather_statistics
 
 WEIGHTS = {"int4": 4, "int8": 8}
 METHODS = ("nearest", "gptq", "awq")
-PROBE_TOKENS = 32  # of the forward on which AWQ's folds are verified
+PROBE_TOKENS = 32  # tokens of the forward on which scale folds are verified
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,32 +55,31 @@ def quantize(
     """Find codes for the linear layers of every decoder layer; embeddings and lm_head stay.
 
     GPTQ and AWQ run the calibration through the model one layer at a time, with the layers before
-    already quantized. The model is as it was when this returns or raises.
+    it already quantized. The model is unchanged when this returns or raises.
 
     Args:
-        model: in eval mode, as transformers built it; its layers call one another in a chain.
+        model: in eval mode, as transformers built it; each layer's input is the output before it.
         weights: ``"int4"`` or ``"int8"``.
         method: ``"nearest"``, ``"gptq"`` or ``"awq"``.
         group_size: inputs that share a scale: 32, 64, 128, or None for one scale an output.
         symmetric: no zero points.
         calibration: token ids, int64 ``[sequences, tokens]``, or ``[tokens]`` of one text, which is
-            cut into sequences of ``window`` tokens (what is left over at its end is not used).
-            GPTQ and AWQ want as many tokens as the widest layer has inputs; nearest wants none.
+            cut into sequences of ``window`` tokens; an incomplete sequence at its end is not used.
+            GPTQ and AWQ need as many tokens as the widest layer has inputs; nearest needs none.
         window: tokens of a sequence.
-        scale_dtype: what scales are stored in.
+        scale_dtype: of the stored scales.
         gptq_settings: damping and order of GPTQ.
         awq_settings: the exponents and clips that AWQ tries.
-        work: a folder for finished layers, made here if it is not there; the same call goes on from
-            what it holds. It stays, for the caller to delete. None: an interrupted call begins
-            anew.
+        work: a folder for finished layers, created if it does not exist. The same call continues
+            from the layers in it. The caller deletes it. None: an interrupted call starts over.
         on_progress: called as ``on_progress("quantizing layers", done, total)``, first with 0 done
             when everything has been checked.
 
     Raises:
-        UserError: a choice that is not listed above, weights that are not finite, a group size that
-            does not divide a layer's inputs, a calibration that is missing, too short or holds ids
-            that are no tokens of the model, a model in training mode or changed by
-            ``llmfast.patch``, a work folder that is of other work or cannot be written.
+        UserError: an option that is not listed above; weights that are not finite; a group size
+            that does not divide a layer's inputs; a calibration that is missing, too short or
+            outside of the vocabulary; a model in training mode or changed by ``llmfast.patch``; a
+            work folder of other work, or one that cannot be written.
 
     Papers: GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978.
     """
@@ -121,7 +120,7 @@ def quantize(
 def _rounded(
     layers: nn.ModuleList, scheme: Scheme, finished: WorkFolder | None
 ) -> Iterator[Quantized]:
-    """Each layer rounded to nearest."""
+    """Yield each layer, rounded to nearest."""
     for index, layer in enumerate(layers):
         found = None if finished is None else finished.load(index, torch.device("cpu"))
         if found is None:
@@ -142,7 +141,7 @@ def _calibrated(
     method: str,
     finished: WorkFolder | None,
 ) -> Iterator[Quantized]:
-    """Each layer by GPTQ or AWQ, on what the layers before it give; some may be finished."""
+    """Yield each layer by GPTQ or AWQ, calibrated on the quantized layers before it."""
     device = model.get_input_embeddings().weight.device
     hidden: list[torch.Tensor] = []
     all_calls: list[list[LayerCall]] = []
@@ -151,9 +150,9 @@ def _calibrated(
     for row in sequences:
         captured = capture("quantize", model, layers, row[None].to(device))
         if captured.hidden.nbytes * len(sequences) > layer_bytes:
-            home = torch.device("cpu")  # what all hidden states together must not take on a GPU
+            home = torch.device("cpu")  # the limit for all hidden states on the GPU
         hidden.append(captured.hidden.to(home))
-        # masks and rotary tables are mostly those of every sequence
+        # most sequences share masks and rotary tables
         like = all_calls[0] if all_calls else captured.calls
         all_calls.append(
             [call.sharing(first) for call, first in zip(captured.calls, like, strict=True)]
@@ -175,16 +174,18 @@ def _calibrated(
             if finished is not None:
                 finished.save(index, found)
         with dequantized("quantize", layer, found):
-            for at, call in enumerate(calls):  # in place: inputs and outputs are not both held
+            for at, call in enumerate(
+                calls
+            ):  # in place, so that inputs and outputs are not held together
                 hidden[at] = run_layer(layer, hidden[at].to(device), call).to(home)
         yield found
 
 
 @contextmanager
 def simulate(model: nn.Module, quantized: Quantized) -> Generator[None]:
-    """Within it, ``model`` computes with the dequantized weights, in its own dtype.
+    """Let ``model`` compute with the dequantized weights, in its own dtype, within the context.
 
-    The parameters stay the same objects and get their values back at the end.
+    The parameters stay the same objects and get their values back at the end of it.
 
     Raises:
         UserError: a name or a shape that is not the model's, or a model that ``llmfast.patch`` has
@@ -202,7 +203,7 @@ def _gptq_layer(
     settings: GptqSettings | None,
 ) -> Quantized:
     parts = linears(layer)
-    together: dict[int, list[str]] = {}  # layers of one input share the work on its statistics
+    together: dict[int, list[str]] = {}  # layers with one input share the factor of its statistics
     for name in parts:
         if name in statistics:
             together.setdefault(id(statistics[name]), []).append(name)
@@ -295,7 +296,7 @@ def _sequences(
     method: str,
     window: int,
 ) -> torch.Tensor:
-    """The calibration as ``[sequences, tokens]``, checked."""
+    """Check the calibration and return it as ``[sequences, tokens]``."""
     if calibration is None:
         raise UserError(f"quantize: {method} needs a calibration text; got none")
     ids = calibration

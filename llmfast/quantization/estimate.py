@@ -1,4 +1,4 @@
-"""An estimate of what quantized weights do to a model's memory and speed, before they are found."""
+"""Estimate what quantized weights do to a model's memory and speed, before they are found."""
 
 from __future__ import annotations
 

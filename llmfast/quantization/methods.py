@@ -1,7 +1,7 @@
-"""How codes and scales are found: rounding to nearest, GPTQ, AWQ.
+"""Find codes and scales: rounding to nearest, GPTQ, AWQ.
 
-Every function is of a weight, of what is known about the layer's inputs, and of settings; none
-knows models. Statistics come from :mod:`.statistics`.
+The functions take a weight, the statistics of the layer's inputs (:mod:`.statistics`) and settings.
+They know no models.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .statistics import InputStatistics
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a weight is rounded to.
+    """The form that a weight is rounded to.
 
     Args:
         bits: 4 or 8.
         group_size: inputs that share a scale: 32, 64 or 128; None: all of them.
         symmetric: the zero point is the middle of the codes; else one is found for each group.
-        scale_dtype: what scales are stored in; they are rounded to it before codes are found.
+        scale_dtype: of stored scales, which are rounded to it before codes are found.
 
     Raises:
         ValueError: bits that are not 4 or 8, or a scale_dtype that scales cannot have.
@@ -43,7 +43,7 @@ class Scheme:
             )
 
     def group(self, k: int) -> int:
-        """The group size for a weight of ``k`` inputs.
+        """Return the group size for a weight of ``k`` inputs.
 
         Raises:
             ValueError: it does not divide k.
@@ -55,14 +55,14 @@ class Scheme:
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """How GPTQ goes through the columns.
+    """The settings of GPTQ.
 
     Args:
         damping: added to the Hessian's diagonal, as a share of its mean; more than 0.
-        act_order: columns with large inputs first, so that the others can make up for them.
-        static_groups: with act_order: groups of neighbours, whose scales are found before any
-            column is rounded. No ``g_idx`` is needed then. Else groups follow the order.
-        block: columns whose corrections are gathered before the rest of the weight is updated.
+        act_order: round columns with large inputs first; the others compensate for their errors.
+        static_groups: with act_order, keep groups of neighbours, whose scales are found before any
+            column is rounded, so that no ``g_idx`` is needed. Otherwise groups follow the order.
+        block: columns whose corrections are collected before the rest of the weight is updated.
 
     Raises:
         ValueError: damping or block out of range.
@@ -82,7 +82,7 @@ class GptqSettings:
 
 @dataclass(frozen=True)
 class AwqSettings:
-    """What AWQ tries.
+    """The settings of AWQ.
 
     Args:
         alphas: exponents of the inputs' magnitudes; 0 leaves the weight as it is.
@@ -96,9 +96,9 @@ class AwqSettings:
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round each weight ``[n, k]`` to the nearest code; scales from each group's extremes.
 
-    Symmetric: the largest magnitude stands half a step beyond the last code. With zero points:
-    the range from the least to the largest weight, zero included, is cut into ``2 ** bits - 1``
-    steps. No weight is then further than about half a step from its code.
+    Symmetric: the largest magnitude lies half a step beyond the last code. With zero points: the
+    range from the smallest to the largest weight, zero included, has ``2 ** bits - 1`` steps. No
+    weight is further than about half a step from its code.
 
     Raises:
         UserError: a weight that is not finite, or scales too large for their dtype.
@@ -119,11 +119,11 @@ def gptq(
     scheme: Scheme,
     settings: GptqSettings | None = None,
 ) -> QuantizedWeight:
-    """Round ``weight [n, k]`` column by column, each error made up for by the columns to come.
+    """Round ``weight [n, k]`` column by column; later columns compensate for each error.
 
     With the Hessian H = 2 X^T X of the layer's squared output error and U the upper Cholesky factor
     of its inverse, column j's error (w_j - q_j) / U_jj times row j of U is taken from the columns
-    after j. The factor is found in float64. Inputs that were never seen are rounded to nearest.
+    after j. The factor is computed in float64. Inputs without tokens are rounded to nearest.
 
     Raises:
         UserError: a weight or a statistic that is not finite, scales too large for their dtype, or
@@ -139,7 +139,9 @@ def gptq(
     _check_statistics("gptq", statistics, k)
     order, factor = _order_and_factor(statistics, settings, w.device)
 
-    group_of = torch.arange(k, device=w.device) // size  # of the column at each place of the order
+    group_of = (
+        torch.arange(k, device=w.device) // size
+    )  # the group of the column at each place of the order
     scales = w.new_zeros(n, k // size)
     zeros = w.new_zeros(n, k // size)
     static = settings.act_order and settings.static_groups
@@ -154,7 +156,7 @@ def gptq(
         errors = w.new_empty(n, end - start)
         for a, b in _cut(start, end, k if static else size):
             if not static and a % size == 0:
-                # columns of this group that lie beyond the block lack its corrections so far
+                # this group's columns beyond the block lack its corrections so far
                 ahead = w[:, a : a + size].clone()
                 if a + size > end:
                     ahead[:, end - a :] -= errors[:, : a - start] @ factor[start:a, end : a + size]
@@ -174,7 +176,7 @@ def gptq(
 
 
 def _cut(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """The columns from ``start`` to ``end``, cut at the multiples of ``size``."""
+    """Yield the columns from ``start`` to ``end``, cut at multiples of ``size``."""
     while start < end:
         stop = min(end, (start // size + 1) * size)
         yield start, stop
@@ -188,13 +190,13 @@ def _round_columns(
     factor: torch.Tensor,
     bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and errors ``[n, m]`` of columns ``w [n, m]``, each made up for by those after it.
+    """Return codes and errors ``[n, m]`` of columns ``w [n, m]``; later ones compensate.
 
     Args:
         w, scales, zeros: float32 ``[n, m]``.
-        factor: the part of the factor ``[m, m]`` that is of these columns.
+        factor: ``[m, m]``, the part of the factor for these columns.
     """
-    # a column at a time: as rows, they are contiguous
+    # transposed: columns are contiguous as rows
     w, scales, zeros = (t.T.contiguous() for t in (w, scales, zeros))
     codes, errors = torch.empty_like(w), torch.empty_like(w)
     diagonal = factor.diagonal()
@@ -209,10 +211,10 @@ def _round_columns(
 def _order_and_factor(
     statistics: InputStatistics, settings: GptqSettings, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order of columns, int64 ``[k]``, and the factor in it, float32 ``[k, k]``.
+    """Return the order of columns, int64 ``[k]``, and the factor in that order, float32 ``[k, k]``.
 
-    Found in float64; of its matrices of 8 k**2 bytes no more than two are held here at a time,
-    beside what PyTorch takes to factorise and to invert.
+    It is computed in float64. At most two matrices of 8 k**2 bytes are held here at a time, beside
+    PyTorch's own workspace for factorisation and inversion.
     """
     squares = statistics.squares.to(device)
     seen, order = squares > 0, torch.arange(len(squares), device=device)
@@ -244,23 +246,23 @@ def awq_scales(
     *,
     shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The factor for each input of layers that share it, by which their weights are multiplied.
+    """Return the factors by which AWQ multiplies the columns of layers that share an input.
 
-    Weights whose inputs are large get more of the codes: s = magnitude ** alpha, brought to the
-    geometric mean of its extremes. Of the alphas tried the one is taken whose rounded weights give
-    the least squared error of the layers' outputs on the calibration, tr(D G D^T) with the weights'
-    errors D and the mean G of x x^T. The caller divides the inputs by s.
+    Weights with large inputs get more of the codes: s = magnitude ** alpha, divided by the
+    geometric mean of its extremes. The alpha is chosen whose rounded weights have the smallest
+    squared output error on the calibration: tr(D G D^T) with the weights' errors D and the mean G
+    of x x^T. The caller divides the inputs by s.
 
     Args:
-        weights: matrices ``[n_i, k]`` of layers with one input.
+        weights: matrices ``[n_i, k]`` of layers that share an input.
         statistics: of that input.
-        scheme: what the weights will be rounded to.
+        scheme: the form that the weights will be rounded to.
         settings: the alphas.
-        shared: int64 ``[k]``; inputs with the same number must have the same factor. None: each its
-            own.
+        shared: int64 ``[k]``; inputs with the same number get the same factor. None: each input has
+            its own.
 
     Returns:
-        float32 ``[k]``, more than 0; all ones if no alpha is better than plain rounding.
+        float32 ``[k]``, positive; all ones if no alpha is better than plain rounding.
 
     Raises:
         UserError: a weight or statistic that is not finite, or no tokens.
@@ -280,7 +282,7 @@ def awq_scales(
         magnitude = (torch.zeros_like(count).index_add_(0, shared, magnitude) / count)[shared]
     gram = statistics.gram.to(device)
     w = torch.cat(checked)
-    # rows are rounded each by itself, so the layers can be tried as one
+    # rows are rounded independently, so the layers can be tried as one
     best, least = torch.ones(k, device=device), _output_error(w, round_to_nearest(w, scheme), gram)
     for alpha in settings.alphas:
         s = magnitude.clamp(min=1e-4) ** alpha
@@ -300,17 +302,17 @@ def awq_round(
     *,
     scales: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Round ``weight [n, k]`` to nearest, each group clipped to the range that serves it best.
+    """Round ``weight [n, k]`` to nearest, with each group clipped to its best range.
 
-    Of the clips tried each group takes the one with the least squared error of its own part of the
-    layer's output on the calibration.
+    Each group takes the clip with the smallest squared error of its part of the layer's output on
+    the calibration.
 
     Args:
         weight: already multiplied by ``scales``.
         statistics: of the inputs before they are divided by ``scales``.
-        scheme: what to round to.
+        scheme: the form to round to.
         settings: the clips.
-        scales: what :func:`awq_scales` found, ``[k]``; None: ones.
+        scales: the result of :func:`awq_scales`, ``[k]``; None: ones.
 
     Raises:
         UserError: a weight or statistic that is not finite, or no tokens.
@@ -324,7 +326,7 @@ def awq_round(
     gram = statistics.gram.to(w.device)
     if scales is not None:
         gram = gram / torch.outer(scales, scales)
-    # of each group with itself: [groups, size, size]
+    # the diagonal blocks: [groups, size, size]
     gram = gram.view(k // size, size, k // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     groups = w.view(n, k // size, size)
     best, zeros = _find_scales(groups, scheme)
@@ -347,7 +349,7 @@ def _group_errors(
     gram: torch.Tensor,
     scheme: Scheme,
 ) -> torch.Tensor:
-    """The squared error ``[n, groups]`` of each group's part of the output."""
+    """Return the squared error ``[n, groups]`` of each group's part of the output."""
     scales, zeros = scales[..., None], zeros[..., None]
     error = (_round(groups, scales, zeros, scheme.bits) - zeros) * scales - groups
     error = error.transpose(0, 1)  # [groups, n, size]
@@ -363,7 +365,7 @@ def _squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:
 
 
 def _find_scales(groups: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (rounded to their dtype) and zero points of groups ``[..., size]``, in float32."""
+    """Return scales, rounded to their dtype, and zero points of groups ``[..., size]``; float32."""
     steps = 2**scheme.bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if scheme.symmetric:
@@ -380,7 +382,7 @@ def _find_scales(groups: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, to
 
 
 def _least(dtype: torch.dtype) -> float:
-    """The least positive number of a scale: normal, so that rounding it loses no bits."""
+    """Return the smallest scale: a normal number, so that rounding it loses no bits."""
     return float(torch.finfo(dtype).tiny)
 
 

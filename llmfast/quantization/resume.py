@@ -1,4 +1,4 @@
-"""Finished layers of an interrupted quantization, kept on disk so that it can go on from them."""
+"""Keep the finished layers of a quantization on disk, so that an interrupted one continues."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..errors import UserError
 from ..weights.quantized import Quantized, QuantizedWeight
 
 _FINGERPRINT = "fingerprint.json"
-_FORMAT = "2"  # of the files, and of what the methods find: raise it when either changes
-_SAMPLES = 64  # of each parameter's values, evenly spaced
+_FORMAT = "2"  # increment it when the files change, or the codes that methods find
+_SAMPLES = 64  # values of each parameter, evenly spaced
 _TENSORS = ("codes", "scales", "zeros", "minima", "g_idx")
 
 
 class WorkFolder:
-    """A folder with a file for each finished layer, of one model and one set of choices."""
+    """A folder with a file for each finished layer, of one model and one set of options."""
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
-        """Begin, or go on with what is there.
+        """Create the folder, or continue with the layers in it.
 
         Raises:
-            UserError: the folder holds something else, layers of another model or of other choices,
+            UserError: the folder holds something else, or layers of another model or other options,
                 or cannot be written.
         """
         self.path = Path(folder)
@@ -49,16 +49,16 @@ class WorkFolder:
         if others:
             raise UserError(
                 f"quantize: {self.path} holds finished layers of other work "
-                f"(another {', another '.join(others)}); remove the folder to begin anew"
+                f"(another {', another '.join(others)}); remove the folder to start over"
             )
 
     def load(self, index: int, device: torch.device) -> Quantized | None:
-        """What became of a layer; None if it is not finished."""
+        """Return a finished layer; None if it is not finished."""
         try:
             with safe_open(self._file(index), framework="pt", device=str(device)) as file:
                 layer = json.loads(file.metadata()["layer"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError):  # not there, or cut short by a crash
+        except (OSError, SafetensorError):  # missing, or cut short by a crash
             return None
         found = Quantized(fallbacks=layer["fallbacks"])
         for name, form in layer["weights"].items():
@@ -78,10 +78,10 @@ class WorkFolder:
         return found
 
     def save(self, index: int, found: Quantized) -> None:
-        """Keep a finished layer: its file is there as a whole or not at all.
+        """Write a finished layer; its file is complete or does not exist.
 
         Raises:
-            UserError: it cannot be written; the layers before stay.
+            UserError: it cannot be written; the layers before it stay.
         """
         tensors = {f"folded/{name}": value.contiguous() for name, value in found.folded.items()}
         forms = {}
@@ -121,10 +121,10 @@ class WorkFolder:
 
 
 def fingerprint_of(model: nn.Module, **choices: Any) -> dict[str, Any]:
-    """What finished layers depend on, as strings that tell one from another.
+    """Return everything that finished layers depend on, as comparable strings.
 
-    Of a model its class and, of each parameter, name, shape, dtype and a sample of its values; of
-    choices what they print as, and of tensors among them every value.
+    For the model these are its class and each parameter's name, shape, dtype and a sample of its
+    values; for the options their ``repr``, and all values of a tensor.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in model.named_parameters():

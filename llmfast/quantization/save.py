@@ -32,19 +32,19 @@ def save_quantized(
 ) -> None:
     """Save ``model`` with quantized weights, as :func:`llmfast.load` and other engines read it.
 
-    One safetensors file in the format ``pack-quantized`` of compressed-tensors; what is not
-    quantized keeps its dtype. The folder appears when everything is written, or not at all.
+    The weights are one safetensors file in the format ``pack-quantized`` of compressed-tensors;
+    other tensors keep their dtype. The folder is complete or does not exist.
 
     Args:
-        model: what ``quantized`` was found for; not patched.
-        tokenizer: saved along with it.
-        quantized: what :func:`llmfast.quantize` gives.
+        model: the model that ``quantized`` was found for; not patched.
+        tokenizer: saved with it.
+        quantized: the result of :func:`llmfast.quantize`.
         folder: must not exist, or be empty; its parent must exist.
 
     Raises:
-        UserError: a folder that is in the way or cannot be written, a patched model, weights of
-            another model, or weights that the format cannot hold: float minima, or groups or bits
-            that differ from layer to layer.
+        UserError: a folder that exists or cannot be written, a patched model, weights of another
+            model, or weights that the format cannot hold: float minima, or groups or bits that
+            differ between layers.
     """
     check_unpatched("save_quantized", model)
     folder = Path(folder)
@@ -70,9 +70,9 @@ def save_quantized(
 def _contents(
     model: PreTrainedModel, quantized: Quantized
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The quantization_config and the tensors by name."""
+    """Return the quantization_config, and the tensors by name."""
     what = "save_quantized"
-    replacements(what, model, quantized)  # names and shapes are the model's
+    replacements(what, model, quantized)  # checks names and shapes
     weights = quantized.weights
     if not weights:
         raise UserError(f"{what}: no weight is quantized")
@@ -133,7 +133,7 @@ def _scheme(
 
 
 def _own_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once, under its first name: tied ones are tied again when they are loaded."""
+    """Return each tensor once, under its first name: loading ties it again."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
     result = {}
     for name, tensor in state.items():
@@ -162,5 +162,5 @@ def _write(
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes a file that nobody else may read
+    # safetensors makes the file readable for its owner only
     (folder / "model.safetensors").chmod(path.stat().st_mode)

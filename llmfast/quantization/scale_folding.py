@@ -1,10 +1,9 @@
-"""Where the inputs of linear layers can be divided by factors at no cost, found by trying.
+"""Find the modules that can divide the inputs of linear layers by factors at no cost.
 
 AWQ multiplies the columns of a weight by factors and divides the inputs by them. The division is
-free where the inputs come from a norm (its weight is divided) or, with nothing but products in
-between, from another linear layer (its rows are divided). What is a norm or such a layer is guessed
-from shapes and verified: random factors, powers of two, must leave the decoder layer's output as it
-was.
+free if the inputs come from a norm, whose weight is divided, or from another linear layer with only
+products in between, whose rows are divided. Candidates are guessed from shapes and verified: random
+powers of two as factors must leave the decoder layer's output unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from ..weights.parameters import replaced
 
 @dataclass(frozen=True)
 class ScaleFold:
-    """Linear layers with one input, and the module that makes it. Names are within the layer."""
+    """Linear layers that share an input, and the module that makes it; names within the layer."""
 
     consumers: tuple[str, ...]
     producer: str
-    unit_offset: bool = False  # a norm that multiplies with 1 + weight
+    unit_offset: bool = False  # the norm multiplies by 1 + weight
     row: torch.Tensor | None = None  # int64 [k], the producer's row of each input; None: a norm
 
     def factors_of_rows(self, s: torch.Tensor) -> torch.Tensor:
-        """The producer's factors from those of the inputs, ``[k]`` to ``[rows]``."""
+        """Return the producer's factors ``[rows]`` for the factors ``[k]`` of the inputs."""
         if self.row is None:
             return s
         rows = int(self.row.max()) + 1
@@ -48,11 +47,11 @@ class ScaleFold:
 
 @torch.no_grad()
 def find_scale_folds(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> list[ScaleFold]:
-    """The folds of ``layer``, in the order in which their consumers are called.
+    """Return the folds of ``layer``, in the order in which their consumers are called.
 
     Args:
-        layer: a decoder layer; not changed, a float32 copy is tried.
-        hidden: ``[batch, tokens, width]``, what to try it on.
+        layer: a decoder layer. It is not changed: a float64 copy is tried.
+        hidden: the input to try it on, ``[batch, tokens, width]``.
         call: the layer's other arguments for as many tokens.
     """
     twin = copy.deepcopy(layer).double()
@@ -71,7 +70,7 @@ def find_scale_folds(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) ->
 def _watch(
     layer: nn.Module, hidden: torch.Tensor, call: LayerCall
 ) -> tuple[list[tuple[torch.Tensor, list[str]]], dict[str, torch.Tensor], torch.Tensor]:
-    """The inputs of linear layers, each with who has it; outputs by name; the layer's output."""
+    """Return the inputs of linear layers with their consumers, outputs by name, and the output."""
     groups: list[tuple[torch.Tensor, list[str]]] = []
     outputs: dict[str, torch.Tensor] = {}
     names = {module: name for name, module in layer.named_modules() if module is not layer}

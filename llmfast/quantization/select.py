@@ -1,4 +1,4 @@
-"""The weights that a user asks for by a word: found, said what they save, and put on a model."""
+"""Select the weights that a user names: find them, print what they save, and attach them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ..weights.registry import FORMATS
 from .driver import WEIGHTS, quantize
 from .estimate import QuantizationEstimate, estimate_quantization
 
-# with eight bits one scale an output loses little, and any number of inputs can have it
+# int8 loses little with one scale per output, which fits any number of inputs
 GROUP_SIZE = {"int4": 64, "int8": None}
-OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # of a model that was loaded quantized
+OWN = {"own": EVERYWHERE, "dequantized": NOWHERE}  # for a model that was loaded quantized
 
 
 def select_weights(
@@ -40,19 +40,19 @@ def select_weights(
 ) -> list[str]:
     """Let the model carry the weights that are asked for, until :func:`.model_weights.detach`.
 
-    What they will save is printed to stderr before the work starts.
+    An estimate of what they save is printed to stderr before the work starts.
 
     Args:
-        model: that is not patched.
+        model: not patched.
         weights, group_size, method, calibration: as :func:`llmfast.patch` takes them.
         what: the operation that messages begin with.
 
     Returns:
-        What to tell of it, in full sentences.
+        Notes for the report, in full sentences.
 
     Raises:
-        UserError: weights that cannot be quantized so, that are not of this model, or that it has
-            already; nothing is changed then.
+        UserError: weights that cannot be quantized this way, that belong to another model, or a
+            model that is quantized already; nothing is changed then.
     """
     if isinstance(weights, str) and weights in OWN:
         use_checkpoint_weights(what, model, OWN[weights])
@@ -106,6 +106,6 @@ def select_weights(
 
 
 def _say(told: QuantizationEstimate) -> None:
-    """To stderr: a library's log is not shown unless somebody asks for it."""
+    """Print to stderr: a library's log is not shown by default."""
     for line in told.lines():
         print(f"llmfast: {line}", file=sys.stderr)

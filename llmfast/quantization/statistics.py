@@ -13,7 +13,7 @@ from ..model.decoder import hooked, linears
 
 
 class InputStatistics:
-    """What calibration says about the inputs of a linear layer: sums over tokens.
+    """The statistics of a linear layer's inputs: sums over the tokens of the calibration.
 
     ``gram``: float32 ``[k, k]``, the mean of x x^T (half of GPTQ's Hessian). ``magnitude``:
     float32 ``[k]``, the mean of |x|. Both are zero before the first token.
@@ -26,7 +26,7 @@ class InputStatistics:
 
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
-        """Count the rows of ``x [..., k]`` in. Any floating dtype; the sums are float32."""
+        """Add the rows of ``x [..., k]``, of any floating dtype; the sums are float32."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self._gram.addmm_(rows.T, rows)
         self._magnitude += rows.abs().sum(0)
@@ -38,7 +38,7 @@ class InputStatistics:
 
     @property
     def squares(self) -> torch.Tensor:
-        """float32 ``[k]``, the mean of x**2: gram's diagonal."""
+        """The mean of x**2, float32 ``[k]``: the diagonal of ``gram``."""
         return self._gram.diagonal() / max(self.tokens, 1)
 
     @property

@@ -1,11 +1,11 @@
-"""Checkpoint formats to and from :class:`QuantizedWeight`, bit for bit.
+"""Convert layers of checkpoint formats to and from :class:`QuantizedWeight`, bit for bit.
 
-Every reader takes the tensors of one linear layer as they lie in the file and copies their bits;
-every writer gives them back. Values are never rounded: what a format cannot hold is refused. Words
-are little-endian, as on every machine that PyTorch is built for.
+A reader takes the tensors of one linear layer as the file has them and copies their bits; a writer
+returns the same tensors. Values are never rounded: a weight that a format cannot hold is refused.
+Words are little-endian, as on every machine that PyTorch supports.
 
-A reader makes a weight symmetric (no zeros) where every zero point is the middle of the codes,
-``2 ** (bits - 1)``: the values and the bits written are the same.
+A reader makes a weight symmetric (no zeros) if every zero point is the middle of the codes,
+``2 ** (bits - 1)``. The values and the written bits are the same.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 from .quantized import QuantizedWeight, check_bits
 
-# column of a run of eight that each four bits of an AWQ word hold, lowest first
+# the column, in a run of eight, of each four bits of an AWQ word, lowest bits first
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PACK_QUANTIZED = "pack-quantized"  # the format of compressed-tensors that is read and written
 GGUF_BLOCK = 32
-# bytes of a block: the float16 scale, the minimum where there is one, the codes
+# bytes of a block: the float16 scale, the minimum if the type has one, the codes
 GGUF_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
@@ -29,9 +29,9 @@ def from_gptq(tensors: Mapping[str, torch.Tensor], *, bits: int, version: int) -
 
     Args:
         tensors: ``qweight`` int32 ``[k * bits / 32, n]``: each word holds the codes of neighbouring
-            inputs, lowest bits first. ``qzeros`` int32 ``[groups, n * bits / 32]``: likewise of
-            neighbouring outputs. ``scales`` ``[groups, n]``. ``g_idx`` int32 ``[k]``, the group of
-            each input; may be missing.
+            inputs, lowest bits first. ``qzeros`` int32 ``[groups, n * bits / 32]``: the zero points
+            of neighbouring outputs, likewise. ``scales`` ``[groups, n]``. ``g_idx`` int32 ``[k]``,
+            the group of each input; may be missing.
         bits: 4 or 8.
         version: 1 if a zero point is stored minus one (checkpoint format ``gptq``), 2 if as it is
             (``gptq_v2``). In version 1 a zero point of 0 is stored as the largest code.
@@ -187,7 +187,7 @@ def from_compressed_tensors(tensors: Mapping[str, torch.Tensor], *, bits: int) -
 def to_compressed_tensors(w: QuantizedWeight) -> dict[str, torch.Tensor]:
     """Write a layer of ``pack-quantized``: the tensors that :func:`from_compressed_tensors` reads.
 
-    Zero points are packed. The last word of a row is filled up with zeros.
+    Zero points are packed. The last word of a row is padded with zeros.
 
     Raises:
         ValueError: float minima.
@@ -212,9 +212,9 @@ def from_gguf(rows: torch.Tensor, kind: str) -> QuantizedWeight:
 
     Args:
         rows: uint8 ``[n, bytes of a row]``, blocks of 32 weights one after another. A block is the
-            float16 scale, for Q4_1 the float16 minimum, and the codes: of four bits, byte i holds
-            code i in its low half and code i + 16 in its high half; of eight bits, one signed byte
-            a code.
+            float16 scale, for Q4_1 the float16 minimum, and the codes. With four bits, byte i holds
+            code i in its low half and code i + 16 in its high half; with eight bits, a code is one
+            signed byte.
         kind: ``"Q4_0"``, ``"Q4_1"`` or ``"Q8_0"``.
 
     Raises:
@@ -284,7 +284,7 @@ def to_gguf(w: QuantizedWeight, kind: str) -> torch.Tensor:
 
 
 def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 ``[rows, columns * 32 / bits]`` from int32 words, lowest bits first."""
+    """Unpack uint8 codes ``[rows, columns * 32 / bits]`` from int32 words, lowest bits first."""
     octets = _copy(words).view(torch.uint8)
     if bits == 8:
         return octets
@@ -292,7 +292,7 @@ def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _pack(what: str, codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of :func:`_unpack`."""
+    """Pack codes: the inverse of :func:`_unpack`."""
     per_word = 32 // bits
     if codes.shape[1] % per_word:
         raise ValueError(
@@ -304,7 +304,7 @@ def _pack(what: str, codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """In row order with strides to match, which ``contiguous()`` leaves alone at one column."""
+    """Copy in row order; ``contiguous()`` would keep the strides of a single column."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -28,7 +28,7 @@ GPU, EVERYWHERE, NOWHERE = "on a GPU", "everywhere", "nowhere"
 
 @dataclass(frozen=True)
 class _Carried:
-    """The quantized weights of a model, and what is needed to undo them."""
+    """The quantized weights of a model, and the state that undoes them."""
 
     weights: Mapping[str, StoredWeight]  # by the names of linear layers, on the CPU
     originals: Mapping[str, torch.Tensor] | None = None  # values of parameters, on the CPU

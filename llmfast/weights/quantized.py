@@ -1,4 +1,4 @@
-"""One form for every quantized weight: codes, and what turns them back into numbers."""
+"""The neutral form of quantized weights: integer codes, scales, zero points or minima."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class QuantizedWeight:
         w[i, j] = scales[i, g] * (codes[i, j] - zeros[i, g])       symmetric, or zero points
         w[i, j] = scales[i, g] * codes[i, j] + minima[i, g]        float minima
 
-    g is the group of input j: ``g_idx[j]`` if there is one, else ``j // group_size``. Symmetric
-    means ``zeros`` and ``minima`` are None; the zero point is then ``2 ** (bits - 1)``.
+    Input j is in group g: ``g_idx[j]`` if there is a ``g_idx``, else ``j // group_size``. A weight
+    is symmetric if ``zeros`` and ``minima`` are None; its zero point is ``2 ** (bits - 1)``.
 
     Args:
         codes: uint8 ``[n, k]``, each less than ``2 ** bits``.
@@ -29,8 +29,8 @@ class QuantizedWeight:
         scales: float16, bfloat16 or float32 ``[n, k / group_size]``, finite; may be negative.
         zeros: uint8 ``[n, k / group_size]``, each less than ``2 ** bits``; or None.
         minima: of the scales' shape and dtype, finite; or None. Not together with zeros.
-        g_idx: int32 ``[k]``, the group of each input, group_size of them in every group; or None
-            for groups of neighbours. GPTQ's act-order makes it.
+        g_idx: int32 ``[k]``, the group of each input, with group_size inputs in every group; None:
+            groups are neighbours. GPTQ's act-order makes it.
 
     Raises:
         TypeError: a dtype that is not listed above.
@@ -56,7 +56,7 @@ class QuantizedWeight:
 
     @property
     def groups(self) -> int:
-        """How many groups an output has."""
+        """The number of groups of an output."""
         return self.scales.shape[1]
 
     @property
@@ -74,19 +74,19 @@ class QuantizedWeight:
         return f"{self.format}-{'channel' if self.groups == 1 else f'g{self.group_size}'}"
 
     def zero_points(self) -> torch.Tensor:
-        """``zeros``, or where there are none the middle of the codes: uint8 ``[n, groups]``."""
+        """Return ``zeros``, or the middle of the codes if there are none: uint8 ``[n, groups]``."""
         if self.zeros is not None:
             return self.zeros
         return torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.uint8)
 
     def group_of_input(self) -> torch.Tensor:
-        """The group of each input, int64 ``[k]``, on the codes' device."""
+        """Return the group of each input, int64 ``[k]``, on the codes' device."""
         if self.g_idx is not None:
             return self.g_idx.long()
         return torch.arange(self.shape[1], device=self.codes.device) // self.group_size
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight ``[n, k]``: computed in float64 for float64, else in float32 and rounded once.
+        """Return the weight ``[n, k]``, computed in float32 (float64 for float64), rounded once.
 
         Raises:
             TypeError: dtype is not a floating type.
@@ -106,7 +106,7 @@ class QuantizedWeight:
         return w.mul_(scales).to(dtype)
 
     def rows(self, index: torch.Tensor) -> QuantizedWeight:
-        """The outputs ``index`` (int64) in that order, as a weight of its own."""
+        """Return the outputs ``index`` (int64), in that order, as a weight of its own."""
 
         def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[index]
@@ -162,7 +162,7 @@ class QuantizedWeight:
         )
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same weight on ``device``."""
+        """Return the same weight on ``device``."""
 
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -180,7 +180,7 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A model's quantized weights, and what replaces other parameters along with them.
+    """The quantized weights of a model, and new values of other parameters.
 
     Args:
         weights: quantized weights by the names of their linear layers.
@@ -201,13 +201,13 @@ class Quantized:
 
 
 def check_bits(what: str, bits: int) -> None:
-    """Raise ValueError unless ``bits`` is a number of bits that a code may have."""
+    """Raise ValueError unless codes may have ``bits`` bits."""
     if bits not in BITS:
         raise ValueError(f"{what}: bits must be 4 or 8; got {bits}")
 
 
 def check_group_size(what: str, group_size: int, k: int) -> None:
-    """Raise ValueError unless ``k`` inputs can be cut into groups of ``group_size``."""
+    """Raise ValueError unless groups of ``group_size`` divide ``k`` inputs."""
     if group_size not in GROUP_SIZES and group_size != k:
         raise ValueError(
             f"{what}: group_size must be 32, 64, 128 or all {k} inputs; got {group_size}"

@@ -1,4 +1,4 @@
-"""The interface of every weight format: a weight as it is stored, and as a linear layer runs it."""
+"""The interfaces of weights: as checkpoints store them, and as linear layers run them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Weight(Protocol):
 
     @property
     def form(self) -> Hashable:
-        """What the choice of a kernel depends on, sizes aside: equal forms share a verification."""
+        """All that the choice of a kernel depends on, but sizes.
+
+        Layers whose weights have equal forms share a verification.
+        """
         ...
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,7 +94,7 @@ class PackedWeight(Weight, Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the layer's inputs and outputs."""
+        """The dtype of the layer's inputs and outputs."""
         ...
 
     @property

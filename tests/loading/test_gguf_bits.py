@@ -102,7 +102,7 @@ def test_copies_and_pickles_carry_them_too(load):
             assert torch.equal(w.dequantize(), twin.get_parameter(f"{name}.weight"))
 
 
-def test_weights_of_a_file_may_be_rounded_anew(load):
+def test_weights_of_a_file_may_be_quantized_again(load):
     model = load("Q8_0")
     before, own = logits(model), quantized_weights_of(model)
     llmfast.patch(model, ops="generate", weights="int4", group_size=32)

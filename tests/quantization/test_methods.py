@@ -116,7 +116,7 @@ def test_gptq_has_less_output_error_than_nearest(settings, group_size, symmetric
 def one_by_one(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """GPTQ for one group an output as the paper derives it: no Cholesky factor, in float64.
 
-    After each column the inverse Hessian of the remaining ones is found anew.
+    After each column the inverse Hessian of the remaining ones is computed again.
     """
     w = w.double().clone()
     scales = round_to_nearest(w, scheme).scales.double()[:, 0]

@@ -208,7 +208,7 @@ def test_what_is_written_is_what_other_engines_look_for(tmp_path):
     wanted |= {"group_size": 32, "actorder": None}
     assert {key: group["weights"][key] for key in wanted} == wanted
     modes = {path.stat().st_mode for path in (tmp_path / "model").glob("*.*s*")}
-    assert len(modes) == 1  # whoever may read one file may read all
+    assert len(modes) == 1  # the files have the same readers
     state = load_file(tmp_path / "model/model.safetensors")
     layer = "model.layers.0.mlp.up_proj"
     assert state[f"{layer}.weight_packed"].shape == (96, 64 // 8)
