@@ -1,4 +1,4 @@
-"""What penalties count, kept on the device from step to step."""
+"""The sequences whose tokens penalties count, each with a row of a table on the device."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from collections import abc
 
 import torch
 
+from ..runner.token_counts import TokenCounts
 from .request import Sequence
 
 
 class _Slot:
-    """A sequence's row of the tensors."""
+    """A sequence's row of the table."""
 
     def __init__(self, row: int, returned: weakref.finalize[..., Sequence]) -> None:
         self.row = row
-        self.counted = 0  # of the sequence's tokens
-        self.returned = returned  # what gives the row back when nobody has the sequence
+        self.counted = 0  # tokens of the sequence that the row counts
+        self.returned = returned  # frees the row when the sequence is gone
 
 
 class Counts:
-    """Which tokens the prompt of each sequence has, and how often its output has each.
+    """The tokens of each sequence's prompt, and how often its output has each.
 
-    A step adds the token that the one before has chosen. Rows are of the sequences that were asked
-    for last; one that comes back after others took its row is counted anew.
+    A step adds the token that the step before has sampled. The rows belong to the sequences of the
+    latest steps; a sequence whose row was taken meanwhile is counted from its first token again.
     """
 
     def __init__(self, rows: int) -> None:
-        """``rows``: sequences of a step, at most."""
+        """
+        Args:
+            rows: sequences of a step at most.
+        """
         self._rows = rows
         self._slots: weakref.WeakKeyDictionary[Sequence, _Slot] = weakref.WeakKeyDictionary()
         self._free = list(range(rows))
-        self._seen = torch.empty(0)
-        self._counts = torch.empty(0)
+        self._table: TokenCounts | None = None
 
     def of(
         self, sequences: abc.Sequence[Sequence | None], vocabulary: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The counts of the known tokens of some sequences.
+        """Count the new tokens of some sequences, and return all counts.
 
         Args:
             sequences: None for a row without counts.
@@ -46,10 +49,8 @@ class Counts:
             bool and int32, ``[len(sequences), vocabulary]``: the tokens of each prompt, and how
             often each output has each.
         """
-        if not len(self._seen):  # the last row stays empty
-            shape = (self._rows + 1, vocabulary)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=device)
-            self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        if self._table is None:  # its last row stays empty
+            self._table = TokenCounts(self._rows + 1, vocabulary, device)
         wanted = {sequence for sequence in sequences if sequence is not None}
         rows: list[int] = []
         new: list[int] = []
@@ -74,18 +75,16 @@ class Counts:
             return torch.tensor(numbers, dtype=torch.int64, device=device)
 
         if new:
-            self._seen.index_fill_(0, on_device(new), False)
-            self._counts.index_fill_(0, on_device(new), 0)
+            self._table.clear(on_device(new))
         if seen:
-            self._seen.view(-1).index_fill_(0, on_device(seen), True)
+            self._table.add_seen(on_device(seen))
         if counted:
-            ones = torch.ones(len(counted), dtype=torch.int32, device=device)
-            self._counts.view(-1).index_add_(0, on_device(counted), ones)
+            self._table.add_output(on_device(counted))
         of_rows = on_device(rows)
-        return self._seen[of_rows], self._counts[of_rows]
+        return self._table.seen[of_rows], self._table.output[of_rows]
 
     def _take(self, sequence: Sequence, wanted: abc.Iterable[Sequence]) -> _Slot:
-        """A row for a sequence: a free one, or that of one that is not wanted now."""
+        """Give a sequence a row: a free one, or that of a sequence that is not wanted now."""
         if not self._free:
             other = next(known for known in self._slots if known not in wanted)
             slot = self._slots.pop(other)

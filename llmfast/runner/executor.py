@@ -248,7 +248,7 @@ class Executor:
         inputs: StepInputs,
         logits: torch.Tensor,
         options: RowOptions,
-        *seen: tuple[torch.Tensor, torch.Tensor],
+        seen: torch.Tensor,
     ) -> StepHandle:
         """Load rows whose prompts are in the cache, and sample the first token of each.
 
@@ -256,16 +256,15 @@ class Executor:
             inputs: a step of a key that was prepared. Its ``context_len``, ``block_table`` and
                 sampling parameters count; the rows' tokens are not read.
             logits: ``[rows, vocabulary]`` of each prompt's last token.
-            seen: rows and tokens that a repetition penalty counts.
+            seen: places of the tokens that a repetition penalty counts: ``row * vocabulary +
+                token``, int64.
         """
         key, count = inputs.key, len(logits)
         assert self._resident is not None, "the rows were not prepared"
         self._rows_key, self._rows_graph = key, self._graphs.get(key)
         self._num_resident = count
         self._upload(inputs)
-        self._resident.load(options)
-        for rows, tokens in seen:
-            self._resident.mark_seen(rows, tokens)
+        self._resident.load(options, seen.to(self.device))
         tensors = views(self._buffer, key.shape)
         self._choose(logits, tensors.context_len[:count], tensors, key)
         return self._rows_handle()
@@ -366,15 +365,15 @@ class Executor:
         graphs, workspace = self._graphs.held_memory()
         if graphs or workspace:
             workspace += workspace_bytes(self.device)
-        resident, seen = self._resident, None
+        resident, counts = self._resident, None
         state = [self._sampled, self._buffer, *([] if self._logits is None else [self._logits])]
         size = sum(tensor.nbytes for tensor in state)
         if resident is not None:
-            size, seen = size + resident.nbytes, resident.seen
+            size, counts = size + resident.nbytes, resident.counts
         return {
             "cache": self.cache.nbytes,
             "state": size,
-            "penalties": 0 if seen is None else seen.nbytes,
+            "penalties": 0 if counts is None else counts.nbytes,
             "graphs": graphs,
             "workspace": workspace,
         }

@@ -261,17 +261,14 @@ class StepGraphs:
         """
         for key in self._graphs:
             shape = key.shape
+            if shape.tokens < tokens or shape.rows < rows or shape.max_query_len < max_query_len:
+                continue
+            if shape.max_prompts is not None and shape.max_prompts < prompts:
+                continue
             if key.self_advancing or (key.sampling is None) != (sampling is None):
                 continue
             large = shape.max_query_len > 1 and shape.tokens > MIXED_TOKENS
-            if large and tokens < MIN_FILL * shape.tokens:
-                continue
-            if (
-                shape.tokens >= tokens
-                and shape.rows >= rows
-                and shape.max_query_len >= max_query_len
-                and (shape.max_prompts is None or shape.max_prompts >= prompts)
-            ):
+            if not large or tokens >= MIN_FILL * shape.tokens:
                 return key
         return None
 

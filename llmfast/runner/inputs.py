@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 MAX_STEP_TOKENS = 4096  # of a step by default: more take memory for activations and gain no speed
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
 _ALIGNMENT = 16  # bytes, of each field's start
 
 
@@ -137,8 +138,11 @@ class StepInputs:
         self.shape = dataclasses.replace(shape, copies=num_copies) if num_copies else shape
         size = buffer_bytes(self.shape)
         self.buffer = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        tensors = views(self.buffer, self.shape)
-        self.arrays: dict[str, np.ndarray] = {n: t.numpy() for n, t in vars(tensors).items()}
+        whole = self.buffer.numpy()
+        self.arrays: dict[str, np.ndarray] = {
+            name: whole[start : start + size].view(_NUMPY[dtype]).reshape(dims)
+            for name, (start, size, dtype, dims) in _layout(self.shape)[0].items()
+        }
 
     def make_idle(self) -> None:
         """Make every row idle."""

@@ -17,6 +17,7 @@ from .cache import PagedCache
 from .inputs import GraphKey, SamplingOps, StepTensors
 from .sampling import sample_rows, stop_token_bias
 from .step import Step, step_of
+from .token_counts import TokenCounts
 
 MAX_STOP_TOKENS = 16
 
@@ -46,22 +47,24 @@ class ResidentRows:
         self.stop_tokens = torch.full((MAX_STOP_TOKENS,), -1, device=device)
         self.min_new_tokens = torch.zeros((), dtype=torch.int32, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
-        self.seen: torch.Tensor | None = None  # bool [rows, vocabulary], for repetition penalties
+        self.counts: TokenCounts | None = None  # for repetition penalties
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state without :attr:`seen`."""
-        tensors = [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
-        return sum(each.nbytes for each in tensors if each is not self.seen)
+        """Bytes of the state without :attr:`counts`."""
+        return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))
 
     def prepare(self, ops: SamplingOps | None) -> None:
         """Allocate what some parts of sampling need."""
-        if ops is not None and ops.repetition_penalty and self.seen is None:
-            device = self.generated.device
-            self.seen = torch.zeros(self._shape, dtype=torch.bool, device=device)
+        if ops is not None and ops.repetition_penalty and self.counts is None:
+            self.counts = TokenCounts(*self._shape, self.generated.device)
 
-    def load(self, options: RowOptions) -> None:
-        """Set the state of all rows for a new batch."""
+    def load(self, options: RowOptions, seen: torch.Tensor) -> None:
+        """Set the state of all rows for a new batch.
+
+        Args:
+            seen: places of the tokens that a repetition penalty counts, see :class:`TokenCounts`.
+        """
         self.first_position.fill_(options.first_position)
         self.generated.zero_()
         self.repetition_penalty.fill_(options.repetition_penalty)
@@ -69,13 +72,9 @@ class ResidentRows:
         self.stop_tokens.copy_(torch.tensor(stops, device="cpu"))
         self.min_new_tokens.fill_(options.min_new_tokens)
         self.pad.fill_(options.pad_token)
-        if self.seen is not None:
-            self.seen.zero_()
-
-    def mark_seen(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Count tokens, one per entry of ``rows``, as seen by the repetition penalty."""
-        if self.seen is not None:
-            self.seen[rows, tokens] = True
+        if self.counts is not None:
+            self.counts.seen.zero_()
+            self.counts.add_seen(seen)
 
     def next_step(
         self, key: GraphKey, tensors: StepTensors, tokens: torch.Tensor, cache: PagedCache
@@ -120,8 +119,8 @@ class ResidentRows:
             early = generated < self.min_new_tokens
             more["bias"] = stop_token_bias(self.stop_tokens[None], early, logits.shape[1])
         if ops.repetition_penalty:
-            assert self.seen is not None
-            seen = self.seen[:n]
+            assert self.counts is not None
+            seen = self.counts.seen[:n]
             more |= {"repetition_penalty": self.repetition_penalty[:n], "prompt_seen": seen}
         chosen = sample_rows(logits, tensors, ops, **more)
         end_step(

@@ -150,12 +150,6 @@ class StaticBatch:
         first_position = self.executor.admit(max(lengths) + max_new_tokens)
         input_ids = input_ids.cpu()
         logits = self._prefill(input_ids.numpy(), lengths, table, first_position)
-        seen = []
-        if key.sampling is not None and key.sampling.repetition_penalty:
-            rows = torch.arange(self._rows, device="cpu").repeat_interleave(
-                torch.tensor(lengths, device="cpu")
-            )
-            seen = [(rows, input_ids), *([] if also_seen is None else [also_seen])]
         handle = self.executor.start_rows(
             self._first_step(key, lengths, table, options, seeds),
             logits,
@@ -166,7 +160,7 @@ class StaticBatch:
                 min_new_tokens=options.min_new_tokens,
                 pad_token=options.pad_token,
             ),
-            *((rows.to(self.device), tokens.to(self.device)) for rows, tokens in seen),
+            self._seen(key, input_ids, lengths, also_seen),
         )
         new = self._compiled() - known
         if self.warm and new:
@@ -260,6 +254,24 @@ class StaticBatch:
         if seeds is not None:
             arrays["seeds"][:rows] = seeds.cpu().numpy()
         return inputs
+
+    def _seen(
+        self,
+        key: GraphKey,
+        input_ids: torch.Tensor,
+        lengths: Sequence[int],
+        also: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return the places of the tokens that a repetition penalty counts; empty without one."""
+        if key.sampling is None or not key.sampling.repetition_penalty:
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        pairs = [(torch.from_numpy(rows), input_ids), *([] if also is None else [also])]
+        places = []
+        for row, token in pairs:
+            known = (token >= 0) & (token < self.model.vocabulary)  # padding may be any number
+            places.append((row * self.model.vocabulary + token)[known])
+        return torch.cat(places)
 
     def _compiled(self) -> Counter[str]:
         if self.device.type != "cuda":
