@@ -1,1 +1,1 @@
-"""What a model costs and what it is worth: timing, results files, quality."""
+"""Benchmarks and evaluation: timing, whole models, quality and results files."""
