@@ -22,9 +22,9 @@ def weight_bytes(model: Any) -> int:
     return total - weight.nbytes
 
 
-def kv_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+def kv_bytes(kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> int:
     """Return the bytes of a token's keys and values in one layer."""
-    return 2 * kv_heads * head_dim * dtype.itemsize
+    return kv_heads * (k_dim + v_dim) * dtype.itemsize
 
 
 def decode_step_bytes(model: Any, sequences: int, context: float) -> float:
@@ -37,7 +37,7 @@ def decode_step_bytes(model: Any, sequences: int, context: float) -> float:
     """
     sizes = ModelSizes.of(model)
     attended = sum(min(context, window) for window in sizes.windows)
-    cached = kv_bytes(sizes.kv_heads, sizes.head_dim, model.dtype)
+    cached = kv_bytes(sizes.kv_heads, sizes.head_dim, sizes.head_dim, model.dtype)
     return float(weight_bytes(model) + sequences * attended * cached)
 
 

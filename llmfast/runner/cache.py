@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UserError
+from ..model.costs import kv_bytes
 
 BLOCK_SIZE = 64  # tokens of a block; docs/ops/kv_cache.md has the measurement
 
@@ -25,7 +26,7 @@ class LayerCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that a token takes in the cache of this layer."""
-        return self.kv_heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+        return kv_bytes(self.kv_heads, self.k_dim, self.v_dim, self.dtype)
 
 
 class PagedCache:

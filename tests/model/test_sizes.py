@@ -55,7 +55,7 @@ def test_bytes_of_a_step(tied):
     embedding = model.get_input_embeddings().weight.nbytes
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert weight_bytes(model) == parameters - (0 if tied else embedding)
-    token = kv_bytes(2, 16, torch.bfloat16)
+    token = kv_bytes(2, 16, 16, torch.bfloat16)
     assert token == 2 * 2 * 16 * 2
     assert decode_step_bytes(model, 3, 100.0) == weight_bytes(model) + 3 * (8 + 100) * token
 
