@@ -1,4 +1,4 @@
-"""What the compile gate compiles of attention: features, dtypes, head sizes and targets pairwise.
+"""The compile gate's variants of attention: features, dtypes, head sizes and targets pairwise.
 
 Hopper and Blackwell are given their own shared memory; the launches for sm_80 are those of the
 smallest GPU from there on, so they must fit everywhere.

@@ -1,4 +1,4 @@
-"""What the compile gate compiles of kv_cache: dtypes, head sizes, block sizes and targets."""
+"""The compile gate's variants of kv_cache: dtypes, head sizes, block sizes and targets."""
 
 from __future__ import annotations
 

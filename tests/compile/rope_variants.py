@@ -1,4 +1,4 @@
-"""What the compile gate compiles of rope: pairs, dtypes, tables, launches and targets pairwise."""
+"""The compile gate's variants of rope: pairs, dtypes, tables, launches and targets pairwise."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ exp_may_overflow = pytest.mark.filterwarnings("ignore:overflow encountered:Runti
 
 
 def formula(op, gate, up):
-    """The operation in float64, nothing rounded, written another way than the reference's."""
+    """Compute the operation in float64, unrounded, by another formula than the reference's."""
     x = gate.double()
     if op == "silu_mul":
         act = x * torch.sigmoid(x)
@@ -49,7 +49,7 @@ def make(shape, dtype, device="cpu"):
 
 
 def laid_out(layout, gate, up):
-    """The operation's arguments: two tensors, two views of a merged one, or the merged one."""
+    """Make the arguments: two tensors, two views of a merged one, or the merged one."""
     if layout == "apart":
         return gate, up
     merged = torch.cat([gate, up], dim=-1)
@@ -96,7 +96,7 @@ def test_reference_is_what_transformers_computes(op, layout, dtype, shape):
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_reference_matches_formula_in_float64(op, dtype):
-    """A few operations: some ten epsilons, and of the gate where 1 + tanh or 1 + erf cancels."""
+    """Assert ten epsilons, of the gate too: PyTorch's 1 + tanh and 1 + erf cancel there."""
     gate, up = make((7, 301), dtype)
     got = REFERENCE[op](gate, up)
     assert got.dtype == dtype

@@ -88,7 +88,7 @@ def test_reference_is_no_worse_than_plain_pytorch(features, dtype):
 
 
 class Module:
-    """What transformers' attention functions read off their module."""
+    """The attributes that transformers' attention functions read from their module."""
 
     num_key_value_groups = 2
     training = False
@@ -133,7 +133,7 @@ def test_kernels_compute_the_formula(features, launch, dtype, device):
     skip_bf16_in_the_interpreter(dtype, device)
     q, k, v = make_for(launch, dtype)
     out, lse = launch_flash_attention(
-        *to(device, (q, k, v)), **to(device, features), return_lse=True, _launch=launch
+        *to(device, (q, k, v)), **to(device, features), return_lse=True, launch=launch
     )
     assert_close(out, lse, q, k, v, **features)
 
@@ -161,7 +161,7 @@ def test_features_work_together(pair, launch, dtype, device):
     features = FEATURES[pair[0]] | FEATURES[pair[1]]
     q, k, v = make_for(launch, dtype)
     out, lse = launch_flash_attention(
-        *to(device, (q, k, v)), **to(device, features), return_lse=True, _launch=launch
+        *to(device, (q, k, v)), **to(device, features), return_lse=True, launch=launch
     )
     assert_close(out, lse, q, k, v, **features)
 
@@ -194,7 +194,7 @@ def test_kernels_take_any_shape(device, shape, group, launch, dtype, causal, win
         launch = DecodeLaunch(128, 16, launch.num_splits, 4, 1)
     features = {"causal": causal, "window": window}
     out, lse = launch_flash_attention(
-        *to(device, (q, k, v)), **features, return_lse=True, _launch=launch
+        *to(device, (q, k, v)), **features, return_lse=True, launch=launch
     )
     if q.numel() and k.numel():
         assert_close(out, lse, q, k, v, **features)
@@ -221,16 +221,16 @@ def test_wide_windows_have_blocks_without_a_mask(device):
             *to(device, (q, k, v)),
             **to(device, features),
             return_lse=True,
-            _launch=LAUNCHES["prefill"],
+            launch=LAUNCHES["prefill"],
         )
         assert_close(out, lse, q, k, v, **features)
 
 
 def test_merge_takes_more_splits_than_it_holds_at_once(device):
     q, k, v = make(1, 1, 1110, 2, 1)
-    k[:, -50:] *= 3  # the largest scores come last
+    k[:, -50:] *= 3  # the largest scores are last
     out, lse = launch_flash_attention(
-        *to(device, (q, k, v)), return_lse=True, _launch=DecodeLaunch(16, 16, 70, 4, 1)
+        *to(device, (q, k, v)), return_lse=True, launch=DecodeLaunch(16, 16, 70, 4, 1)
     )
     assert_close(out, lse, q, k, v)
 
@@ -241,7 +241,7 @@ def test_extreme_scores_stay_finite(device):
     for sign in (1, -1):
         k[:] = sign * 300 * q[:, :1, :2] / q[:, :1, :2].norm(dim=-1, keepdim=True)
         for launch in LAUNCHES.values():
-            out = launch_flash_attention(*to(device, (q, k, v)), causal=False, _launch=launch)
+            out = launch_flash_attention(*to(device, (q, k, v)), causal=False, launch=launch)
             expected = flash_attention_reference(q, k, v, causal=False)
             torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4)
 
@@ -257,7 +257,7 @@ def test_views_as_transformers_makes_them(launch, device):
     caches = torch.full((2, 2, 2, 64, 24), math.nan)
     caches[:, :, :, 5:42] = torch.stack([k, v]).transpose(2, 3)
     k_view, v_view = (cache[:, :, 5:42].transpose(1, 2) for cache in to(device, caches))
-    out = launch_flash_attention(to(device, q_view), k_view, v_view, _launch=launch)
+    out = launch_flash_attention(to(device, q_view), k_view, v_view, launch=launch)
     torch.testing.assert_close(out.cpu(), flash_attention_reference(q, k, v), rtol=1e-4, atol=1e-5)
     assert out.is_contiguous()
 
@@ -281,7 +281,7 @@ def test_keys_outside_their_range_may_be_unwritten(features, launch, device):
     expected = flash_attention_reference(q, k, v, **ranges(device), **features)
     k_nan, v_nan = unwritten(k, v, **ranges(device))
     args = (q, k_nan, v_nan)
-    got = launch_flash_attention(*args, **ranges(device), **features, _launch=launch)
+    got = launch_flash_attention(*args, **ranges(device), **features, launch=launch)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     got = flash_attention_reference(*args, **ranges(device), **features)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -289,12 +289,12 @@ def test_keys_outside_their_range_may_be_unwritten(features, launch, device):
 
 @each_launch
 def test_keys_after_the_last_query_may_be_unwritten(launch, device):
-    """A static cache: its length says nothing, the query's position does."""
+    """A static cache: the query's position counts, not the length of the cache."""
     q, k, v = to(device, make(n_queries=3))
     expected = flash_attention_reference(q, k[:, :20], v[:, :20])
     k[:, 20:] = v[:, 20:] = math.nan
     for offset in (17, torch.tensor([17], device=device)):
-        got = launch_flash_attention(q, k, v, query_offset=offset, _launch=launch)
+        got = launch_flash_attention(q, k, v, query_offset=offset, launch=launch)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         got = flash_attention_reference(q, k, v, query_offset=offset)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -311,7 +311,7 @@ def test_ranges_beyond_the_keys_are_cut_off(launch, device):
     }
     for causal in (True, False):
         got = launch_flash_attention(
-            q, *around[:, :, 10:47], **beyond, causal=causal, _launch=launch
+            q, *around[:, :, 10:47], **beyond, causal=causal, launch=launch
         )
         expected = flash_attention_reference(q, k, v, causal=causal)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -319,7 +319,7 @@ def test_ranges_beyond_the_keys_are_cut_off(launch, device):
 
 @each_launch
 def test_nothing_is_written_outside_the_outputs(launch, device, monkeypatch):
-    """Every allocation of the launch stands between two bands that must keep their value."""
+    """Every allocation of the launch lies between two bands that must keep their value."""
     q, k, v = to(device, make(dim=20))
     band, bases = 256, []
     make_empty = torch.empty
@@ -331,7 +331,7 @@ def test_nothing_is_written_outside_the_outputs(launch, device, monkeypatch):
         return base[band:-band].fill_(math.nan).view(shape)
 
     monkeypatch.setattr(torch, "empty", banded)
-    out, lse = launch_flash_attention(q, k, v, return_lse=True, _launch=launch)
+    out, lse = launch_flash_attention(q, k, v, return_lse=True, launch=launch)
     assert len(bases) == (3 if getattr(launch, "num_splits", 1) > 1 else 2)
     assert all((base[:band] == 42).all() and (base[-band:] == 42).all() for base in bases)
     assert out.isfinite().all() and lse.isfinite().all()
@@ -342,7 +342,7 @@ def test_arguments_are_left_unchanged(launch, device):
     args = to(device, make_for(launch))
     features = to(device, FEATURES["no key"] | FEATURES["sinks"] | FEATURES["offset of each row"])
     before = [x.clone() for x in (*args, *features.values())]
-    launch_flash_attention(*args, **features, _launch=launch)
+    launch_flash_attention(*args, **features, launch=launch)
     after = (*args, *features.values())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -372,7 +372,7 @@ def test_varlen_is_each_sequence_alone(name, launch, dtype, device):
     features = FEATURES[name]
     args, bounds = make_varlen(device, dtype)
     out, lse = launch_flash_attention_varlen(
-        *args, **bounds, **to(device, features), return_lse=True, _launch=launch
+        *args, **bounds, **to(device, features), return_lse=True, launch=launch
     )
     assert lse.shape == (4, sum(LENGTHS_Q))
     q, k, v = (x.cpu() for x in args)
@@ -392,7 +392,7 @@ def test_varlen_is_each_sequence_alone(name, launch, dtype, device):
 @each_launch
 def test_varlen_writes_no_row_past_the_last_sequence(launch, device):
     args, bounds = make_varlen(device, padding=5)
-    out, lse = launch_flash_attention_varlen(*args, **bounds, return_lse=True, _launch=launch)
+    out, lse = launch_flash_attention_varlen(*args, **bounds, return_lse=True, launch=launch)
     n = sum(LENGTHS_Q)
     assert out[:n].isfinite().all() and out[n:].isnan().all()  # fresh memory is poisoned
     assert not lse[:, :n].isnan().any() and lse[:, n:].isnan().all()
@@ -433,7 +433,7 @@ def test_launchers_have_the_signature_of_their_reference():
         (launch_flash_attention_varlen, flash_attention_varlen_reference),
     ):
         taken = dict(inspect.signature(launcher).parameters)
-        del taken["_launch"]
+        del taken["launch"]
         assert list(taken.values()) == list(inspect.signature(reference).parameters.values())
 
 
@@ -526,7 +526,7 @@ def test_ranges_beyond_int32_are_cut_off(name, far, launch, device):
     features = {name: torch.tensor(values, dtype=torch.int64, device=device)}
     if name == "query_offset":
         features["window"] = 9
-    out, lse = launch_flash_attention(q, k, v, **features, return_lse=True, _launch=launch)
+    out, lse = launch_flash_attention(q, k, v, **features, return_lse=True, launch=launch)
     # the reference adds to the offset in int64, where the farthest would wrap round
     near = {n: x.clamp(-(2**62), 2**62) if n == "query_offset" else x for n, x in features.items()}
     exact, exact_lse = flash_attention_reference(q, k, v, **near, return_lse=True)

@@ -73,7 +73,7 @@ def make(case, dtype, device="cpu", skip=0.25):
 
 
 def loop(k, v, k_cache, v_cache, slots):
-    """What a write means, element by element, on lists of bits."""
+    """Write element by element, on lists of bits."""
     results = []
     for new, cache in ((k, k_cache), (v, v_cache)):
         source, target = bits(new).tolist(), bits(cache).tolist()
@@ -182,7 +182,7 @@ def test_strided_keys_and_values(impl, view, device):
 
 
 def test_launcher_takes_the_other_order_of_heads_and_tokens(device):
-    """A block as [block_size, heads, dim] in memory: a permuted view, the same kernel."""
+    """Blocks that are [block_size, heads, dim] in memory are a permuted view."""
     k, v, k_cache, v_cache, slots = make((9, 3, 80, 16, 2), torch.float16, device)
     expected = loop(k, v, k_cache, v_cache, slots)
     caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in (k_cache, v_cache)]
@@ -217,7 +217,7 @@ def test_what_was_in_the_cache_is_overwritten(impl, device):
 
 @each_impl
 def test_two_tokens_with_one_slot_touch_no_other(impl, device):
-    """Which of the two stays is undefined; each element is one's or the other's."""
+    """Each element is from one of the two tokens; which one is undefined."""
     k, v, k_cache, v_cache, _ = make((2, 2, 64, 16, 1), torch.float16, device)
     impl(k, v, k_cache, v_cache, torch.tensor([5, 5], device=device))
     for cache, new in ((k_cache, k), (v_cache, v)):

@@ -131,7 +131,7 @@ def run(batch, device, launch=None, **changed):
         *to(device, batch.tensors),
         **to(device, batch.args) | changed,
         return_lse=True,
-        _launch=launch,
+        launch=launch,
     )
 
 
@@ -248,7 +248,7 @@ def test_paged_is_contiguous_bit_for_bit(dtype, launch, device):
             key_end=to(device, context_len),
             query_offset=to(device, context_len - n),
             return_lse=True,
-            _launch=launch[n > 1] if isinstance(launch, tuple) else launch,
+            launch=launch[n > 1] if isinstance(launch, tuple) else launch,
         )
         assert torch.equal(out, expected.flatten(0, 1))
         assert torch.equal(lse, expected_lse.transpose(0, 1).flatten(1))
@@ -284,7 +284,7 @@ def test_kernels_take_any_shape(
 ):
     if isinstance(launch, DecodeLaunch):
         sequences = [(n_keys, min(n_queries, 64 // group)) for n_keys, n_queries in sequences]
-    # fewer keys than queries: the first queries stand before the first key
+    # fewer keys than queries: the first queries are before the first key
     batch = make(
         [n_keys for n_keys, _ in sequences],
         [n_queries for _, n_queries in sequences],
@@ -337,7 +337,7 @@ def test_a_larger_bound_of_the_queries_changes_nothing(launch, device):
         torch.testing.assert_close(got[of_tokens], want[of_tokens], rtol=1e-6, atol=1e-6)
 
 
-# prompts and single tokens apart
+# prompts and single tokens in separate kernels
 
 
 @pytest.mark.parametrize("max_prompts", [2, 3, 9])
@@ -403,7 +403,7 @@ def test_neither_kernel_writes_rows_of_the_other(later, device, monkeypatch):
 
 
 def test_few_queries_each_are_one_kernels(device, monkeypatch):
-    """As today without the bound: the prefill kernel would leave its tiles nearly empty."""
+    """One kernel takes the batch: the prefill kernel's tiles would be nearly empty."""
     batch = make((37, 5, 16), (4, 1, 1))
     ran = []
     for name in ("_prefill", "_decode"):
@@ -468,7 +468,7 @@ def test_a_tree_is_its_branches_one_by_one(launch, device):
 @each_small
 @pytest.mark.parametrize("context", [64, 100])
 def test_sixty_four_new_tokens(context, launch, device):
-    """The last bit too; and queries without a key, where there is no older one."""
+    """The 64th bit is used too, and queries without an older key may attend none."""
     batch = make((context,), (64,), heads=1, kv_heads=1, dim=16, tree=True)
     tree_mask = batch.args["tree_mask"]
     assert tree_mask.shape == (66, 64)
@@ -527,7 +527,7 @@ def test_only_the_rows_of_sequences_are_written(launch, device):
 
 @each_launch
 def test_nothing_is_written_outside_the_outputs(launch, device, monkeypatch):
-    """Every allocation of the launch stands between two bands that must keep their value."""
+    """Every allocation of the launch lies between two bands that must keep their value."""
     batch = make_for(launch, dim=20)
     args, tensors = to(device, batch.args), to(device, batch.tensors)
     band, bases = 256, []
@@ -540,7 +540,7 @@ def test_nothing_is_written_outside_the_outputs(launch, device, monkeypatch):
         return base[band:-band].fill_(math.nan).view(shape)
 
     monkeypatch.setattr(torch, "empty", banded)
-    launch_paged_attention(*tensors, **args, return_lse=True, _launch=launch)
+    launch_paged_attention(*tensors, **args, return_lse=True, launch=launch)
     first = launch[0] if isinstance(launch, tuple) else launch
     assert len(bases) == (3 if getattr(first, "num_splits", 1) > 1 else 2)
     assert all((base[:band] == 42).all() and (base[-band:] == 42).all() for base in bases)
@@ -552,7 +552,7 @@ def test_arguments_are_left_unchanged(launch, device):
     tensors, args = to(device, batch.tensors), to(device, batch.args)
     given_tensors = [x for x in (*tensors, *args.values()) if isinstance(x, torch.Tensor)]
     before = [x.clone() for x in given_tensors]
-    launch_paged_attention(*tensors, **args, _launch=launch)
+    launch_paged_attention(*tensors, **args, launch=launch)
     for now, then in zip(given_tensors, before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
@@ -574,7 +574,7 @@ def test_op_gives_what_its_implementation_gives(features, device):
 
 def test_launcher_has_the_signature_of_the_reference():
     taken = dict(inspect.signature(launch_paged_attention).parameters)
-    del taken["_launch"]
+    del taken["launch"]
     of_reference = inspect.signature(paged_attention_reference).parameters
     assert list(taken.values()) == list(of_reference.values())
     assert list(of_reference) == list(inspect.signature(paged_attention).parameters)

@@ -84,7 +84,7 @@ def by_formula(x, positions, rotary_dim, interleaved):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @each_shape
 def test_reference_matches_formula_in_float64(shape, dtype, interleaved):
-    """Of each product, cos or sin, product and sum round: two epsilons of the pair's length."""
+    """Assert two epsilons of the pair's length: cos or sin, product and sum are rounded."""
     q, k, cos, sin, positions = make(shape, dtype)
     got = apply_rope_reference(q, k, cos, sin, positions, interleaved=interleaved)
     for out, x in zip(got, (q, k), strict=True):
@@ -167,7 +167,7 @@ def test_kernel_matches_reference_at_any_size(
 
 @each_dtype
 def test_float32_tables_lose_no_more_than_the_layer(dtype, device):
-    """The relative rule, against float64."""
+    """Hold both to float64: at most twice the error of plain PyTorch."""
     skip_what_the_interpreter_cannot_round(device, dtype)
     shape = (5, 8, 2, 128, 128)
     args = make(shape, dtype, device, "float32")
@@ -301,7 +301,7 @@ def test_a_tables_offset_passes_2_to_the_31():
 
 @pytest.mark.gpu
 def test_the_second_launch_finds_the_right_variant(device):
-    """What a launch is remembered by must tell apart all that it was compiled for."""
+    """A launch never meets a variant that was compiled for other arguments."""
     for _ in range(2):
         for tokens, dtype, tables in [
             (1, torch.float16, "same"),

@@ -1,4 +1,4 @@
-"""rope_write_kv: held to the operations it stands for, one after the other, bit for bit."""
+"""rope_write_kv: equal to its three operations in a row, bit for bit."""
 
 from functools import partial
 
@@ -128,7 +128,7 @@ def one_after_the_other(
     k_norm=None,
     eps=None,
 ):
-    """The three operations, each given contiguous tensors."""
+    """Run the three operations, each on contiguous tensors."""
     q, k = q.contiguous(), k.contiguous()
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps=eps, unit_offset=unit_offset)
@@ -283,7 +283,7 @@ def test_step_kernel_takes_strided_views(layout, mode, device):
 
 
 def test_step_launcher_takes_the_other_order_of_heads_and_tokens(device):
-    """A block as [block_size, heads, dim] in memory: a permuted view, the same kernel."""
+    """Blocks that are [block_size, heads, dim] in memory are a permuted view."""
     args = make_step((9, 3, 3, 80, 80), torch.float16, device)
     expected = fresh_caches(args)
     launch_rope_write_kv(**expected)
@@ -364,7 +364,7 @@ def test_step_launch_is_on_the_tensors_device():
 
 @pytest.mark.gpu
 def test_the_second_step_finds_the_right_variant(device):
-    """What a launch is remembered by must tell apart all that it was compiled for."""
+    """A launch never meets a variant that was compiled for other arguments."""
     for _ in range(2):
         for mode in MODES:
             for step in [(1, 4, 2, 64, 64), (200, 4, 2, 64, 64), (5, 4, 2, 80, 80)]:

@@ -1,4 +1,4 @@
-"""Gated activations in Triton. Arguments are checked by op.py; here they are taken as good."""
+"""Gated activations in Triton. op.py checks the arguments; here they are trusted."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ..common.checks import row_stride
 from ..common.launch import CachedLauncher
 from ..common.pdl import wait_for_inputs
 
-MAX_TILE = 512  # elements of one program
+MAX_TILE = 512  # elements per program
 _MAX_GRID_Y = 65535
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one row is cut into programs."""
+    """The division of one row into programs."""
 
-    block_n: int  # elements of a row that one program takes
+    block_n: int  # elements per program
     num_warps: int
 
 
 @cache
 def choose_launch(n_cols: int) -> Launch:
-    """Pick the launch for rows of ``n_cols`` products. Pure: it asks no device."""
+    """Choose the launch for rows of ``n_cols`` products. Pure: it asks no device."""
     block_n = min(triton.next_power_of_2(n_cols), MAX_TILE)
-    # 4 elements a lane: one row is done sooner than with 8, and many rows are no slower (H100)
+    # 4 elements per lane: one row takes less time than with 8, and many rows no more (H100)
     return Launch(block_n, num_warps=max(block_n // 128, 1))
 
 
 @triton.jit
 def activate(gate, ACT: tl.constexpr):
-    """The activation of float32 ``gate``. ACT: "silu", "gelu_tanh" or "gelu"."""
-    # where exp overflows to inf the quotient is 0, as it should be; nothing becomes NaN
+    """Apply the activation to float32 ``gate``. ACT: "silu", "gelu_tanh" or "gelu"."""
+    # where exp overflows to inf the quotient is 0, which is the limit; nothing becomes NaN
     if ACT == "silu":
         act = gate / (1.0 + tl.exp(-gate))
     elif ACT == "gelu_tanh":
@@ -61,6 +61,7 @@ def _act_mul_kernel(
     MANY_ROWS: tl.constexpr,  # more than the grid's second axis takes: rows go on the first
     BLOCK_N: tl.constexpr,
 ):
+    """Compute one tile of one row."""
     wait_for_inputs()
     # int64: n_rows * n_cols passes 2**31 for a long prefill
     row = tl.program_id(0 if MANY_ROWS else 1).to(tl.int64)

@@ -9,20 +9,20 @@ from .reference import gelu_mul_reference, gelu_tanh_mul_reference, silu_mul_ref
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-    """Scale ``up`` by the SiLU of ``gate``, in one pass over memory: SwiGLU's middle.
+    """Scale ``up`` by the SiLU of ``gate``, in one pass over memory: the middle of SwiGLU.
 
         y = round(gate / (1 + exp(-gate))) * up
 
     The activation is computed in float32 and cast to ``gate.dtype`` before the product, as in a
-    Hugging Face MLP, so the result is the same.
+    Hugging Face MLP.
 
     Args:
         gate: ``(..., n)``; float32, float16 or bfloat16, and float64 off CUDA, where float64 is
             kept throughout. The last dimension is contiguous and the rows are equally far apart,
             as in a slice of a merged tensor's columns. Without ``up``, ``(..., 2 * n)``: the
             gate's columns first, then up's.
-        up: ``(..., n)``; of gate's shape, dtype and device, laid out by the same rule, its rows
-            as far apart as it likes.
+        up: ``(..., n)``; of gate's shape, dtype and device, laid out by the same rule, with
+            its own stride between rows.
 
     Returns:
         A new contiguous tensor ``(..., n)`` of gate's dtype. No argument is changed.
@@ -43,7 +43,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor
 
 
 def gelu_tanh_mul(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-    """Scale ``up`` by the GELU of ``gate``, in its tanh form: GeGLU's middle, as in Gemma.
+    """Scale ``up`` by the GELU of ``gate``, in its tanh form: the middle of GeGLU, as in Gemma.
 
         y = round(gate / 2 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3)))) * up
 

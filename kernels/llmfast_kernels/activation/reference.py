@@ -1,4 +1,4 @@
-"""Gated activations in plain PyTorch: what the kernel must compute, on any device."""
+"""Gated activations in plain PyTorch: the meaning of the kernel, on any device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gelu_mul_reference(gate: torch.Tensor, up: torch.Tensor | None = None) -> to
 
 
 def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``up`` None: ``gate`` holds both in its last dimension, gate first."""
+    """Return gate and up. Without ``up``, ``gate`` holds both in its last dimension."""
     if up is not None:
         return gate, up
     n = gate.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""Attention: the argument checks that its operations share."""
+"""The argument checks that the operations of attention share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..common.checks import FLOATS, check_no_grad
 
-MAX_HEAD_DIM = 256  # on CUDA; a program holds whole rows of queries in registers
+MAX_HEAD_DIM = 256  # on CUDA, where a program holds whole rows of queries in registers
 _INTS = (torch.int32, torch.int64)
 
 
@@ -25,7 +25,7 @@ def check(
     names: tuple[str, str] = ("k", "v"),
     kv_heads_dim: int = -2,
 ) -> None:
-    """Check what all operations have in common; ``names`` are those of k and v in messages."""
+    """Check the arguments that all operations have; messages call k and v by ``names``."""
     key, value = names
     if q.dtype not in FLOATS and (q.dtype != torch.float64 or q.is_cuda):
         raise TypeError(f"{op}: q must be float32, float16 or bfloat16, got {q.dtype}")
@@ -92,6 +92,7 @@ def check_ints(
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...] = _INTS,
 ) -> None:
+    """Check a contiguous tensor of integers."""
     if x.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {wanted}, got {x.dtype}")

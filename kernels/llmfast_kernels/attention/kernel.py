@@ -63,7 +63,7 @@ def launch_flash_attention(
     key_end: torch.Tensor | None = None,
     query_offset: int | torch.Tensor | None = None,
     return_lse: bool = False,
-    _launch: Launch | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     batch, n_queries, n_heads, _ = q.shape
     n_keys = k.shape[1]
@@ -88,7 +88,7 @@ def launch_flash_attention(
         sinks=sinks,
         query_offset=query_offset,
     )
-    _run(call, _launch)
+    _run(call, launch)
     return _result(call.out)
 
 
@@ -107,7 +107,7 @@ def launch_flash_attention_varlen(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
-    _launch: Launch | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     call = _Call(
         q=Heads(q, 0, *q.stride()[:2]),
@@ -124,7 +124,7 @@ def launch_flash_attention_varlen(
         softcap=softcap,
         sinks=sinks,
     )
-    _run(call, _launch)
+    _run(call, launch)
     return _result(call.out)
 
 
@@ -145,7 +145,7 @@ def launch_paged_attention(
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     return_lse: bool = False,
-    _launch: Launch | Launches | None = None,
+    launch: Launch | Launches | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     batch, max_blocks = block_table.shape
     n_keys = max_blocks * k_cache.shape[2]
@@ -172,12 +172,12 @@ def launch_paged_attention(
         softcap=softcap,
         sinks=sinks,
     )
-    if isinstance(_launch, tuple):
-        one_query, several = _launch
+    if isinstance(launch, tuple):
+        one_query, several = launch
         _run(call._replace(n_queries=1, max_prompts=max_prompts), one_query)
         _run(call._replace(max_prompts=max_prompts), several)
-    elif _launch is not None or max_prompts is None or not _differ(q, k, max_query_len):
-        _run(call, _launch)
+    elif launch is not None or max_prompts is None or not _differ(q, k, max_query_len):
+        _run(call, launch)
     else:
         with _side_stream(q.device):
             _run(call._replace(n_queries=1, max_prompts=max_prompts), None)

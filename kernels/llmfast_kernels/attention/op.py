@@ -57,20 +57,20 @@ def flash_attention(
     query_offset: int | torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention without the matrix of scores in memory.
+    """Compute softmax attention without the matrix of scores in memory.
 
         s[i, j] = scale * (q[i] . k[j])          then softcap * tanh(s / softcap), if given
         out[i]  = sum_j exp(s[i, j]) v[j] / (exp(sink) + sum_j exp(s[i, j]))
 
-    over the keys j that query i attends. Query i of row b stands at position
+    The sums are over the keys j that query i attends. Query i of row b has position
     ``pos = query_offset[b] + i`` and attends key j if and only if
 
         key_start[b] <= j < key_end[b]  and  (not causal or j <= pos)
         and  (window is None or j > pos - window)
 
-    A query that attends no key gives 0. Keys and values that no query of the row attends are
-    not used and may be unwritten memory. Scores, softmax and sums are in float32; weights are
-    rounded to v's dtype before they multiply v (on CUDA), the output once at the end.
+    The output of a query that attends no key is 0. Keys and values that no query of the row
+    attends are not used and may be unwritten memory. Scores, softmax and sums are in float32. On
+    CUDA weights are rounded to v's dtype before they multiply v. The output is rounded once.
 
     Args:
         q: ``[B, Lq, Hq, D]``; float32, float16 or bfloat16 (float64 on the CPU). Any strides
@@ -81,14 +81,14 @@ def flash_attention(
         scale: of the scores, more than 0; ``D ** -0.5`` if None.
         window: keys that a query attends, its own position counted; at least 1.
         softcap: bound of the scores, more than 0.
-        sinks: ``[Hq]``, contiguous, of a float dtype: one logit a head that takes part in the
+        sinks: ``[Hq]``, contiguous, of a float dtype: one logit per head that takes part in the
             softmax's sum and has no value (gpt-oss).
         key_start, key_end: int32 or int64 ``[B]``, contiguous, on q's device: the range of the
-            row's valid keys; 0 and Lk if None. What exceeds 0 to Lk is cut off.
+            row's valid keys; 0 and Lk if None. Values outside 0 to Lk are clamped.
         query_offset: position of the first query: a number, or int32 or int64 ``[B]``, ``[1]``
             or ``[]`` on q's device, which is read there and never synchronised;
-            ``Lk - Lq`` if None, so that the last query stands at the last key.
-        return_lse: give the log of each softmax's denominator too.
+            ``Lk - Lq`` if None, so that the last query is at the last key's position.
+        return_lse: also return the log of each softmax's denominator.
 
     Returns:
         ``out``, new, contiguous, of q's shape and dtype; with return_lse ``(out, lse)``, lse
@@ -184,16 +184,16 @@ def flash_attention_varlen(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`flash_attention` over sequences laid end to end, without padding.
+    """Compute :func:`flash_attention` over sequences laid end to end, without padding.
 
     Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys
-    ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1]``; its last query stands at its last key.
+    ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1]``; its last query is at its last key's position.
 
     Args:
         q: ``[Tq, Hq, D]``; strides and dtypes as in :func:`flash_attention`.
         k, v: ``[Tk, Hkv, D]``.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``, contiguous, on q's device; from 0
-            rising to Tq and Tk, which is not checked, since it would wait for the device.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``, contiguous, on q's device; rising
+            from 0 to Tq and Tk. The values are not checked: that would synchronise.
         max_seqlen_q, max_seqlen_k: no sequence is longer; larger numbers cost some speed.
         causal, scale, window, softcap, sinks, return_lse: as in :func:`flash_attention`.
 

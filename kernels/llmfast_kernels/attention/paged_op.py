@@ -11,7 +11,7 @@ from ..kv_cache.op import BLOCK_SIZES
 from .checks import check, check_ints
 from .reference import paged_attention_reference
 
-MAX_TREE = 64  # new tokens of a sequence with a tree mask: a query's row is one int64 of bits
+MAX_TREE = 64  # new tokens per sequence with a tree mask: a query's row is one int64 of bits
 
 
 @overload
@@ -70,12 +70,12 @@ def paged_attention(
     tree_mask: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`flash_attention` of new tokens over a paged cache that holds their keys already.
+    """Compute :func:`flash_attention` of new tokens over a paged cache that holds their keys.
 
     Sequence b has the queries ``query_start[b]`` to ``query_start[b + 1]`` of q and
     ``context_len[b]`` keys, those of its new tokens last. Key j lies in block
-    ``block_table[b, j // block_size]`` of the cache at offset ``j % block_size``. Query i stands
-    at position ``pos = context_len[b] - n_queries + i`` and attends key j if and only if
+    ``block_table[b, j // block_size]`` of the cache at offset ``j % block_size``. Query i has
+    position ``pos = context_len[b] - n_queries + i`` and attends key j if and only if
 
         j <= pos  and  (window is None or j > pos - window)
 
@@ -85,8 +85,8 @@ def paged_attention(
 
     A sequence with ``context_len[b] == 0`` is padding: its queries give 0, as does every query
     that attends no key. Keys and values that no query of the sequence attends are not used and
-    may be unwritten memory. An entry of the table whose block holds none that is attended, after
-    the context or left of the window, is not used either: it may be -1 or any other number.
+    may be unwritten memory. Entries of the table after the context or left of the window are not
+    used either: they may be -1 or any other number.
 
     Args:
         q: ``[T, Hq, D]``; float32, float16 or bfloat16 (float64 on the CPU). Any strides with a
@@ -97,24 +97,24 @@ def paged_attention(
         context_len: int32 ``[B]``, contiguous, on q's device.
         block_table: int32 ``[B, max_blocks]`` on q's device, its last stride 1.
         max_query_len: no sequence has more queries.
-        max_context_len: about how long the longest context is, for the number of programs only:
-            the result is the same whatever it says. ``max_blocks * block_size`` if None.
-        max_prompts: at most so many sequences have more than one query. Those and the ones with one
-            query then run apart, each in the kernel that suits them, in any order; the result is
-            the same. None: one kernel takes all.
+        max_context_len: roughly the longest context. It decides the number of programs only, not
+            the result. ``max_blocks * block_size`` if None.
+        max_prompts: the most sequences that have more than one query. The decode kernel then runs
+            for sequences with one query and the prefill kernel for the others; the result is the
+            same. None: one kernel takes all sequences.
         scale, window, softcap, sinks: as in :func:`flash_attention`.
         tree_mask: bool ``[T, n]`` on q's device, its last stride 1; n is at least max_query_len
             and at most 64. ``tree_mask[t, j]`` says whether query t attends the j-th new token
-            of its own sequence; the mask alone says so, for the query's own token too.
-        return_lse: give the log of each softmax's denominator too.
+            of its own sequence. It applies to the query's own token too.
+        return_lse: also return the log of each softmax's denominator.
 
     Returns:
         ``out``, new, contiguous, of q's shape and dtype; with return_lse ``(out, lse)``, lse
         float32 ``[Hq, T]``, -inf (or the sink's logit) where a query attends no key. Rows from
         ``query_start[B]`` on are unspecified. No argument is changed.
 
-    The values of query_start, context_len, block_table and tree_mask are read on the device and
-    never looked at before, so that a CUDA graph can be replayed with others in the same buffers.
+    The values of query_start, context_len, block_table and tree_mask are only read on the device,
+    so that a CUDA graph can be replayed with other values in the same buffers.
     On CUDA a value that breaks the contract (a sequence longer than max_query_len, more prompts
     than max_prompts, a context longer than its table, an entry that is no block) is not reported;
     on the CPU it raises.
@@ -235,7 +235,7 @@ def _check_values(
     max_query_len: int,
     max_prompts: int | None,
 ) -> None:
-    """What would have to wait for the device on CUDA."""
+    """Check the values, which on CUDA would synchronise."""
     starts, contexts = query_start.tolist(), context_len.tolist()
     lengths = [end - start for start, end in itertools.pairwise(starts)]
     if starts[0] != 0 or starts[-1] > q.shape[0] or any(length < 0 for length in lengths):

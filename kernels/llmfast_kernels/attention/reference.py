@@ -1,6 +1,6 @@
-"""Attention in plain PyTorch: what the kernels must compute, on any device.
+"""Attention in plain PyTorch: the meaning of the kernels, on any device.
 
-It computes in float32 (float64 input: in float64) and rounds once, the output.
+It computes in float32 (in float64 for float64 input) and rounds only the output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _softmax_attention(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n_keys, group = k.shape[1], q.shape[2] // k.shape[2]
-    # what no query attends may be unwritten memory: 0 times NaN would spoil the sums
+    # keys that no query attends may be unwritten memory: 0 times NaN would spoil the sums
     used = attended.any(dim=1)[:, :, None, None]  # [B or 1, Lk, 1, 1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (torch.where(used, x.to(dtype), 0).repeat_interleave(group, dim=2) for x in (k, v))
@@ -126,7 +126,7 @@ def paged_attention_reference(
         of_q = slice(*starts[b : b + 2])
         n_queries = of_q.stop - of_q.start
         offset = n_keys - n_queries  # position of the first query
-        # blocks that the window has left behind may be freed: gather from the first that is used
+        # blocks left of the window may be freed: gather from the first block that is used
         start = 0 if window is None else max(offset - window + 1, 0) // block_size * block_size
         blocks = block_table[b, start // block_size : -(-n_keys // block_size)]
         k, v = (
@@ -155,7 +155,7 @@ def _attended(
     key_end: torch.Tensor | None,
     query_offset: int | torch.Tensor | None,
 ) -> torch.Tensor:
-    """Which key each query attends: bool ``[B or 1, n_queries, n_keys]``."""
+    """Return which keys each query attends: bool ``[B or 1, n_queries, n_keys]``."""
     key = torch.arange(n_keys, device=device)[None, None, :]
     offset = n_keys - n_queries if query_offset is None else query_offset
     if isinstance(offset, torch.Tensor):

@@ -1,1 +1,1 @@
-"""What the families share: device facts, launching, dependent launch, argument checks."""
+"""Code that the families share: device facts, launching, dependent launch, argument checks."""

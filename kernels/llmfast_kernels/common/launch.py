@@ -57,7 +57,7 @@ class CachedLauncher:
 
     Arguments may be NamedTuples of tensors, numbers and None. Grouped arguments come first in the
     kernel's signature, constexprs last. Triton specializes all integers of a group, whatever
-    ``do_not_specialize`` says: an integer that varies from call to call stands outside of groups.
+    ``do_not_specialize`` says, so an integer that varies from call to call must not be in a group.
     """
 
     def __init__(self, function: Any, pdl: bool = False) -> None:
@@ -179,7 +179,7 @@ class _Variants:
         self.common_key: Callable[[Flat], tuple[Any, ...]] = eval(f"lambda f: ({', '.join(parts)})")
 
     def single_keys(self, flat: Flat) -> tuple[Hashable, ...]:
-        """Return what is needed where addresses or integers do not all fall in the usual case."""
+        """Return the rest of the key, for arguments that are not all in the usual case."""
         return (
             *(flat[i].data_ptr() % ALIGNMENT == 0 for i in self._pointers),
             *((flat[i] == 1, flat[i] % ALIGNMENT == 0, _width(flat[i])) for i in self._specialized),

@@ -29,21 +29,20 @@ def write_kv(
 
     Args:
         k, v: ``(n_tokens, kv_heads, head_dim)``; float32, float16 or bfloat16, and float64 off
-            CUDA. The last dimension is contiguous; tokens and heads are as far apart as they like,
-            as in slices of a merged tensor. Both of one shape and dtype, each with its own strides.
+            CUDA. The last dimension is contiguous; tokens and heads may have any strides, as in
+            slices of a merged tensor. Both of one shape and dtype, each with its own strides.
         k_cache, v_cache: ``(num_blocks, kv_heads, block_size, head_dim)``, contiguous; of k's
             dtype. block_size is 16, 32, 64, 128 or 256. WRITTEN. They must share no memory with
             each other or with k and v.
         slots: ``(n_tokens,)`` int64, contiguous: ``block * block_size + offset``, or -1 for a token
-            of which nothing is written, such as padding. Slots come in any order.
+            that is not written, such as padding. In any order.
 
-    All tensors are on one device. Slots are read there and never looked at before, so that a CUDA
-    graph can be replayed with others in the same buffer; what this leaves to the caller:
+    All tensors are on one device. Slots are only read there, so that a CUDA graph can be replayed
+    with others in the same buffer. Therefore the caller must know:
 
     - A slot beyond the cache is an error that CUDA does not report: it writes outside the cache.
       Off CUDA it raises IndexError.
-    - Two tokens with one slot: which one is in the cache afterwards is undefined, element by
-      element.
+    - If two tokens have one slot, it is undefined for each element which one is in the cache.
 
     Raises:
         TypeError: a dtype that is not listed above, or dtypes that differ.
@@ -70,7 +69,7 @@ def check_write_kv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """Raise for what breaks write_kv's contract, in the name of ``op``: rope writes too."""
+    """Check write_kv's arguments in the name of ``op``: rope writes too."""
     dtype = k.dtype
     check_float(op, "k", k)
     if v.dtype != dtype or k_cache.dtype != dtype or v_cache.dtype != dtype:

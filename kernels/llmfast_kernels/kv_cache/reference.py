@@ -1,4 +1,4 @@
-"""Writes to the paged cache in plain PyTorch: what the kernel must do, on any device."""
+"""Writes to the paged cache in plain PyTorch: the meaning of the kernel, on any device."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def _write_heads(
     head_mask = heads < N_HEADS
     x_ptrs = x_ptr + heads.to(tl.int64) * stride_head  # heads may be the farthest axis
 
-    if weight_ptr is not None:  # first: so its sum goes to where the halves are, not they to it
+    if weight_ptr is not None:  # loaded first: its sum then moves to the halves' lanes, not they
         cols = tl.arange(0, BLOCK_D)[None, :]
         x = tl.load(x_ptrs + cols, mask=head_mask & (cols < HEAD_DIM), other=0.0)
     if HALF > 0:

@@ -27,21 +27,21 @@ def apply_rope(
 
     with ``c = cos[position, i]`` and ``s = sin[position, i]`` for pair ``i`` of a head ``x``:
     ``a, b = x[i], x[i + rotary_dim / 2]`` (Llama), or ``x[2 * i], x[2 * i + 1]`` if
-    ``interleaved`` (GPT-J, GLM, Cohere). What lies behind the first ``rotary_dim`` elements of a
-    head is copied.
+    ``interleaved`` (GPT-J, GLM, Cohere). The elements of a head behind the first ``rotary_dim``
+    are copied.
 
-    The tables' dtype says where it rounds. Tables of q's dtype: ``round`` is the cast to it, and
-    the result is that of a Hugging Face layer, which casts its tables so. Tables of float32:
+    The tables' dtype decides the rounding. With tables of q's dtype ``round`` is the cast to it:
+    the result is that of a Hugging Face layer, which casts its tables so. With float32 tables
     everything is computed in float32 and rounded to q's dtype once, at the end (Cohere).
 
     Args:
         q: ``(tokens, q_heads, head_dim)``; float32, float16 or bfloat16, and float64 off CUDA,
-            where float64 is kept throughout. The last dimension is contiguous, tokens and heads
-            are as far apart as they like, as in a slice of a merged projection.
+            where float64 is kept throughout. The last dimension is contiguous; tokens and
+            heads may have any strides, as in a slice of a merged projection.
         k: ``(tokens, kv_heads, head_dim)``; of q's dtype and device, laid out by the same rule.
         cos: ``(max_positions, rotary_dim // 2)``, contiguous, on q's device; float32 or q's
-            dtype. One column a pair: the first half of what a Hugging Face rotary module returns.
-        sin: like cos, in everything.
+            dtype. One column per pair: the first half of what a Hugging Face rotary module returns.
+        sin: of cos's shape, dtype and layout.
         positions: ``(tokens,)``, contiguous, int32 or int64, on q's device; in any order. Read on
             the device, so not checked: each must be at least 0 and below ``max_positions``.
         interleaved: pairs are neighbours, rather than half of ``rotary_dim`` apart.
@@ -86,21 +86,21 @@ def rope_write_kv(
 ) -> torch.Tensor:
     """Normalise the heads of ``q`` and ``k``, rotate them, and write ``k`` and ``v`` to the cache.
 
-    **Changes ``k_cache`` and ``v_cache``.** In one pass over memory what these three do:
+    **Changes ``k_cache`` and ``v_cache``.** In one pass over memory it does the same as:
 
         q, k = rms_norm(q, q_norm, eps=eps), rms_norm(k, k_norm, eps=eps)   (if there are weights)
         q, k = apply_rope(q, k, cos, sin, positions)                        (if there are tables)
         write_kv(k, v, k_cache, v_cache, slots)
 
-    and it rounds wherever they do, so the result is theirs.
+    It rounds where these three round, so the result is the same.
 
     Args:
         q: ``(tokens, q_heads, head_dim)``; float32, float16 or bfloat16, and float64 off CUDA. The
-            last dimension is contiguous, tokens and heads are as far apart as they like, as in a
-            slice of a merged projection.
+            last dimension is contiguous; tokens and heads may have any strides, as in a slice of
+            a merged projection.
         k, v: ``(tokens, kv_heads, head_dim)``; of q's dtype, laid out by the same rule.
         cos, sin: as in :func:`apply_rope`. Both None: nothing is rotated.
-        positions: as in :func:`apply_rope`. Without tables it is not looked at, so may be None.
+        positions: as in :func:`apply_rope`. Ignored without tables, so it may be None.
         k_cache, v_cache: ``(num_blocks, kv_heads, block_size, head_dim)`` of q's dtype, as in
             :func:`write_kv`. WRITTEN. They must share no memory with any other argument.
         slots: ``(tokens,)`` int64, as in :func:`write_kv`. A token with slot -1 is written
@@ -111,8 +111,8 @@ def rope_write_kv(
         eps, unit_offset: as in :func:`rms_norm`; only read if there are weights, and eps must then
             be more than 0.
 
-    All tensors are on one device. Positions and slots are read there and not checked; what that
-    leaves to the caller is said in :func:`apply_rope` and :func:`write_kv`.
+    All tensors are on one device. Positions and slots are read there and not checked:
+    :func:`apply_rope` and :func:`write_kv` say what the caller must ensure.
 
     Returns:
         The new q, ``(tokens, q_heads, head_dim)`` contiguous. q, k and v are not changed.

@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain PyTorch: what the kernel must compute, on any device."""
+"""Rotary position embedding in plain PyTorch: the meaning of the kernels, on any device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rope_write_kv_reference(
 def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """Promotion decides where it rounds: with float32 tables all is float32 up to the store."""
+    """Rotate; promotion decides the rounding: float32 tables keep all in float32."""
     half = cos.shape[-1]
     if interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)

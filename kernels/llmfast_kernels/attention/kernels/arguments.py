@@ -1,4 +1,4 @@
-"""The groups of arguments that attention's kernels share, and where a sequence lies in them."""
+"""The groups of arguments that attention's kernels share, and the location of a sequence."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# integers that change from call to call and that no variant should be compiled for; they stand
-# outside of the groups below, where Triton specializes on all integers
+# integers that change from call to call and that no variant should be compiled for. They are not
+# in the groups below, because Triton specializes on all integers of a group
 NOT_SPECIALIZED = (
     "stride_lse_h",
     "stride_offset",
