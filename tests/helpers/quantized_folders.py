@@ -40,7 +40,7 @@ def simulated(model, found):
 
 
 def write(folder, model, layers, config):
-    """A folder as another program writes it: ``layers`` are each layer's tensors."""
+    """Write a folder as another program does; ``layers`` has the tensors of each layer."""
     folder.mkdir()
     model.config.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -70,7 +70,7 @@ def find(model, name):
 
 
 def quantized_folder(folder, model, name):
-    """The folder, and what is in it."""
+    """Write a folder of format ``name``; return it and the quantized weights."""
     if name.startswith("gptq"):
         found = find(model, name[:-3] if name.endswith((" v1", " v2")) else name)
         version = 2 if name.endswith("v2") else 1

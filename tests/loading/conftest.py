@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# A vocabulary of CONTROL, one token per byte, and what these merges make.
+# a vocabulary of CONTROL, one token per byte, and the results of these merges
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2"]
 TOKENS = [*CONTROL, *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"

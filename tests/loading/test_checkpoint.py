@@ -90,7 +90,7 @@ def test_on_the_cpu_loaded_weights_run_dequantized_unless_asked_for(tmp_path):
     llmfast.patch(loaded, ops="generate", weights="own")
     assert loaded.generate.args[1].step_model.packed_bytes > 0
     llmfast.unpatch(loaded)
-    llmfast.patch(loaded, ops="generate")  # asked for once is not asked for twice
+    llmfast.patch(loaded, ops="generate")  # weights='own' does not outlive a patch
     assert loaded.generate.args[1].step_model.packed_bytes == 0
     with pytest.raises(UserError, match="not loaded with quantized weights"):
         llmfast.patch(make("Llama"), weights="own")

@@ -1,4 +1,4 @@
-"""GGUF files: the same logits as the model they were made from, or one line that says why not."""
+"""GGUF files: the logits of the model they were made from, or an error of one line."""
 
 import random
 import time
@@ -68,7 +68,7 @@ def test_float32_gives_the_very_logits_of_the_source(
 def test_the_order_of_a_heads_rows_shows_in_the_logits(
     tmp_path: Path, tiny_llama: Make, write_gguf: Write
 ):
-    """Guards the test above: with q as the file has it, the logits would be others."""
+    """Guards the test above: with q in the file's order, the logits would differ."""
     source = tiny_llama()
     path = write_gguf(tmp_path / "m.gguf", source)
     raw = torch.from_numpy(GgufFile(path).raw("blk.0.attn_q.weight").copy()).view(torch.float32)
@@ -182,7 +182,7 @@ def test_a_loaded_model_is_saved_and_read_again(
     assert second.tokenizer.chat_template == first.tokenizer.chat_template
 
 
-# What a file may ask for, and what is wrong with it: (arguments of write_gguf, words)
+# faults of files: (arguments of write_gguf, words of the error)
 BAD_FILES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "architecture": (
         {"metadata": {"general.architecture": "gptneox"}},
@@ -327,7 +327,7 @@ def assert_refused(path: Path, *words: str) -> None:
     ],
     ids=["empty", "magic", "version", "big-endian", "counts"],
 )
-def test_what_is_no_gguf_is_refused(start: bytes, words: list[str], tmp_path: Path):
+def test_a_file_that_is_no_gguf_is_refused(start: bytes, words: list[str], tmp_path: Path):
     path = tmp_path / "m.gguf"
     path.write_bytes(start)
     assert_refused(path, *words)
@@ -380,7 +380,7 @@ TEXTS = [
 
 
 def pieces(path: Path, text: str) -> list[str]:
-    """How the text is split before any merge."""
+    """Return the pieces of the text before any merge."""
     backend = load(path).tokenizer.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
@@ -538,7 +538,7 @@ def test_the_embedded_model_knows_the_capital_of_france(embedded: llmfast.Loaded
     assert ask(embedded, "What is the capital of France?") == "The capital of France is Paris."
 
 
-def test_the_embedded_model_is_what_its_file_says(embedded: llmfast.Loaded):
+def test_the_embedded_model_follows_its_file(embedded: llmfast.Loaded):
     model, tokenizer = embedded
     config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (576, 30, 49152)
@@ -560,7 +560,7 @@ def test_the_embedded_model_loads_in_ten_seconds_of_one_core(embedded: llmfast.L
     assert time.process_time() - start < 10
 
 
-def test_the_embedded_tokenizer_gives_what_transformers_reads(embedded: llmfast.Loaded):
+def test_the_embedded_tokenizer_equals_that_of_transformers(embedded: llmfast.Loaded):
     """Except beside numerals other than 0 to 9, which only we split as the model's own does."""
     path = embedded_model_path()
     oracle = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -571,7 +571,7 @@ def test_the_embedded_tokenizer_gives_what_transformers_reads(embedded: llmfast.
 
 
 @torch.no_grad()
-def test_the_embedded_weights_are_what_transformers_reads(embedded: llmfast.Loaded):
+def test_the_embedded_weights_equal_those_of_transformers(embedded: llmfast.Loaded):
     pytest.importorskip("accelerate", reason="transformers reads GGUF only with accelerate")
     path = embedded_model_path()
     oracle = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""GGUF files in their own bits: what a loaded model carries, and what is computed with it."""
+"""GGUF files in their own bits: the weights that a model carries, and results with them."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def logits(model):
 
 
 @each_kind
-def test_a_model_carries_what_its_parameters_were_made_of(kind, load):
+def test_a_model_carries_the_weights_of_its_parameters(kind, load):
     """Rows of q and k in transformers' order, with their scales and minima."""
     model = load(kind)
     weights = quantized_weights_of(model)
@@ -110,7 +110,7 @@ def test_weights_of_a_file_may_be_quantized_again(load):
     assert not torch.equal(logits(model), before)
     llmfast.unpatch(model)
     assert torch.equal(logits(model), before) and quantized_weights_of(model) is own
-    attach(model, quantize(model, group_size=32))  # those that were attached may not
+    attach(model, quantize(model, group_size=32))  # attached weights may not
     with pytest.raises(UserError, match="has quantized weights already"):
         llmfast.patch(model, weights="int4")
 

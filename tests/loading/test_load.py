@@ -1,4 +1,4 @@
-"""`llmfast.load`: every kind of source, and one clear line for what cannot be loaded."""
+"""`llmfast.load`: every kind of source, and one clear line for every failure."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, gguf_path: Path) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No look-up may leave this machine, and none waits for an answer."""
+    """Keep look-ups on this machine, so that none waits for an answer."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
@@ -67,7 +67,7 @@ def test_a_home_folder_is_found(gguf_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_hugging_face_folder(folder: Path, gguf_path: Path):
     model, tokenizer = llmfast.load(folder, device="cpu")
     assert type(model) is LlamaForCausalLM and not model.training
-    assert model.dtype == torch.float32  # the CPU's default, whatever is stored
+    assert model.dtype == torch.float32  # the CPU's default, not the stored dtype
     half = llmfast.load(gguf_path, device="cpu", dtype="float16").model
     assert torch.equal(model(IDS).logits, half.float()(IDS).logits)
     assert tokenizer("hello").input_ids == llmfast.load(gguf_path).tokenizer("hello").input_ids

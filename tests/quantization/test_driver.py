@@ -1,4 +1,4 @@
-"""The driver: every linear layer of a decoder, the model left alone, and what is refused."""
+"""The driver: every linear layer of a decoder, an unchanged model, and refused arguments."""
 
 import gc
 
@@ -19,7 +19,7 @@ from llmfast.quantization.statistics import gather_statistics
 
 METHODS = ["nearest", "gptq", "awq"]
 IDS = tiny_models.tokens(8, 64)
-# linear layers of one block, and what AWQ can fold: (consumers, producer)
+# linear layers of one block, and the folds of AWQ: (consumers, producer)
 NORMS = [(("q_proj", "k_proj", "v_proj"), "input_layernorm")]
 OUT, DOWN = (("o_proj",), "v_proj"), (("down_proj",), "up_proj")
 LLAMA = [*NORMS, OUT, (("gate_proj", "up_proj"), "post_attention_layernorm"), DOWN]
@@ -147,7 +147,7 @@ def test_layers_see_the_layers_before_quantized():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", FOLDS)
-def test_what_awq_can_fold(kind: str, dtype: torch.dtype):
+def test_the_scale_folds_of_a_layer(kind: str, dtype: torch.dtype):
     model = tiny_models.make(kind).to(dtype)
     before = state(model)
     _, layers = decoder_layers("quantize", model)
@@ -166,7 +166,7 @@ def test_what_awq_can_fold(kind: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3", "GPTNeoX"])
 def test_awq_without_rounding_is_the_same_model(kind: str):
-    """With 8 bits and small groups what is left is the rounding, far less than a wrong fold's."""
+    """With 8 bits and small groups only rounding errors remain, far below those of a wrong fold."""
     model = tiny_models.make(kind)
     right = logits(model)
     found = quantize(model, weights="int8", method="awq", group_size=32, calibration=IDS)
@@ -180,11 +180,11 @@ def test_awq_without_rounding_is_the_same_model(kind: str):
     assert moved  # else nothing was scaled and the test would hold for any fold
     with simulate(model, found):
         assert kl(model, right) < 1e-3
-    with simulate(model, type(found)(weights=found.weights)):  # without what was folded
+    with simulate(model, type(found)(weights=found.weights)):  # without the folded parameters
         assert kl(model, right) > 1e-3
 
 
-def test_awq_says_what_it_could_only_clip():
+def test_awq_lists_layers_that_it_could_only_clip():
     found = quantize(tiny_models.make("Phi3"), method="awq", group_size=32, calibration=IDS)
     assert {name.split(".")[-1] for name in found.fallbacks} == {"o_proj", "down_proj"}
     assert all("inverse of the scales" in why for why in found.fallbacks.values())
@@ -260,7 +260,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_refused(name: str):
+def test_wrong_arguments_are_refused(name: str):
     model, seen = tiny_models.make(), []
     before = state(model)
     changes, words = REFUSED[name]
@@ -304,7 +304,7 @@ def test_a_model_without_linear_layers_is_refused():
         quantize(tiny_models.make("Falcon"), group_size=32)
 
 
-def test_simulate_refuses_what_is_not_the_models():
+def test_simulate_refuses_weights_of_another_model():
     model = tiny_models.make()
     found = quantize(model, group_size=32)
     name, w = next(iter(found.weights.items()))
@@ -319,7 +319,7 @@ def test_simulate_refuses_what_is_not_the_models():
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_what_grows_with_the_calibration_is_held_once(method: str, monkeypatch):
+def test_hidden_states_and_masks_are_held_once(method: str, monkeypatch):
     """Hidden states once and not as inputs and outputs; masks and tables once for all sequences."""
     model, calls, held = tiny_models.make("Llama"), [], []
     own = driver.run_layer

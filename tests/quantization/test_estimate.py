@@ -1,4 +1,4 @@
-"""What is said before weights are rounded: bytes as they will be, and time where it is known."""
+"""The estimate before weights are rounded: the exact bytes, and times if bandwidth is known."""
 
 from dataclasses import replace
 

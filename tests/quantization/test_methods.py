@@ -1,4 +1,4 @@
-"""Methods: rounding by its definition, GPTQ and AWQ by what they promise about the output."""
+"""Methods: rounding by its definition, GPTQ and AWQ by the output errors that they promise."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def weight(n: int = N, k: int = K) -> torch.Tensor:
 
 
 def inputs(k: int = K, tokens: int = TOKENS) -> torch.Tensor:
-    """Correlated, and of magnitudes that differ by far, as a model's activations are."""
+    """Return correlated inputs of very different magnitudes, as a model's activations are."""
     g = torch.Generator().manual_seed(1)
     mixing = torch.randn(k, k, generator=g) / k**0.5 + torch.eye(k)
     return (torch.randn(tokens, k, generator=g) @ mixing) * torch.randn(k, generator=g).exp()
@@ -82,7 +82,7 @@ def test_nearest_scales_are_the_groups_extremes():
     assert bool((asym.dequantize()[1] == 0).all())  # a group of zeros stays zero
 
 
-def test_what_lies_on_the_grid_stays():
+def test_values_on_the_grid_stay():
     g = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 16, (4, 64), generator=g).float()
     codes[:, 0], codes[:, 1] = 0, 15
@@ -151,7 +151,7 @@ def test_the_block_of_gptq_changes_no_code(act_order):
 
 
 def test_gptq_with_independent_inputs_is_nearest():
-    """Nothing can be made up for, so every code is the nearest."""
+    """No error can be compensated for, so every code is the nearest."""
     found = InputStatistics(64)
     found.add(torch.eye(64) * 3)
     w = weight(8, 64)
@@ -263,7 +263,7 @@ def test_every_group_takes_the_clip_that_is_best_for_its_part_of_the_output():
         (lambda: awq_round(weight(), InputStatistics(K), Scheme()), UserError, ["no token"]),
     ],
 )
-def test_what_cannot_be_rounded_is_refused(call, error, words):
+def test_weights_that_cannot_be_rounded_are_refused(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert [word for word in words if word not in str(caught.value)] == [], caught.value

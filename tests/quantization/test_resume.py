@@ -1,4 +1,4 @@
-"""Interrupted quantization: finished layers are taken up again, or refused with the reason."""
+"""Interrupted quantization: finished layers are used again, or refused with the reason."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_other_work_is_refused(tmp_path):
         quantize(model, group_size=32, work=tmp_path / "no" / "work")
 
 
-def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_finished_layers(tmp_path, monkeypatch):
     model, folder, own = make("Llama"), tmp_path / "work", resume.save_file
 
     def full(tensors, path, **options):

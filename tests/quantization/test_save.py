@@ -1,4 +1,4 @@
-"""Folders that are saved: complete, as other engines read them, or not there at all."""
+"""Saved folders: complete and readable by other engines, or not there at all."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_other_families_with_biases_and_tied_embeddings(kind, tmp_path):
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
 
-def test_what_is_written_is_what_other_engines_look_for(tmp_path):
+def test_other_engines_can_read_the_folder(tmp_path):
     model = make("Llama").half()
     model.generation_config.temperature = 0.5
     model.generation_config.do_sample = True
@@ -100,7 +100,7 @@ def test_an_interrupt_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_saved(tmp_path):
+def test_models_and_folders_that_cannot_be_saved(tmp_path):
     model = make("Llama", intermediate_size=128)
     found = quantize(model, group_size=32)
     full = tmp_path / "full"

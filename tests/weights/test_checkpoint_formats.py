@@ -1,4 +1,4 @@
-"""Formats: the inverse of each other over every layout, and the very bits that are published."""
+"""Checkpoint formats: readers invert writers in every layout; golden bits are as published."""
 
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_awq_there_and_back(n, k, size, seed, zeros):
 def test_compressed_tensors_there_and_back(n, k, size, seed, bits, zeros, act_order):
     act_order = act_order and size is not None and size < k  # one group has no order
     w = make(n, k, size, seed, bits=bits, zeros=zeros, act_order=act_order, dtype=torch.bfloat16)
-    # by chance every one of few zero points is the middle, which is read as symmetric
+    # if all zero points happen to be the middle, the weight is read as symmetric
     if w.zeros is not None and bool((w.zeros == 2 ** (bits - 1)).all()):
         return
     tensors = to_compressed_tensors(w)
@@ -149,7 +149,7 @@ def test_gguf_there_and_back_and_as_the_gguf_library_reads_it(n, k, seed, kind):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-def test_what_the_gguf_library_writes_is_read(kind):
+def test_rows_of_the_gguf_library_are_read(kind):
     values = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
     qtype = gguf.GGMLQuantizationType[kind]
     rows = gguf.quants.quantize(values, qtype)
@@ -175,7 +175,7 @@ def test_the_embedded_models_own_bits():
 
 
 def word(*nibbles: int) -> int:
-    """An int32 of eight codes, the first in the lowest bits."""
+    """Return an int32 of eight codes, the first in the lowest bits."""
     value = sum(code << 4 * place for place, code in enumerate(nibbles))
     return value - 2**32 if value >= 2**31 else value
 
@@ -307,7 +307,7 @@ def test_gptq_that_does_not_fit_is_refused(changes, error, words):
         (lambda: to_gguf(make(8, 64, 32, 0), "Q4_1"), ["minima", "4 bits and none"]),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused(call, words):
+def test_a_weight_that_a_format_cannot_hold_is_refused(call, words):
     with pytest.raises(ValueError) as caught:
         call()
     assert [word for word in words if word not in str(caught.value)] == [], caught.value

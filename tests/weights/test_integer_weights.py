@@ -44,7 +44,7 @@ def assert_multiplies(packed, w, bias=None):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize(("k", "group_size"), [(128, 32), (192, 64), (256, 128), (72, 72)])
-def test_packed_is_the_same_layer(k, group_size, order, bits, kind):
+def test_a_packed_weight_is_the_same_layer(k, group_size, order, bits, kind):
     w = make(k=k, group_size=group_size, kind=kind, order=order, bits=bits)
     packed = pack(w, torch.float32)
     assert (packed.n, packed.k) == w.shape
@@ -116,7 +116,7 @@ def test_other_forms_are_not_concatenated(other):
         make(order=True).concatenate([make(order=True, seed=1)])
 
 
-def test_what_does_not_fit_is_refused():
+def test_scales_too_large_for_the_dtype_are_refused():
     w = make()
     large = QuantizedWeight(w.codes, 4, 32, w.scales.float() * 1e8)
     with pytest.raises(ValueError, match="scales are too large"):

@@ -1,4 +1,4 @@
-"""Values of parameters are replaced in one module, and come back as they were."""
+"""Values of parameters are replaced in one module only, and restored exactly."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The neutral form: what its values are, and what it refuses."""
+"""The neutral form: its values, and the arguments that it refuses."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_weight_is_refused(name):
+def test_an_invalid_weight_is_refused(name):
     changes, error, words = BAD[name]
     with pytest.raises(error) as caught:
         make(**changes)
