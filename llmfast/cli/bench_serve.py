@@ -44,84 +44,97 @@ def _default(name: str) -> str:
     return ", ".join(f"{scenario} {value}" for scenario, value in found.items())
 
 
+Scenario = Annotated[
+    str,
+    typer.Option(
+        metavar="rates|prefix|long-prompts",
+        help="Requests at random times at each of --rates; at once, with a common prefix, "
+        "with the prefix cache and without; or long prompts beside running answers, in "
+        "chunks and prefill-first.",
+    ),
+]
+Rates = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,R,...",
+        help="Requests a second on average; inf: all at once.",
+        show_default=_default("rates"),
+    ),
+]
+ScenarioRequests = Annotated[
+    int | None,
+    typer.Option(
+        help="How many requests at each rate, with the prefix, or with long prompts.",
+        show_default=_default("requests"),
+    ),
+]
+ScenarioInput = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="N|LOW-HIGH",
+        help="Tokens of a prompt; after the prefix; of the running ones.",
+        show_default=_default("input"),
+    ),
+]
+ScenarioOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="N|LOW-HIGH",
+        help="Tokens of an answer; of the running ones at most.",
+        show_default=_default("output"),
+    ),
+]
+Prefix = Annotated[
+    int | None,
+    typer.Option(help="Tokens of the common prefix.", show_default=_default("prefix")),
+]
+Long = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a long prompt.", show_default=_default("long")),
+]
+Every = Annotated[
+    float | None,
+    typer.Option(help="Seconds between long prompts.", show_default=_default("every")),
+]
+Running = Annotated[
+    int | None,
+    typer.Option(help="Requests that run when they arrive.", show_default=_default("running")),
+]
+ScenarioRepeats = Annotated[
+    int | None,
+    typer.Option(
+        help="Runs, each with prompts of its own; the median counts.",
+        show_default=_default("repeats"),
+    ),
+]
+StepBudget = Annotated[
+    int | None,
+    typer.Option(
+        help="As for LLM; for long-prompts, of the engine with chunks.",
+        show_default=f"4096, long-prompts {_CHUNKED_BUDGET}",
+    ),
+]
+
+
 def serve_command(
     shape: options.Shape = None,
     model: options.Model = None,
-    scenario: Annotated[
-        str,
-        typer.Option(
-            metavar="rates|prefix|long-prompts",
-            help="Requests at random times at each of --rates; at once, with a common prefix, "
-            "with the prefix cache and without; or long prompts beside running answers, in "
-            "chunks and prefill-first.",
-        ),
-    ] = "rates",
-    rates: Annotated[
-        str | None,
-        typer.Option(
-            metavar="R,R,...",
-            help="Requests a second on average; inf: all at once.",
-            show_default=_default("rates"),
-        ),
-    ] = None,
-    requests: Annotated[
-        int | None,
-        typer.Option(
-            help="How many requests at each rate, with the prefix, or with long prompts.",
-            show_default=_default("requests"),
-        ),
-    ] = None,
-    input_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            metavar="N|LOW-HIGH",
-            help="Tokens of a prompt; after the prefix; of the running ones.",
-            show_default=_default("input"),
-        ),
-    ] = None,
-    output_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            metavar="N|LOW-HIGH",
-            help="Tokens of an answer; of the running ones at most.",
-            show_default=_default("output"),
-        ),
-    ] = None,
-    prefix: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the common prefix.", show_default=_default("prefix")),
-    ] = None,
-    long: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a long prompt.", show_default=_default("long")),
-    ] = None,
-    every: Annotated[
-        float | None,
-        typer.Option(help="Seconds between long prompts.", show_default=_default("every")),
-    ] = None,
-    running: Annotated[
-        int | None,
-        typer.Option(help="Requests that run when they arrive.", show_default=_default("running")),
-    ] = None,
+    scenario: Scenario = "rates",
+    rates: Rates = None,
+    requests: ScenarioRequests = None,
+    input_tokens: ScenarioInput = None,
+    output_tokens: ScenarioOutput = None,
+    prefix: Prefix = None,
+    long: Long = None,
+    every: Every = None,
+    running: Running = None,
     temperature: options.WorkloadTemperature = 0.6,
     seed: options.WorkloadSeed = 0,
-    repeats: Annotated[
-        int | None,
-        typer.Option(
-            help="Runs, each with prompts of its own; the median counts.",
-            show_default=_default("repeats"),
-        ),
-    ] = None,
+    repeats: ScenarioRepeats = None,
     max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="As for LLM; for long-prompts, of the engine with chunks.",
-            show_default=f"4096, long-prompts {_CHUNKED_BUDGET}",
-        ),
-    ] = None,
+    max_num_batched_tokens: StepBudget = None,
     json_path: options.Json = None,
     results: options.Results = None,
     commit: options.Commit = None,
