@@ -45,9 +45,9 @@ class LaunchedBatch:
     """A scheduled step that was launched."""
 
     step: StepHandle
-    rows: dict[Sequence, int]  # of the sequences whose token it samples
-    scored: dict[Sequence, int]  # for how many tokens of a sequence it has logits
-    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of these, end to end
+    rows: dict[Sequence, int]  # row of each sequence whose token it samples
+    scored: dict[Sequence, int]  # number of a sequence's tokens with logits
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # those logits, end to end
     chosen: list[SampledToken] | None = None  # by the host
 
 

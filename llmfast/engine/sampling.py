@@ -27,10 +27,10 @@ class SampledToken(NamedTuple):
     """The token of a row."""
 
     token: int
-    status: int  # of llmfast_kernels.sample_tokens; 0: the token is good
+    status: int  # as sample_tokens returns it; 0: the token is good
     logprob: float | None
     top: list[tuple[int, float]]  # the most likely tokens, as many as were asked for
-    error: str | None = None  # of a logits processor; the token has no meaning then
+    error: str | None = None  # raised by a logits processor; the token has no meaning then
 
 
 def sampling_ops(answers: abc.Sequence[Answer]) -> SamplingOps:
@@ -259,8 +259,8 @@ def limit_scored(plan: SchedulerOutput, most_rows: int) -> dict[Sequence, int]:
         most_rows: no less than the plan has sequences.
 
     Returns:
-        Of prompts whose log-probabilities are wanted, how many of a chunk's tokens give logits
-        that a token of the prompt follows; they are its first ones.
+        For each prompt whose log-probabilities are wanted, the number of its chunk's tokens, from
+        the first, whose logits score a following token of the prompt.
     """
     scored: dict[Sequence, int] = {}
     spare = most_rows - len(plan.num_scheduled_tokens)

@@ -82,12 +82,13 @@ class Executor:
         self.cache = _make_cache(model, num_blocks, block_size, owner)
         try:
             model.resize(max_length)
-            # of the latest step: the tokens that were sampled, and how the host reads them
-            self._sampled = torch.zeros(2, max_rows, dtype=torch.int64, device=self.device)
+            # the tokens that the latest step sampled; their status, or the tokens for the host
+            even = max_rows + max_rows % 2  # so that both rows begin at a multiple of 16 bytes
+            self._sampled = torch.zeros(2, even, dtype=torch.int64, device=self.device)
             self.results = HostResults(self._sampled)
-            self._logits: torch.Tensor | None = None  # of graphs that end at the logits
+            self._logits: torch.Tensor | None = None  # written by graphs that end at the logits
             self._resident: ResidentRows | None = None
-            self._rows_key: GraphKey | None = None  # of the rows that advance
+            self._rows_key: GraphKey | None = None  # key of the rows that advance
             self._rows_graph: Replayable | None = None
             self._num_resident = 0
             largest = max(map(buffer_bytes, fixed_shapes), default=0)
@@ -140,6 +141,7 @@ class Executor:
         sampling: SamplingOps | None,
         num_sampled: int = 0,
         num_copies: int = 0,
+        width: int | None = None,
         eager: bool = False,
     ) -> StepInputs:
         """Return the inputs of a step for the caller to fill: its first tokens, rows and logits.
@@ -152,6 +154,8 @@ class Executor:
             num_logits: rows of logits; the first ``num_sampled`` of them are sampled on the device.
             sampling: None: the step ends at the logits.
             num_copies: blocks that are copied before the step.
+            width: blocks per row of the table in a step without a graph; None: as many as the
+                longest context takes.
             eager: run it without a graph in any case.
         """
         key = None
@@ -165,7 +169,7 @@ class Executor:
             )
         captured = key is not None
         if key is None:
-            width = max(1, -(-max_context_len // self.cache.block_size))
+            width = width or max(1, -(-max_context_len // self.cache.block_size))
             prompts = num_prompts if num_prompts < num_rows else None
             shape = StepShape(num_tokens, num_rows, width, num_logits, max_query_len, prompts)
             key = GraphKey(shape, sampling)

@@ -16,10 +16,10 @@ from .inputs import GraphKey, SamplingOps, StepShape
 
 logger = logging.getLogger("llmfast")
 
-MIXED_TOKENS = 512  # of a step with prompts that runs as a graph, however full it is
+MIXED_TOKENS = 512  # steps with prompts up to this size run as graphs, however full they are
 MAX_PROMPTS = 16  # in such a step: each may leave an attention program of every head idle
-LARGEST_TOKENS = 16384  # of a full step that runs as a graph: while prompts wait, steps are full
-MIN_FILL = 15 / 16  # of a full step's tokens, from which on padding costs less than launching
+LARGEST_TOKENS = 16384  # the largest full step to capture: while prompts wait, steps are full
+MIN_FILL = 15 / 16  # share of a full step's tokens above which padding costs less than launching
 FEW_ROWS = 32  # a second bucket of mixed steps: it saves small ones the logits of all rows
 
 _WARM_UP = 2  # runs before a capture: kernels compile, libraries create their handles

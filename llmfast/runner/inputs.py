@@ -16,7 +16,7 @@ from typing import Annotated, get_type_hints
 import numpy as np
 import torch
 
-MAX_STEP_TOKENS = 4096  # of a step by default: more take memory for activations and gain no speed
+MAX_STEP_TOKENS = 4096  # default: more tokens cost memory for activations and gain no speed
 _NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
 _ALIGNMENT = 16  # bytes, of each field's start
 

@@ -10,7 +10,7 @@ from .step import Chunk, make_step
 from .step_model import StepModel
 
 CPU_CACHE_BYTES = 2**30  # on the CPU there is no memory that only the cache would use
-_SAMPLING_COPIES = 8  # of the logits in float32: the most that sampling with all parameters holds
+_SAMPLING_COPIES = 8  # float32 copies of the logits that sampling with all parameters holds
 
 
 def count_blocks(

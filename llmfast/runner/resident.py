@@ -26,7 +26,7 @@ MAX_STOP_TOKENS = 16
 class RowOptions:
     """The options that all rows of a batch share."""
 
-    first_position: int = 0  # of the rotary tables
+    first_position: int = 0  # first row of the rotary tables
     repetition_penalty: float = 1.0
     stop_tokens: tuple[int, ...] = ()  # MAX_STOP_TOKENS at most
     min_new_tokens: int = 0  # no stop token is chosen before

@@ -66,8 +66,8 @@ class Chunk:
 
     token_ids: Sequence[int]
     start: int  # tokens of the sequence that are in the cache already
-    blocks: Sequence[int]  # of the cache, in the order of the sequence
-    first_row: int = 0  # of the rotary tables that the sequence uses
+    blocks: Sequence[int]  # blocks of the cache, in the sequence's order
+    first_row: int = 0  # first row of the rotary tables for the sequence
 
 
 def make_step(

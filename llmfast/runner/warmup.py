@@ -22,7 +22,7 @@ from .generate.override import override_of
 from .graphs import MIXED_TOKENS
 from .inputs import MAX_STEP_TOKENS, SamplingOps
 
-MANY_PROMPTS = 15  # of a step: sampling lays out many rows in another way than few
+MANY_PROMPTS = 15  # enough rows for the layout that sampling uses for many
 # lengths of prompts that between them reach every kernel variant of a prefill
 _PROMPTS = (1, 3, 6, 12, 40, 200, 2500)
 
@@ -112,11 +112,18 @@ def compile_steps(executor: Executor, max_tokens: int) -> None:
         run_step(executor, counts, ops)
 
 
-def run_step(executor: Executor, counts: Sequence[int], sampling: SamplingOps | None) -> None:
+def run_step(
+    executor: Executor,
+    counts: Sequence[int],
+    sampling: SamplingOps | None,
+    width: int | None = None,
+) -> None:
     """Run one step without a graph, of as many rows as there is room for.
 
     Args:
         counts: tokens of each row. A row of one token decodes: it has a context.
+        sampling: None: the step ends at the logits.
+        width: blocks per row of the table; None: as many as the longest row takes.
     """
     size = executor.cache.block_size
     starts, blocks = [], [0]
@@ -141,6 +148,7 @@ def run_step(executor: Executor, counts: Sequence[int], sampling: SamplingOps | 
         num_logits=rows,
         sampling=sampling,
         num_sampled=0 if sampling is None else rows,
+        width=width,
         eager=True,
     )
     table = np.zeros((rows, executor.width), np.int64)
@@ -176,7 +184,7 @@ def warm_up(
         partial(_start, batch, n, sampling) for n in sorted({1, *rows}) for sampling in samplings
     ]
     prompts = [[n] for n in _PROMPTS if 1 < n < longest] + [_largest_prefill(batch, max(rows))]
-    jobs += [partial(run_step, executor, counts, None) for counts in prompts]
+    jobs += [partial(run_step, executor, counts, None, executor.width) for counts in prompts]
     for job in track(
         jobs, description="compiling and capturing", disable=not progress, transient=True
     ):

@@ -1,4 +1,4 @@
-"""What penalties count is what counting anew gives, whoever comes, goes and comes back."""
+"""Counts kept from step to step equal counts from scratch, whatever sequences a step has."""
 
 import gc
 import random

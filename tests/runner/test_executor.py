@@ -165,7 +165,7 @@ def test_blocks_are_copied_before_the_step(executor):
 
 
 def test_a_row_without_a_token_to_choose_has_a_status(executor):
-    """Of the three rows the second reads a block that nobody has written: NaN."""
+    """The second of three rows reads a block that nobody has written: NaN."""
     ids = PROMPTS[0]
     rows = [(ids, 0, [0]), ([*ids, 7], 5, [11]), (ids, 0, [1])]
     result = executor.collect(executor.launch(step(executor, rows)))

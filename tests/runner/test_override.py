@@ -1,4 +1,4 @@
-"""What the override of ``generate`` leaves to transformers, survives, follows and restores."""
+"""The override of ``generate``: calls left to transformers, errors, copies, changes, undoing."""
 
 import copy
 import gc

@@ -183,13 +183,15 @@ def test_stop_tokens_are_suppressed_at_first(stops, device):
     with torch.no_grad():  # token 0 is the most likely, then 5
         head = model.lm_head.weight
         head[0], head[5] = 2 * head[favourite], 1.5 * head[favourite]
-    barred = run(runner, prompts(device, 9), 4, BatchSampling(stop_tokens=stops, min_new_tokens=3))
+    suppressed = run(
+        runner, prompts(device, 9), 4, BatchSampling(stop_tokens=stops, min_new_tokens=3)
+    )
     logits = run_logits(runner, prompts(device, 9), 1)[0, 0]
     assert logits.topk(2).indices.tolist() == [0, 5]
     for token in set(stops) & {0, 5}:
         logits[token] = -torch.inf
-        assert not barred[0, :3].eq(token).any()
-    assert barred[0, 0] == logits.argmax()
+        assert not suppressed[0, :3].eq(token).any()
+    assert suppressed[0, 0] == logits.argmax()
 
 
 def test_too_many_stop_tokens(device):
@@ -273,7 +275,7 @@ def test_the_runner_grows_and_is_reused(device):
     assert wider is not first and wider.max_rows == 8
     longer = runner_of(1, 60)
     assert longer is not wider and longer.max_rows == 8 and longer.max_length >= 72
-    assert longer.num_blocks == 5  # of the widest call; the longest wants 2
+    assert longer.num_blocks == 5  # as the widest call needs; the longest needs 2
     assert runner_of(5, 8) is longer and runner_of(1, 60) is longer
 
 

@@ -196,7 +196,7 @@ class StaticBatch:
         self, ids: np.ndarray, lengths: Sequence[int], table: np.ndarray, first_position: int
     ) -> torch.Tensor:
         """Prefill all prompts, MAX_STEP_TOKENS per step. Return the logits of their last tokens."""
-        bounds = np.concatenate(([0], np.cumsum(lengths)))  # of each row in the flat tokens
+        bounds = np.concatenate(([0], np.cumsum(lengths)))  # each row's place in the flat tokens
         total, parts = int(bounds[-1]), []
         for first in range(0, total, MAX_STEP_TOKENS):
             until = min(first + MAX_STEP_TOKENS, total)
@@ -212,10 +212,11 @@ class StaticBatch:
                 num_tokens=until - first,
                 num_rows=len(counts),
                 max_query_len=int(counts.max()),
-                num_prompts=int((counts > 1).sum()),
+                num_prompts=len(counts),  # one attention kernel for all of them
                 max_context_len=int(end.max()),
                 num_logits=complete,
                 sampling=None,
+                width=self.executor.width,  # the same stride in every call: one kernel variant
             )
             ends = inputs.place(
                 begin,

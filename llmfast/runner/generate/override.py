@@ -181,7 +181,7 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 def generate(model: PreTrainedModel, override: GenerateOverride, *args: Any, **kwargs: Any) -> Any:
-    """``model.generate`` with transformers' own arguments and results."""
+    """Generate with transformers' own arguments and results."""
     original = partial(type(model).generate, model)
     named = inspect.signature(original).bind(*args, **kwargs).arguments
     kwargs = named.pop("kwargs", {}) | named
