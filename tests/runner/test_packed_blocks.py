@@ -117,7 +117,7 @@ def test_biases_are_added():
     assert_packed_is_simulated(model, quantize(model, group_size=32))
 
 
-def test_what_is_not_of_one_form_runs_as_the_model_has_it():
+def test_layers_of_different_forms_run_dense():
     model = make("Llama")
     found = quantize(model, group_size=32)
     weights = dict(found.weights)

@@ -65,7 +65,7 @@ def test_generate_is_that_of_the_simulated_model(kind):
     assert model.generate.args[1].step_model.packed_bytes == 0
 
 
-def test_what_quantize_found_is_taken():
+def test_the_result_of_quantize_is_used():
     model = make("Llama")
     before = state(model)
     ids = tokens(8, 64)
@@ -104,7 +104,7 @@ def test_calibrated_methods_find_their_codes_in_patch():
         assert torch.equal(logits(model), logits(twin))
 
 
-def test_a_moved_model_is_packed_anew():
+def test_a_moved_model_is_packed_again():
     model = make("Llama")
     llmfast.patch(model, ops="generate", weights="int4", group_size=32)
     first = model.generate(**batch(CPU), **GREEDY)
@@ -173,7 +173,7 @@ def test_generate_on_a_gpu_in_bfloat16():
         ({"weights": "int4", "group_size": 32, "ops": "nothing"}, "nothing"),
     ],
 )
-def test_what_cannot_be_done_leaves_the_model_as_it_was(options, says):
+def test_refused_options_leave_the_model_unchanged(options, says):
     model = make("Llama")
     before = state(model)
     with pytest.raises(UserError, match=says):

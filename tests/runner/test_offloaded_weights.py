@@ -1,4 +1,4 @@
-"""Dense weights given back while packed ones stand for them, and had again afterwards."""
+"""Dense weights are freed while packed ones replace them, and restored afterwards."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ from llmfast.runner import block_model, make_model
 from llmfast.weights.model_weights import attach, set_quantized
 from tiny_models import make, tokens
 
-# on the CPU, where dense weights are faster and kept, they are given back for these tests alone
+# on the CPU, where dense weights are faster and kept, they are freed for these tests alone
 CPU = torch.device("cpu")
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 PATCH = {"ops": "generate", "weights": "int4", "group_size": 32}
@@ -97,7 +97,7 @@ def assert_is_state(got, wanted):
 
 
 def test_no_tensor_anywhere_holds_them():
-    """Not only the parameters: nor the blocks, the shadow or what verification has left behind."""
+    """Not only the parameters: also the blocks, the shadow and leftovers of verification."""
     model = make("Llama", hidden_size=128, intermediate_size=256)
     linears = sum(p.nbytes for n, p in model.named_parameters() if "_proj" in n)
     attach(model, quantize(model, group_size=32))
@@ -142,7 +142,7 @@ def test_a_copy_has_its_own(weights):
     assert_is(twin, before)
 
 
-def test_a_model_in_another_dtype_computes_and_is_packed_anew():
+def test_a_model_in_another_dtype_computes_and_is_packed_again():
     model = make("Llama")
     llmfast.patch(model, **PATCH)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_model_in_another_dtype_computes_and_is_packed_anew():
         close_to(logits(model).float(), wanted)
 
 
-def test_weights_that_a_model_was_loaded_with_come_back():
+def test_weights_of_the_checkpoint_are_restored():
     model = make("Llama")
     found = quantize(model, group_size=32)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_a_shared_weight_is_kept():
     assert second.down_proj.weight is first.down_proj.weight
 
 
-def test_the_engine_gives_them_back_while_it_is_open():
+def test_the_engine_frees_them_while_it_is_open():
     model, twin = make("Llama"), make("Llama")
     attach(model, quantize(model, group_size=32))
     before, dense = state(model), held(model)
@@ -195,8 +195,8 @@ def test_the_engine_gives_them_back_while_it_is_open():
     assert list(result.outputs[0].token_ids) == wanted[0, 20:].tolist()
 
 
-def test_the_engine_s_cache_goes_before_dense_weights_come_back(monkeypatch):
-    """It takes what memory there is, so there would be none for them."""
+def test_the_engine_s_cache_is_freed_before_dense_weights_are_restored(monkeypatch):
+    """The cache takes all memory, so there would be none for them."""
     model = make("Llama")
     before = state(model)
     llm = llmfast.LLM(model, max_num_seqs=2, weights="int4", group_size=32)
@@ -237,7 +237,7 @@ def test_the_engine_rounds_a_model_while_it_is_open():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("weights", "share"), [("int4", 0.35), ("int8", 0.6)])
-def test_on_a_gpu_the_memory_is_given_back(weights, share):
+def test_on_a_gpu_the_memory_is_freed(weights, share):
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 128}
     model = make("Llama", "cuda", **sizes).bfloat16()
     before = state(model)
