@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM
+    from .engine.config import EngineConfig
     from .engine.llm import LLM
     from .engine.request import CompletionOutput, RequestOutput
     from .engine.sampling_params import SamplingParams, StructuredOutputsParams
@@ -23,6 +24,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EngineConfig",
     "Loaded",
     "Quantized",
     "Report",
@@ -42,6 +44,7 @@ _HOMES = {
     "AsyncLLM": ".engine.async_llm",
     "LLM": ".engine.llm",
     "CompletionOutput": ".engine.request",
+    "EngineConfig": ".engine.config",
     "Loaded": ".loading.load",
     "Quantized": ".weights.quantized",
     "Report": ".model.report",

@@ -195,7 +195,7 @@ def _answer(llm: LLM, lines: list[Line], out: Path, bad: dict[int, str], *, ahea
             yield line, prompt, line.params
 
     with out.open("a", encoding="utf-8") as file, ui.progress("Answering") as step:
-        for line, output in answer_all(llm, asked(), ahead=ahead):
+        for line, output in answer_all(llm.core, asked(), ahead=ahead):
             failed = [c.error for c in output.outputs if c.error is not None]
             if failed:
                 bad[line.index] = failed[0]

@@ -6,38 +6,44 @@ import asyncio
 import atexit
 import itertools
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from queue import SimpleQueue
-from threading import Lock, Thread
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock, Thread
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-from transformers import PreTrainedModel
-
-from .llm import LLM
-from .processor import Prompt
+from .build import build_core
+from .config import EngineConfig, EngineOptions, config_of
+from .processor import Prompt, takes_long
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Result = RequestOutput | BaseException
+
+_INPUT_THREADS = 4  # grammars that compile at the same time; tokenizing takes turns anyway
 
 
 class _Reader:
-    """Who waits for a request's outputs. Only the latest is kept, so a slow one costs nothing."""
+    """The task that waits for a request's outputs. Only the latest output is kept."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.loop = asyncio.get_running_loop()
+        self.request: Request | None = None  # once it is queued
+        self.aborted = False
         self._latest: Result | None = None
         self._some = asyncio.Event()
 
     def put(self, result: Result) -> None:
-        """In the reader's own loop."""
+        """Replace the latest output. Call it in the reader's own loop."""
         self._latest = result
         self._some.set()
 
     async def get(self) -> RequestOutput:
+        """Wait for an output that was not read yet; raise an exception that came instead."""
         await self._some.wait()
         self._some.clear()
         assert self._latest is not None
@@ -47,7 +53,7 @@ class _Reader:
 
 
 class AsyncLLM:
-    """Serves requests that come at any time: one thread steps the engine while there are any.
+    """Serves requests that arrive at any time: one thread steps the engine while there are any.
 
     ::
 
@@ -55,21 +61,30 @@ class AsyncLLM:
             async for output in llm.generate("Why is the sky blue?", params, "first"):
                 print(output.outputs[0].text)
 
-    Any number of tasks may generate at the same time, from several event loops too. If a step
-    raises, every request there is ends with that exception, and new ones can be served.
+    Any number of tasks may generate at the same time, from several event loops too. Prompts are
+    tokenized and grammars compiled in other threads, so that they delay no step. If a step raises,
+    all current requests end with that exception, and new ones can be served.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: Any = None,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
         """Arguments and errors are those of :class:`llmfast.LLM`."""
-        self._llm = LLM(model, **options)
-        self.tokenizer = self._llm.tokenizer
-        self.max_model_len = self._llm.max_model_len
-        self._ids: dict[str, _Reader] = {}  # in work
+        self.core = build_core(model, tokenizer, config_of(config, options))
+        self.tokenizer = self.core.processor.tokenizer
+        self.max_model_len = self.core.processor.max_model_len
+        self._ids: dict[str, _Reader] = {}  # of unfinished requests
         self._made = itertools.count()
-        self._lock = Lock()  # over _ids and _closed, and the order of what is asked for
+        self._live: dict[_Reader, Request] = {}  # whose outputs are handed over
+        self._lock = Lock()  # over _ids, _live and _closed
         self._closed = False
-        self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: close
-        self._live: dict[_Reader, Request] = {}  # the thread's own
+        self._wake = Event()  # a request was added or aborted, or the engine is closing
+        self._inputs = ThreadPoolExecutor(_INPUT_THREADS, thread_name_prefix="llmfast input")
         self._thread = Thread(target=self._work, name="llmfast engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a step must not run while the interpreter goes away
@@ -91,13 +106,14 @@ class AsyncLLM:
         Args:
             prompt: a text, a list of token ids, or a dictionary as :meth:`llmfast.LLM.generate`
                 takes it.
-            request_id: that no request in work has; None: one is made.
+            request_id: an id that no unfinished request has; None: one is made.
             priority: lower ones go first.
 
         Raises:
-            ValueError: the id of a request that is in work.
+            ValueError: the id of an unfinished request.
             RuntimeError: it is closed.
-            whatever :meth:`llmfast.LLM.generate` raises of the arguments, and what a step raised.
+            Exception: what :meth:`llmfast.LLM.generate` raises of the arguments, or what a step
+                raised.
         """
         with self._lock:
             if self._closed:
@@ -107,7 +123,6 @@ class AsyncLLM:
             if request_id in self._ids:
                 raise ValueError(f"AsyncLLM: request {request_id!r} is in work already")
             reader = self._ids[request_id] = _Reader(request_id)
-            self._asked.put(lambda: self._add(reader, prompt, sampling_params, priority))
 
         def release_if_cancelled(task: asyncio.Task[Any]) -> None:
             if task.cancelled():
@@ -118,6 +133,8 @@ class AsyncLLM:
         if task is not None:
             task.add_done_callback(release_if_cancelled)
         try:
+            request = await self._process(prompt, sampling_params, request_id, priority)
+            self._start(reader, request)
             finished = False
             while not finished:
                 output = await reader.get()
@@ -130,36 +147,33 @@ class AsyncLLM:
                 task.remove_done_callback(release_if_cancelled)
             self._release(reader)
 
-    def _release(self, reader: _Reader) -> None:
-        """Nobody waits for it any more: its request ends and its id is free."""
-        with self._lock:
-            if self._ids.get(reader.request_id) is not reader:
-                return
-            del self._ids[reader.request_id]
-            if not self._closed:
-                self._asked.put(lambda: self._leave(reader))
-
     async def abort(self, request_id: str) -> None:
         """End a request; its last output has the finish reason ``"abort"``.
 
-        Of an id that is not, or no more, in work nothing happens.
+        An id without an unfinished request is ignored.
         """
         with self._lock:
-            if not self._closed:
-                self._asked.put(lambda: self._abort(request_id))
+            reader = self._ids.get(request_id)
+            if reader is None or self._closed:
+                return
+            reader.aborted = True
+            request = reader.request
+        if request is not None:  # else it is aborted when it is queued
+            self._abort(request)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The prompt of a conversation: see :meth:`llmfast.LLM.chat_prompt`."""
-        return self._llm.chat_prompt(messages)
+        """Return the prompt of a conversation: see :meth:`llmfast.LLM.chat_prompt`."""
+        return self.core.processor.chat_prompt(messages)
 
     def close(self) -> None:
-        """Abort what is in work, wait for the step that runs, and free the cache."""
+        """Abort unfinished requests, wait for the running step, and free the cache."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._asked.put(None)
                 atexit.unregister(self.close)
+        self._wake.set()
         self._thread.join()
+        self._inputs.shutdown(wait=False)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -172,72 +186,103 @@ class AsyncLLM:
     ) -> None:
         await asyncio.to_thread(self.close)
 
+    # ------------------------------------------------------------------- in the event loops
+
+    async def _process(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str, priority: int
+    ) -> Request:
+        """Make the request, in another thread if that takes long."""
+        # seeds are drawn in the order of the calls, whatever tokenizing takes
+        drawn = getattr(params, "seed", None) is None
+        seed = self.core.processor.draw_seed() if drawn else None
+
+        def process() -> Request:
+            prompts = prompt if isinstance(prompt, (str, Mapping)) else [prompt]
+            given = None if params is None else [params]
+            (request,) = self.core.processor.process(
+                prompts, given, [priority], request_id=request_id, seed=seed
+            )
+            return request
+
+        if not takes_long(prompt, params):
+            return process()
+        loop = asyncio.get_running_loop()
+        try:
+            pending = loop.run_in_executor(self._inputs, process)
+        except RuntimeError:  # the executor is shut down
+            raise RuntimeError("AsyncLLM: it is closed") from None
+        return await pending
+
+    def _start(self, reader: _Reader, request: Request) -> None:
+        """Queue a reader's request.
+
+        Raises:
+            RuntimeError: the engine was closed since the request was made.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("AsyncLLM: it is closed")
+            self._live[reader] = reader.request = request
+            aborted = reader.aborted
+            self.core.add([request], streaming=True)
+        if aborted:
+            self.core.abort([request])
+        self._wake.set()
+
+    def _abort(self, request: Request) -> None:
+        self.core.abort([request])
+        self._wake.set()
+
+    def _release(self, reader: _Reader) -> None:
+        """Free the id of a reader that waits no longer, and abort its request."""
+        with self._lock:
+            if self._ids.get(reader.request_id) is not reader:
+                return
+            del self._ids[reader.request_id]
+            request = self._live.pop(reader, None)
+        if request is not None:
+            self._abort(request)
+
     # ------------------------------------------------------------------------- in the thread
 
     def _work(self) -> None:
-        device = self._llm._executor.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # each thread has its own
-        while True:
-            while not self._live or not self._asked.empty():
-                asked = self._asked.get()
-                if asked is None:
-                    self._llm.close()
-                    self._deliver()
-                    return
-                asked()
-            try:
-                self._llm._step()
-            except BaseException as error:  # whatever it is, nobody may wait for ever
-                readers = list(self._live)
-                self._llm._drop(list(self._live.values()))
-                self._live.clear()
-                _hand_over([(reader, error) for reader in readers])
-            else:
-                self._deliver()
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            while not self._closed and (self._live or self.core.has_work):
+                try:
+                    results = self.core.run_until(self._collect)
+                except BaseException as error:  # whatever it is, no reader may wait for ever
+                    results = self._fail(error)
+                for reader in _hand_over(results):
+                    self._release(reader)
+        self.core.close()
+        _hand_over(self._collect() or [])
 
-    def _add(self, reader: _Reader, prompt: Any, params: Any, priority: int) -> None:
-        prompts = prompt if isinstance(prompt, (str, Mapping)) else [prompt]
-        try:
-            (self._live[reader],) = self._llm._add(
-                prompts,
-                None if params is None else [params],
-                [priority],
-                streaming=True,
-                request_id=reader.request_id,
-            )
-        except Exception as error:  # of the arguments
-            _hand_over([(reader, error)])
-        else:
-            self._deliver()
+    def _collect(self) -> list[tuple[_Reader, Result]] | None:
+        """Return the outputs that have changed; None if steps are to be run for some."""
+        results: list[tuple[_Reader, Result]] = []
+        with self._lock:
+            for reader, request in list(self._live.items()):
+                if request.changed:
+                    request.changed = False
+                    results.append((reader, self.core.output(request)))
+                    if request.finished:
+                        del self._live[reader]
+            idle = self._closed or not (self._live or self.core.has_work)
+        return results if results or idle else None
 
-    def _abort(self, request_id: str) -> None:
-        for reader, request in self._live.items():
-            if reader.request_id == request_id:
-                self._llm._drop([request])
-        self._deliver()
-
-    def _leave(self, reader: _Reader) -> None:
-        request = self._live.pop(reader, None)
-        if request is not None:
-            self._llm._drop([request])
-
-    def _deliver(self) -> None:
-        """Hand over what has changed."""
-        changed: list[tuple[_Reader, Result]] = []
-        for reader, request in list(self._live.items()):
-            if not request.changed:
-                continue
-            request.changed = False
-            changed.append((reader, self._llm._output(request)))
-            if request.finished:
-                del self._live[reader]
-        for reader in _hand_over(changed):
-            self._leave(reader)
+    def _fail(self, error: BaseException) -> list[tuple[_Reader, Result]]:
+        """Abort all requests; their readers get the exception."""
+        with self._lock:
+            live = dict(self._live)
+            self._live.clear()
+        self.core.abort(list(live.values()))
+        return [(reader, error) for reader in live]
 
 
 def _hand_over(results: list[tuple[_Reader, Result]]) -> list[_Reader]:
-    """Wake each event loop once; the readers whose loop is gone."""
+    """Wake each event loop once. Return the readers whose loop is closed."""
     loops: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Result]]] = {}
     for reader, result in results:
         loops.setdefault(reader.loop, []).append((reader, result))
@@ -245,7 +290,7 @@ def _hand_over(results: list[tuple[_Reader, Result]]) -> list[_Reader]:
     for loop, own in loops.items():
         try:
             loop.call_soon_threadsafe(_put_all, own)
-        except RuntimeError:  # it is closed
+        except RuntimeError:  # the loop is closed
             gone += [reader for reader, _ in own]
     return gone
 

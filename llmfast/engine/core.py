@@ -1,4 +1,4 @@
-"""How requests are worked on: queued, stepped, finished."""
+"""The engine core: requests are queued, run step by step, and finished."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import logging
 import math
 import time
 from collections import abc, deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from ..errors import UserError
 from .model_runner import LaunchedBatch, ModelRunner
-from .outputs import Outputs
+from .outputs import OutputProcessor
 from .processor import InputProcessor
 from .request import Answer, Request, RequestOutput, Sequence, SequenceStatus
-from .sampling import SampledToken, limit_scored, score
+from .sampling import SampledToken, score
 from .scheduler import Scheduler, SchedulerOutput
+from .sharing import SharedSteps
 
 logger = logging.getLogger("llmfast")
+T = TypeVar("T")
 
 _STATUS = {
     1: "the model's logits hold NaN or infinity",
@@ -29,72 +33,167 @@ _STATUS = {
 
 @dataclass(eq=False)
 class InFlightStep:
-    """A step that is on its way."""
+    """A step that was launched and not collected yet."""
 
-    flight: LaunchedBatch
-    # of each sequence: its tokens in the cache after the step, and how often it was preempted
+    handle: LaunchedBatch
+    # of each sequence: its computed tokens after the step, and its preemptions at launch
     computed: dict[Sequence, tuple[int, int]]
-    sampled: list[Sequence]
+    sampled: list[Sequence]  # those that get a token
+    num_prompt_logits: dict[Sequence, int]
 
 
 class EngineCore:
-    """What :class:`.llm.LLM` does with requests."""
+    """The engine core: queues requests, runs steps and collects tokens.
 
-    _executor: ModelRunner  # these are LLM's
-    _scheduler: Scheduler
-    _processor: InputProcessor
-    _outputs: Outputs
+    Any number of threads may call it at the same time. :meth:`add` and :meth:`abort` never wait for
+    a step. :meth:`run_until` shares steps: one thread runs them, all take their own results.
 
-    def __init__(self) -> None:
-        self._requests: dict[str, Request] = {}  # that are not finished
+    Attributes:
+        processor: makes the requests that :meth:`add` takes.
+        model_runner: runs steps on the model's device.
+        scheduler: chooses what runs in a step.
+        outputs: makes outputs of requests.
+        requests: unfinished requests by id.
+    """
+
+    def __init__(
+        self,
+        model_runner: ModelRunner,
+        scheduler: Scheduler,
+        processor: InputProcessor,
+        outputs: OutputProcessor,
+        *,
+        on_close: abc.Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            on_close: called once, after the model runner is closed.
+        """
+        self.model_runner = model_runner
+        self.scheduler = scheduler
+        self.processor = processor
+        self.outputs = outputs
+        self.requests: dict[str, Request] = {}
+        self._on_close = on_close
         self._owners: dict[Sequence, tuple[Request, Answer]] = {}
-        self._aborted: set[str] = set()
-        self._in_flight: deque[InFlightStep] = deque()  # steps on their way, oldest first
+        self._in_flight: deque[InFlightStep] = deque()  # oldest first
+        self._shared = SharedSteps(self._step)
         self._closed = False
 
-    def _add(
-        self,
-        prompts: Any,
-        params: Any,
-        priority: int | abc.Sequence[int] = 0,
-        *,
-        streaming: bool,
-        request_id: str | None = None,
-    ) -> list[Request]:
-        """Queue requests; those that cannot be run are finished already, with an error.
+    # ---------------------------------------------------------------------- from any thread
+
+    def add(self, requests: abc.Sequence[Request], *, streaming: bool = False) -> None:
+        """Queue requests; one that cannot be run is finished with an error.
 
         Args:
-            request_id: of a single prompt, that no unfinished request has; None: one is made.
+            streaming: keep the text of answers up to date with each token.
+
+        Raises:
+            RuntimeError: the engine is closed.
         """
         if self._closed:
             raise RuntimeError("LLM: it is closed")
-        # raises before anything is queued
-        parsed = self._processor.read(prompts, params, priority)
-        requests = []
-        for each in parsed:
-            request = self._processor.make(each, request_id)
-            requests.append(request)
-            try:
-                self._processor.check(request, each.params)
-                for answer in request.answers:
-                    self._scheduler.add(answer.sequence)
-            except UserError as error:
-                for answer in request.answers:
-                    self._finish(request, answer, "error", error=str(error))
+        self._shared.post(partial(self._queue, list(requests), streaming))
+
+    def abort(self, requests: abc.Sequence[Request]) -> None:
+        """End requests before the next step; those that are finished stay as they are."""
+        self._shared.post(partial(self._abort, list(requests)))
+
+    def abort_id(self, request_id: str) -> None:
+        """End the request of an id before the next step, if there is an unfinished one."""
+        self._shared.post(partial(self._abort_id, request_id))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is queued or running."""
+        return bool(self.requests) or self._shared.has_posted
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is kept of any request. A step in flight may still compute its tokens."""
+        return not (
+            self.has_work
+            or self._owners
+            or self.scheduler.has_sequences
+            or self.outputs.num_detokenizers
+        )
+
+    def step(self) -> None:
+        """Schedule a step, launch it, and collect the tokens of the steps that have run.
+
+        If it raises, its sequences wait again, and the engine can go on. If memory runs out, the
+        request with the most tokens in the step ends with an error, and nothing is raised.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._shared.step()
+
+    def run_until(self, collect: abc.Callable[[], T | None]) -> T:
+        """Run steps until ``collect`` returns a result, together with other threads that do so.
+
+        Args:
+            collect: called between steps, by any of these threads: what it reads does not change
+                meanwhile. None: no result yet.
+
+        Raises:
+            Exception: what ``collect`` or a step raised; every thread that waits gets the latter.
+        """
+        return self._shared.run_until(collect)
+
+    def output(self, request: Request) -> RequestOutput:
+        """Return the output of a request so far. Call it in :meth:`run_until`, or when finished."""
+        return self.outputs.output(request)
+
+    def close(self) -> None:
+        """Abort all requests, wait for a running step, and free the cache and the model."""
+        with self._shared.exclusive():
+            if self._closed:
+                return
+            self._closed = True
+            self._abort(list(self.requests.values()))
+            self._in_flight.clear()
+            self.model_runner.close()
+            self._on_close()
+            self._shared.hand_out()
+
+    # ----------------------------------------------------------------------------- requests
+
+    def _queue(self, requests: list[Request], streaming: bool) -> None:
+        for request in requests:
+            if self._closed:  # since it was added
+                self._end(request, "abort")
                 continue
-            self._requests[request.id] = request
+            try:
+                if request.error is not None:
+                    raise UserError(request.error)
+                for answer in request.answers:
+                    self.scheduler.add(answer.sequence)
+            except UserError as error:
+                self._end(request, "error", error=str(error))
+                continue
+            self.requests[request.id] = request
             for answer in request.answers:
                 self._owners[answer.sequence] = (request, answer)
-                if streaming or each.params.stop:
-                    self._outputs.follow(answer)
-        return requests
+                if streaming or answer.params.stop:
+                    self.outputs.start_text(answer)
 
-    def _drop(self, requests: abc.Sequence[Request]) -> None:
-        """Abort those that are not finished."""
+    def _abort(self, requests: list[Request]) -> None:
         for request in requests:
-            for answer in request.answers:
-                if answer.finish_reason is None:
-                    self._finish(request, answer, "abort")
+            self._end(request, "abort")
+
+    def _abort_id(self, request_id: str) -> None:
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._end(request, "abort")
+
+    def _end(
+        self, request: Request, reason: str, *, error: str | None = None, forget: bool = False
+    ) -> None:
+        """Finish the answers of a request that are not finished."""
+        for answer in request.answers:
+            if answer.finish_reason is None:
+                self._finish(request, answer, reason, error=error, forget=forget)
 
     def _finish(
         self,
@@ -105,65 +204,67 @@ class EngineCore:
         error: str | None = None,
         forget: bool = False,
     ) -> None:
+        """Finish an answer. With ``forget``, its blocks are not found as a prefix."""
         sequence = answer.sequence
         if sequence.status != SequenceStatus.FINISHED:
-            self._scheduler.finish(sequence, forget=forget)
+            self.scheduler.finish(sequence, forget=forget)
         self._owners.pop(sequence, None)
         answer.finish_reason, answer.error = reason, error
         request.changed = True
-        self._outputs.finish(answer)
+        self.outputs.finish(answer)
         metrics = request.metrics
         metrics.preemptions += sequence.preemptions
         if error is not None:
             logger.warning("llmfast: request %s failed: %s", request.id, error)
         if request.finished:
             metrics.finished = time.perf_counter()
-            self._requests.pop(request.id, None)
-            self._aborted.discard(request.id)
+            if self.requests.get(request.id) is request:
+                del self.requests[request.id]
 
     # -------------------------------------------------------------------------------- steps
 
     def _step(self) -> None:
-        """Run what is scheduled next, and give each answer that has one its token.
-
-        If it raises, what was in the step waits again, and the engine can go on. If memory ran out,
-        the request with the most tokens in the step ends, and nothing is raised.
-        """
         if self._closed:
             raise RuntimeError("LLM: it is closed")
-        while self._aborted:
-            request = self._requests.get(self._aborted.pop())
-            if request is not None:
-                self._drop([request])
-        plan = self._scheduler.schedule()
-        if not plan.num_scheduled_tokens and not self._in_flight:
-            assert not self._requests, "nothing is scheduled and something waits"
+        with self._device():
+            self._run_step()
+
+    def _device(self) -> AbstractContextManager[object]:
+        """Make the model's GPU the current one of this thread."""
+        device = self.model_runner.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def _run_step(self) -> None:
+        scheduled = self.scheduler.schedule()
+        counts = scheduled.num_scheduled_tokens
+        if not counts and not self._in_flight:
+            assert not self.requests, "nothing is scheduled and something waits"
             return
         now = time.perf_counter()
-        for sequence in plan.num_scheduled_tokens:
+        for sequence in counts:
             metrics = self._owners[sequence][0].metrics
             if metrics.first_scheduled is None:
                 metrics.first_scheduled = now
                 metrics.cached_tokens = sequence.cached_tokens or 0
         try:
-            if plan.num_scheduled_tokens:
-                self._launch(plan)
-            ahead = self._ahead() if plan.num_scheduled_tokens else 0
+            if counts:
+                self._launch(scheduled)
+            ahead = self._max_in_flight() if counts else 0
             while len(self._in_flight) > ahead:
                 self._collect()
         except BaseException as error:
-            largest = self._largest(plan)
+            largest = self._largest(scheduled)
             self._in_flight.clear()
-            for sequence in list(self._scheduler.running):
-                self._scheduler.preempt(sequence)
+            for sequence in list(self.scheduler.running):
+                self.scheduler.preempt(sequence)
             if not isinstance(error, torch.OutOfMemoryError) or largest is None:
                 raise
             self._fail_for_memory(largest)
 
-    def _largest(self, plan: SchedulerOutput) -> Sequence | None:
-        """The sequence that runs and has the most tokens in a step; the last of several."""
-        running = reversed(self._scheduler.running)
-        return max(running, key=lambda s: plan.num_scheduled_tokens.get(s, 0), default=None)
+    def _largest(self, scheduled: SchedulerOutput) -> Sequence | None:
+        """Return the running sequence with the most tokens in a step, the last of several."""
+        running = reversed(self.scheduler.running)
+        return max(running, key=lambda s: scheduled.num_scheduled_tokens.get(s, 0), default=None)
 
     def _fail_for_memory(self, sequence: Sequence) -> None:
         """End the request of a sequence that a step had no memory for; the others run again."""
@@ -172,60 +273,57 @@ class EngineCore:
             "memory ran out in a step in which no request had more tokens than this one; lower "
             "max_num_batched_tokens, max_num_seqs or gpu_memory_utilization"
         )
-        for answer in request.answers:
-            if answer.finish_reason is None:
-                self._finish(request, answer, "error", error=error)
+        self._end(request, "error", error=error)
 
-    def _ahead(self) -> int:
-        """How many steps may be on their way while the next one is prepared.
+    def _max_in_flight(self) -> int:
+        """Return how many steps may be in flight while the next one is prepared.
 
-        One, so that a GPU need not wait for the host; but none while what is chosen depends on
-        tokens that the host has not seen.
+        One, so that the GPU does not wait for the host. None if a token that is to be chosen
+        depends on tokens that the host has not seen.
         """
-        if not self._executor.asynchronous:
+        if not self.model_runner.asynchronous:
             return 0
-        running = self._scheduler.running  # of those that wait no token is on its way
+        running = self.scheduler.running  # waiting sequences have no token in flight
         return int(all(self._owners[sequence][1].sampled_on_device for sequence in running))
 
-    def _launch(self, plan: SchedulerOutput) -> None:
-        scored = limit_scored(plan, self._scheduler.max_num_seqs)
-        sampled = [s for s, count in plan.num_scheduled_tokens.items() if count == s.remaining]
+    def _launch(self, scheduled: SchedulerOutput) -> None:
+        counts, num_prompt_logits = scheduled.num_scheduled_tokens, scheduled.num_prompt_logits
+        sampled = [s for s, count in counts.items() if count == s.remaining]
         answers = [self._owners[sequence][1] for sequence in sampled]
-        previous = self._in_flight[-1].flight if self._in_flight else None
-        flight = self._executor.launch(plan, answers, previous, scored)
+        previous = self._in_flight[-1].handle if self._in_flight else None
+        handle = self.model_runner.launch(scheduled, answers, previous, num_prompt_logits)
         computed = {}
-        for sequence, count in plan.num_scheduled_tokens.items():
-            self._scheduler.begin(sequence, count)
+        for sequence, count in counts.items():
+            self.scheduler.begin(sequence, count)
             computed[sequence] = (sequence.computed, sequence.preemptions)
         for sequence in sampled:
             sequence.pending += 1
-        self._in_flight.append(InFlightStep(flight, computed, sampled))
+        self._in_flight.append(InFlightStep(handle, computed, sampled, num_prompt_logits))
 
     def _collect(self) -> None:
-        """Wait for the oldest step on its way, and give each answer that has one its token."""
-        started = self._in_flight.popleft()
-        choices = self._executor.collect(started.flight)
-        # those that have ended, or lost their blocks, since it was started have no use for it
+        """Wait for the oldest step in flight, and append the tokens that it sampled."""
+        step = self._in_flight.popleft()
+        tokens = self.model_runner.collect(step.handle)
+        # a sequence that has finished or was preempted since the launch has no use for its token
         alive = {
             sequence
-            for sequence, (_, preemptions) in started.computed.items()
+            for sequence, (_, preemptions) in step.computed.items()
             if sequence.status == SequenceStatus.RUNNING and sequence.preemptions == preemptions
         }
-        for sequence, (computed, _) in started.computed.items():
+        for sequence, (computed, _) in step.computed.items():
             if sequence in alive:
-                self._scheduler.confirm(sequence, computed)
-        if started.flight.scored:
-            self._take_prompts(started.flight, alive)
-        for sequence, choice in zip(started.sampled, choices, strict=True):
+                self.scheduler.confirm(sequence, computed)
+        if step.num_prompt_logits:
+            self._append_prompt_logprobs(step, alive)
+        for sequence, token in zip(step.sampled, tokens, strict=True):
             if sequence in alive and sequence.status == SequenceStatus.RUNNING:
                 sequence.pending -= 1
-                self._take(*self._owners[sequence], choice)
+                self._append(*self._owners[sequence], token)
 
-    def _take_prompts(self, flight: LaunchedBatch, alive: set[Sequence]) -> None:
-        """Append log-probabilities of prompts."""
+    def _append_prompt_logprobs(self, step: InFlightStep, alive: set[Sequence]) -> None:
         start = 0
-        for sequence, count in flight.scored.items():
-            logits = flight.logits[start : start + count]
+        for sequence, count in step.num_prompt_logits.items():
+            logits = step.handle.logits[start : start + count]
             start += count
             if sequence not in alive:
                 continue
@@ -236,31 +334,27 @@ class EngineCore:
             assert request.prompt_logprobs is not None
             for token, (logprob, top) in zip(tokens, found, strict=True):
                 if math.isnan(logprob):
-                    for each in request.answers:
-                        self._finish(request, each, "error", error=_STATUS[1], forget=True)
+                    self._end(request, "error", error=_STATUS[1], forget=True)
                     break
-                request.prompt_logprobs.append(self._outputs.logprobs(token, logprob, top))
+                request.prompt_logprobs.append(self.outputs.logprobs(token, logprob, top))
             sequence.scored = first + count
 
-    def _take(self, request: Request, answer: Answer, choice: SampledToken) -> None:
-        """Append a token, and see whether the answer ends with it."""
-        if choice.error is not None:
-            self._finish(request, answer, "error", error=choice.error)
+    def _append(self, request: Request, answer: Answer, sampled: SampledToken) -> None:
+        """Append a token, and finish the answer if it ends with it."""
+        if sampled.error is not None:
+            self._finish(request, answer, "error", error=sampled.error)
             return
-        if choice.status:
-            message = _STATUS.get(choice.status, f"sampling failed with status {choice.status}")
+        if sampled.status:
+            message = _STATUS.get(sampled.status, f"sampling failed with status {sampled.status}")
             self._finish(request, answer, "error", error=message, forget=True)
             return
-        if answer.matcher is not None and not answer.matcher.accept(choice.token):
-            error = f"the token {choice.token} does not fit structured_outputs"
+        if answer.matcher is not None and not answer.matcher.accept(sampled.token):
+            error = f"the token {sampled.token} does not fit structured_outputs"
             self._finish(request, answer, "error", error=error)
             return
         request.changed = True
         if request.metrics.first_token is None:
             request.metrics.first_token = time.perf_counter()
-        reason = self._outputs.append(answer, choice)
+        reason = self.outputs.append(answer, sampled)
         if reason is not None:
             self._finish(request, answer, reason)
-
-    def _output(self, request: Request) -> RequestOutput:
-        return self._outputs.output(request)

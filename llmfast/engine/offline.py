@@ -1,11 +1,11 @@
-"""Many more requests than are worked on at once, answered as they finish."""
+"""Offline serving: more requests than run at once, answered as they finish."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from .llm import LLM
+from .core import EngineCore
 from .processor import Prompt
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
@@ -14,34 +14,38 @@ Key = TypeVar("Key")
 
 
 def answer_all(
-    llm: LLM, asked: Iterable[tuple[Key, Prompt, SamplingParams]], *, ahead: int
+    core: EngineCore, prompts: Iterable[tuple[Key, Prompt, SamplingParams]], *, ahead: int
 ) -> Iterator[tuple[Key, RequestOutput]]:
-    """Answer requests, each yielded with its key when it is finished.
+    """Answer requests, and yield each with its key when it is finished.
 
-    Leaving the loop aborts what is not.
+    Leaving the loop aborts unfinished requests.
 
     Args:
-        asked: taken from as requests finish.
-        ahead: requests that are queued or run at most.
+        prompts: read further as requests finish.
+        ahead: requests that are queued or run, at most.
 
     Raises:
         UserError, TypeError: as :meth:`LLM.generate`.
     """
-    source = iter(asked)
+    source = iter(prompts)
     live: list[tuple[Key, Request]] = []
+
+    def collect() -> list[tuple[Key, RequestOutput]] | None:
+        done = [entry for entry in live if entry[1].finished]
+        return [(key, core.output(request)) for key, request in done] or None
+
     try:
         while True:
             while len(live) < ahead and (following := next(source, None)) is not None:
                 key, prompt, params = following
-                (request,) = llm._add([prompt], params, streaming=False)
-                live.append((key, request))
+                requests = core.processor.process([prompt], params)
+                live.append((key, requests[0]))
+                core.add(requests)
             if not live:
                 return
-            if not any(request.finished for _, request in live):
-                llm._step()
-            done = [entry for entry in live if entry[1].finished]
-            live = [entry for entry in live if not entry[1].finished]
-            for key, request in done:
-                yield key, llm._output(request)
+            outputs = core.run_until(collect)
+            finished = {output.request_id for _, output in outputs}
+            live = [entry for entry in live if entry[1].id not in finished]
+            yield from outputs
     finally:
-        llm._drop([request for _, request in live])
+        core.abort([request for _, request in live])

@@ -1,4 +1,4 @@
-"""From chosen tokens to what the caller gets: texts, ends, log-probabilities."""
+"""From sampled tokens to outputs: text, stop conditions, log-probabilities."""
 
 from __future__ import annotations
 
@@ -12,40 +12,45 @@ if TYPE_CHECKING:
     from .sampling import SampledToken
 
 
-class Outputs:
+class OutputProcessor:
     """Appends tokens to answers, and makes outputs of requests."""
 
     def __init__(self, tokenizer: Any, end_tokens: set[int]) -> None:
         """
         Args:
-            tokenizer: None: answers have no text.
+            tokenizer: a transformers tokenizer; None: answers have no text.
             end_tokens: the model's own.
         """
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
         self._decode = Decoder(tokenizer)
-        self.texts: dict[Answer, Detokenizer] = {}  # of answers that are followed
+        self._detokenizers: dict[Answer, Detokenizer] = {}  # of answers with up-to-date text
 
-    def follow(self, answer: Answer) -> None:
-        """Keep an answer's text with each token; that of others is made at their end."""
+    @property
+    def num_detokenizers(self) -> int:
+        """Unfinished answers whose text is kept up to date."""
+        return len(self._detokenizers)
+
+    def start_text(self, answer: Answer) -> None:
+        """Keep an answer's text up to date with each token. Other text is made at the end."""
         if self.tokenizer is not None:
-            self.texts[answer] = self._decode.detokenizer()
+            self._detokenizers[answer] = self._decode.detokenizer()
 
-    def append(self, answer: Answer, choice: SampledToken) -> str | None:
-        """Append a good choice; the reason why the answer ends with it, or None."""
-        token, params, sequence = choice.token, answer.params, answer.sequence
+    def append(self, answer: Answer, sampled: SampledToken) -> str | None:
+        """Append a good token. Return the finish reason if the answer ends with it, or None."""
+        token, params, sequence = sampled.token, answer.params, answer.sequence
         sequence.tokens.append(token)
         answer.num_output += 1
-        if params.logprobs is not None and choice.logprob is not None:
-            answer.cumulative_logprob += choice.logprob
-            answer.logprobs.append(self.logprobs(token, choice.logprob, choice.top))
+        if params.logprobs is not None and sampled.logprob is not None:
+            answer.cumulative_logprob += sampled.logprob
+            answer.logprobs.append(self.logprobs(token, sampled.logprob, sampled.top))
         if answer.matcher is not None and answer.matcher.terminated:
             return "stop"
         if token in answer.stop_tokens:
             ends = token in self.end_tokens and not params.ignore_eos
             answer.stop_reason = None if ends else token
             return "stop"
-        text = self.texts.get(answer)
+        text = self._detokenizers.get(answer)
         if text is not None:
             before = len(text.text)
             text.push(token)
@@ -60,25 +65,25 @@ class Outputs:
         return "length" if len(sequence.tokens) >= sequence.limit else None
 
     def finish(self, answer: Answer) -> None:
-        """The text of an answer that has its finish reason."""
-        text = self.texts.pop(answer, None)
+        """Make the text of an answer that has its finish reason."""
+        text = self._detokenizers.pop(answer, None)
         if isinstance(answer.stop_reason, str):  # it ends before the stop text
             return
         if text is not None:
             text.finish()
             answer.text = text.text
         elif self.tokenizer is not None:
-            answer.text = self._decode(_shown(answer))
+            answer.text = self._decode(_tokens_with_text(answer))
 
     def logprobs(
         self, token: int, logprob: float, top: Sequence[tuple[int, float]]
     ) -> dict[int, Logprob]:
-        """Of a token, and of the most likely ones."""
+        """Return the log-probabilities of a token and of the most likely ones."""
         found = dict([*top, (token, logprob)])
         return {t: Logprob(lp, self._piece(t)) for t, lp in found.items()}
 
     def output(self, request: Request) -> RequestOutput:
-        """What the caller gets of a request as it is."""
+        """Return the output of a request so far."""
         outputs = []
         for answer in request.answers:
             wanted = answer.params.logprobs is not None
@@ -109,8 +114,8 @@ class Outputs:
         return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
 
 
-def _shown(answer: Answer) -> list[int]:
-    """The output without the token that stopped it."""
+def _tokens_with_text(answer: Answer) -> list[int]:
+    """Return the output without the token that stopped it."""
     output = answer.sequence.output
     stopped = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
     return output[:-1] if stopped else output

@@ -1,4 +1,4 @@
-"""What callers give, as requests that are checked."""
+"""From a caller's arguments to checked requests: tokenization, seeds, stop tokens, grammars."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import random
 from collections import abc
 from hashlib import blake2b
 from operator import index
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
 from .request import Answer, Request, RequestMetrics, Sequence
 from .sampling_params import SamplingParams
-from .structured import Grammars, wants_xgrammar
+from .structured import Grammars, require_xgrammar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ Prompt = str | abc.Sequence[int] | abc.Mapping[str, Any]
 
 
 class ParsedPrompt(NamedTuple):
-    """A prompt and what is wanted of it."""
+    """A prompt as token ids, with its parameters."""
 
     text: str | None  # None if it was given as token ids
     ids: list[int]
@@ -29,7 +30,10 @@ class ParsedPrompt(NamedTuple):
 
 
 class InputProcessor:
-    """Makes requests; one for each prompt."""
+    """Makes one request of each prompt. Several threads may use it at the same time.
+
+    Tokenizing and compiling a grammar take long, and hold up no step: neither needs the engine.
+    """
 
     def __init__(
         self,
@@ -38,31 +42,59 @@ class InputProcessor:
         *,
         vocabulary: int,
         max_model_len: int,
-        room: int,
+        cache_tokens: int,
         seed: int,
     ) -> None:
         """
         Args:
-            tokenizer: None: prompts are token ids.
-            room: tokens that the cache holds.
-            seed: of the seeds of requests that have none.
+            tokenizer: a transformers tokenizer, or None if prompts are token ids.
+            end_tokens: the model's own.
+            vocabulary: number of tokens that the model has logits for.
+            max_model_len: tokens of a prompt with its answer, at most.
+            cache_tokens: tokens that the cache holds.
+            seed: of the seeds drawn for requests without one.
         """
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
         self.vocabulary = vocabulary
         self.max_model_len = max_model_len
-        self.room = room
-        self._grammars = Grammars(tokenizer, end_tokens, vocabulary)
+        self.cache_tokens = cache_tokens
+        self.grammars = Grammars(tokenizer, end_tokens, vocabulary)
         self._seeds = random.Random(seed)
         self._count = 0
+        self._lock = Lock()  # over _seeds and _count
+        # a fast tokenizer sets its truncation before it encodes, and must not meanwhile encode
+        self._encoding = Lock()
 
-    def read(
-        self, prompts: Any, params: Any, priority: int | abc.Sequence[int]
-    ) -> list[ParsedPrompt]:
-        """The arguments of ``LLM.generate``, prompt by prompt.
+    def process(
+        self,
+        prompts: Any,
+        params: Any = None,
+        priority: int | abc.Sequence[int] = 0,
+        *,
+        request_id: str | None = None,
+        seed: int | None = None,
+    ) -> list[Request]:
+        """Return a request for each prompt; one that cannot be run has its ``error``.
+
+        Args:
+            prompts, params, priority: as :meth:`.llm.LLM.generate` takes them.
+            request_id: of a single prompt; None: one is made.
+            seed: of a request without one, from :meth:`draw_seed`; None: it is drawn here.
 
         Raises:
-            UserError, ValueError, TypeError: as ``LLM.generate``.
+            UserError, ValueError, TypeError: as :meth:`.llm.LLM.generate`.
+        """
+        parsed = self.parse(prompts, params, priority)  # raises before any seed is drawn
+        return [self._make(each, request_id, seed) for each in parsed]
+
+    def parse(
+        self, prompts: Any, params: Any, priority: int | abc.Sequence[int]
+    ) -> list[ParsedPrompt]:
+        """Return the arguments of ``LLM.generate`` prompt by prompt, tokenized.
+
+        Raises:
+            UserError, ValueError, TypeError: as :meth:`.llm.LLM.generate`.
         """
         parts = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
@@ -75,46 +107,84 @@ class InputProcessor:
             if not isinstance(given, SamplingParams):
                 raise TypeError(f"LLM: wants SamplingParams, got {type(given).__name__}")
             if given.structure is not None:
-                wants_xgrammar()
+                require_xgrammar()
         priorities = _as_priorities(priority, len(parts))
-        known = [self._tokenize(prompt) for prompt in parts]
+        tokenized = [self._tokenize(prompt) for prompt in parts]
         return [
             ParsedPrompt(*prompt, *own)
-            for prompt, *own in zip(known, params, priorities, strict=True)
+            for prompt, *own in zip(tokenized, params, priorities, strict=True)
         ]
 
-    def make(self, parsed: ParsedPrompt, request_id: str | None = None) -> Request:
-        """A request, not checked yet.
+    def draw_seed(self) -> int:
+        """Return the next seed for a request without one."""
+        with self._lock:
+            return self._seeds.getrandbits(63)
 
-        Args:
-            request_id: None: one is made.
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Return the token ids of a text.
+
+        Raises:
+            UserError: there is no tokenizer.
         """
+        if self.tokenizer is None:
+            raise UserError("LLM: no tokenizer was given; give prompts as lists of token ids")
+        with self._encoding:
+            return list(self.tokenizer.encode(text, **options))
+
+    def chat_prompt(self, messages: abc.Sequence[abc.Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the prompt that the chat template makes of a conversation.
+
+        Raises:
+            UserError: there is no tokenizer, or it has no chat template.
+        """
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise UserError("LLM.chat: wants a tokenizer with a chat template; this has none")
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = self.encode(text, add_special_tokens=False)  # the template has them
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    # -------------------------------------------------------------------------------- inside
+
+    def _make(self, parsed: ParsedPrompt, request_id: str | None, seed: int | None) -> Request:
         text, ids, params, priority = parsed
-        most = self.max_model_len
+        limit = self.max_model_len
         if params.max_tokens is None:
-            most = max(min(most, self.room + 1), len(ids) + 1)  # the last token is never computed
+            # the last token is never computed, so it needs no place in the cache
+            limit = max(min(limit, self.cache_tokens + 1), len(ids) + 1)
         else:
-            most = min(most, len(ids) + params.max_tokens)
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+            limit = min(limit, len(ids) + params.max_tokens)
+        if params.seed is not None:
+            seed = params.seed
+        elif seed is None:
+            seed = self.draw_seed()
         stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else self.end_tokens)
-        bad_words = self._words(params)
+        bad_words = self._bad_words(params)
         answers: list[Answer] = []
         for number in range(params.n):
             parent = answers[0].sequence if answers else None
-            sequence = Sequence(list(ids), len(ids), most, parent, priority=priority)
-            own = _seed_of(seed, number)
+            sequence = Sequence(list(ids), len(ids), limit, parent, priority=priority)
+            own = _answer_seed(seed, number)
             answers.append(Answer(number, sequence, params, own, frozenset(stops), bad_words))
-        made = str(self._count)
-        self._count += 1
-        request = Request(request_id or made, text, ids, answers, RequestMetrics())
+        with self._lock:
+            number, self._count = self._count, self._count + 1
+        request = Request(request_id or str(number), text, ids, answers, RequestMetrics())
         if params.prompt_logprobs is not None and ids:
             request.prompt_logprobs = [None]
             answers[0].sequence.scored = 1
+        try:
+            self._check(ids, params)
+            if params.structure is not None:
+                for answer in answers:
+                    answer.matcher = self.grammars.matcher(params.structure)
+        except UserError as error:
+            request.error = str(error)
         return request
 
-    def check(self, request: Request, params: SamplingParams) -> None:
-        """Raise UserError if a request cannot be run; answers get their matchers."""
-        ids, vocabulary = request.prompt_ids, self.vocabulary
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        """Raise UserError if a request cannot be run."""
+        vocabulary = self.vocabulary
         if not ids:
             raise UserError("the prompt is empty; it wants at least one token")
         if len(ids) >= self.max_model_len:
@@ -144,9 +214,6 @@ class InputProcessor:
             raise UserError("stop texts want a tokenizer; give stop_token_ids instead")
         if self.tokenizer is None and any(isinstance(w, str) for w in params.bad_words or ()):
             raise UserError("bad_words as texts want a tokenizer; give lists of token ids instead")
-        if params.structure is not None:
-            for answer in request.answers:
-                answer.matcher = self._grammars.matcher(params.structure)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None = None
@@ -162,24 +229,34 @@ class InputProcessor:
             text = prompt
         else:
             return None, [index(token) for token in prompt]
-        if self.tokenizer is None:
-            raise UserError("LLM: no tokenizer was given; give prompts as lists of token ids")
-        return text, list(self.tokenizer.encode(text))
+        return text, self.encode(text)
 
-    def _words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """The bad words as token ids; texts both as a first word and after a space."""
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Return the bad words as token ids; a text as a first word and after a space."""
         words: dict[tuple[int, ...], None] = {}
         for word in params.bad_words or ():
             if not isinstance(word, str):
                 words[tuple(word)] = None
             elif self.tokenizer is not None:
                 for text in (word, " " + word.lstrip()):
-                    words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
+                    words[tuple(self.encode(text, add_special_tokens=False))] = None
         return tuple(word for word in words if word)
 
 
+def takes_long(prompt: Prompt, params: SamplingParams | None) -> bool:
+    """Return whether a request takes a tokenizer or a grammar compiler."""
+    if isinstance(prompt, str) or (
+        isinstance(prompt, abc.Mapping) and "prompt_token_ids" not in prompt
+    ):
+        return True
+    if not isinstance(params, SamplingParams):
+        return False
+    texts = any(isinstance(word, str) for word in params.bad_words or ())
+    return texts or params.structure is not None
+
+
 def end_tokens_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The model's end tokens: those of its generation config, or the tokenizer's."""
+    """Return the model's end tokens: of its generation config, or else of the tokenizer."""
     config = model.generation_config
     given = None if config is None else config.eos_token_id
     if given is None:
@@ -209,8 +286,8 @@ def _as_priorities(priority: int | abc.Sequence[int], count: int) -> list[int]:
     return [index(each) for each in priority]
 
 
-def _seed_of(seed: int, number: int) -> int:
-    """The seed of an answer: that of the request for the first, so that n changes nothing of it."""
+def _answer_seed(seed: int, number: int) -> int:
+    """Return the seed of an answer. The first has the request's, whatever n is."""
     if number == 0:
         return seed
     digest = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()

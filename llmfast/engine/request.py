@@ -178,6 +178,7 @@ class Request:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as far as they are; or None
     changed: bool = False  # since a stream last looked
+    error: str | None = None  # why it cannot be run
 
     @property
     def finished(self) -> bool:

@@ -18,9 +18,8 @@ from llmfast_kernels import sample_tokens
 from ..runner.inputs import SamplingOps
 from ..runner.sampling import stop_token_bias
 from .penalties import Counts
-from .request import Answer, Sequence
+from .request import Answer
 from .sampling_params import SamplingParams
-from .scheduler import SchedulerOutput
 
 
 class SampledToken(NamedTuple):
@@ -250,30 +249,3 @@ def score(
             for n, (ids, values) in zip(most, pairs, strict=True)
         ]
     return list(zip(own, tops, strict=True))
-
-
-def limit_scored(plan: SchedulerOutput, most_rows: int) -> dict[Sequence, int]:
-    """Lower the plan's counts so that a step gives no more than ``most_rows`` rows of logits.
-
-    Args:
-        most_rows: no less than the plan has sequences.
-
-    Returns:
-        For each prompt whose log-probabilities are wanted, the number of its chunk's tokens, from
-        the first, whose logits score a following token of the prompt.
-    """
-    scored: dict[Sequence, int] = {}
-    spare = most_rows - len(plan.num_scheduled_tokens)
-    for sequence, count in plan.num_scheduled_tokens.items():
-        if not sequence.scores_prompt:
-            continue
-        assert sequence.scored is not None
-        known = sequence.scored - 1 - sequence.computed  # scored before it was preempted
-        if known > 0:
-            plan.num_scheduled_tokens[sequence] = min(count, known)
-            continue
-        count = min(count, 1 + spare)
-        spare -= count - 1
-        plan.num_scheduled_tokens[sequence] = count
-        scored[sequence] = min(count, sequence.prompt_len - 1 - sequence.computed)
-    return scored

@@ -1,4 +1,4 @@
-"""Answers that must look like something: tokens that do not fit are barred, by xgrammar.
+"""Structured outputs: xgrammar masks the tokens that do not fit a grammar.
 
 Paper: Dong et al., XGrammar, arXiv:2411.15100.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ import torch
 from ..errors import UserError
 from .sampling_params import StructuredOutputsParams
 
-MAX_WHITESPACE = 20  # in one place of JSON: a small model may write nothing else for ever
+MAX_WHITESPACE = 20  # characters in one place of JSON: small models may write nothing else
 CACHE_BYTES = 2**28  # of compiled grammars
 
 
-def wants_xgrammar() -> None:
+def require_xgrammar() -> None:
     """Raise UserError if xgrammar is not installed."""
     if importlib.util.find_spec("xgrammar") is None:
         raise UserError(
@@ -28,13 +29,13 @@ def wants_xgrammar() -> None:
 
 
 class Matcher:
-    """How far one answer is in its grammar."""
+    """The position of one answer in its grammar."""
 
     def __init__(self, compiled: Any, special: torch.Tensor) -> None:
         """
         Args:
             compiled: an ``xgrammar.CompiledGrammar``.
-            special: ``[vocabulary]``, bool: tokens that are no text.
+            special: bool ``[vocabulary]``, True for tokens that are no text.
         """
         import xgrammar
 
@@ -42,16 +43,16 @@ class Matcher:
         self._special = special
 
     def accept(self, token: int) -> bool:
-        """Advance by the token that was chosen; False: it does not fit."""
+        """Advance by a token. Return False if it does not fit."""
         return bool(self._matcher.accept_token(token))
 
     @property
     def terminated(self) -> bool:
-        """Whether the answer is whole, and an end token was accepted."""
+        """Whether the answer is complete and an end token was accepted."""
         return bool(self._matcher.is_terminated())
 
     def masked_tokens(self) -> torch.Tensor:
-        """Tokens that may not follow: ``[vocabulary]``, bool, on the CPU."""
+        """Return which tokens may not follow: bool ``[vocabulary]``, on the CPU."""
         count = len(self._special)
         words = torch.zeros(1, -(-count // 32), dtype=torch.int32)
         self._matcher.fill_next_token_bitmask(words)
@@ -60,23 +61,24 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, each once."""
+    """Compiles grammars for one tokenizer, each once. Several threads may use it."""
 
     def __init__(self, tokenizer: Any, end_tokens: set[int], vocabulary: int) -> None:
         """
         Args:
-            tokenizer: of transformers, or None.
-            end_tokens: those that end an answer.
-            vocabulary: tokens that the model has logits of.
+            tokenizer: a transformers tokenizer, or None.
+            end_tokens: tokens that end an answer.
+            vocabulary: number of tokens that the model has logits for.
         """
         self._tokenizer = tokenizer
         self._ends = sorted(token for token in end_tokens if token < vocabulary)
         self._vocabulary = vocabulary
-        self._compiler: Any = None  # made when it is wanted: it reads the whole vocabulary
+        self._compiler: Any = None  # made on first use: it reads the whole vocabulary
+        self._making = Lock()
         self._special = torch.zeros(vocabulary, dtype=torch.bool)
 
     def matcher(self, wanted: StructuredOutputsParams) -> Matcher:
-        """A matcher at its beginning.
+        """Return a matcher for a new answer.
 
         Raises:
             UserError: the grammar does not compile, or there is no tokenizer or no end token.
@@ -86,11 +88,17 @@ class Grammars:
         if not self._ends:
             raise UserError("structured_outputs wants a model with an end token")
         try:
-            if self._compiler is None:
-                self._compiler = self._make_compiler()
+            with self._making:
+                if self._compiler is None:
+                    self._compiler = self._make_compiler()
             return Matcher(self._compile(wanted), self._special)
         except Exception as error:  # xgrammar raises exceptions of many kinds
             raise UserError(f"structured_outputs does not compile: {_reason(error)}") from None
+
+    @property
+    def compiled_bytes(self) -> int:
+        """Bytes of the compiled grammars that are kept."""
+        return 0 if self._compiler is None else int(self._compiler.get_cache_size_bytes())
 
     def _make_compiler(self) -> Any:
         import xgrammar
@@ -120,6 +128,6 @@ class Grammars:
 
 
 def _reason(error: Exception) -> str:
-    """The first line, without the time and the line of C++ that stand before it."""
+    """Return the first line, without the time and the C++ line that precede it."""
     first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", first)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..engine.core import EngineCore
 from ..engine.llm import LLM
 from ..engine.sampling_params import SamplingParams
 from ..errors import UserError
@@ -88,7 +89,9 @@ def profile_steps(
     Raises:
         UserError: the answers end before all steps are done.
     """
-    requests = llm._add(prompts, params, streaming=True)  # streaming: text is made in every step
+    core = llm.core
+    requests = core.processor.process(prompts, params)
+    core.add(requests, streaming=True)  # streaming: text is made in every step
 
     def step() -> None:
         if all(request.finished for request in requests):
@@ -96,22 +99,22 @@ def profile_steps(
                 f"--busy wants {clocked + traced} steps in which all requests decode, and the "
                 "answers ended before; raise --output"
             )
-        llm._step()
+        core.step()
 
     try:
-        while not _all_decode(llm, len(prompts)):
+        while not _all_decode(core, len(prompts)):
             step()
         steps = []
         for _ in range(clocked):
-            rows, waited, started = len(llm._scheduler.running), llm._executor.waited, _now()
+            rows, waited, started = len(core.scheduler.running), core.model_runner.waited, _now()
             step()
             took = _now() - started
-            steps.append((rows, took - (llm._executor.waited - waited)))
+            steps.append((rows, took - (core.model_runner.waited - waited)))
         with trace() as intervals:
             for _ in range(traced):
                 step()
     finally:
-        llm._drop(requests)
+        core.abort(requests)
     most = max(rows for rows, _ in steps)
     host = [seconds for rows, seconds in steps if rows == most]
     return StepProfile(host, busy_share(intervals), union_length(intervals) / traced)
@@ -121,11 +124,11 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _all_decode(llm: LLM, requests: int) -> bool:
+def _all_decode(core: EngineCore, requests: int) -> bool:
     """Return whether as many requests run as can, with all their prompts computed."""
-    scheduler = llm._scheduler
+    scheduler = core.scheduler
     full = len(scheduler.running) == min(requests, scheduler.max_num_seqs)
-    return (full or not scheduler._waiting) and all(s.remaining <= 1 for s in scheduler.running)
+    return (full or not scheduler.has_waiting) and all(s.remaining <= 1 for s in scheduler.running)
 
 
 class FoldedTokenizer:

@@ -12,6 +12,7 @@ import llmfast
 from generating import tokenizer as byte_tokenizer
 from llmfast import SamplingParams
 from llmfast.cli.main import app
+from llmfast.engine.model_runner import ModelRunner
 from tiny_models import make
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}({{ m.content }}){% endfor %}a("
@@ -88,15 +89,15 @@ def test_a_conversation_too_long_for_the_model(loaded):
 
 
 def test_ctrl_c_ends_the_answer_and_its_text_is_remembered(loaded, monkeypatch):
-    real, calls = llmfast.LLM._step, []
+    real, calls = ModelRunner.launch, []
 
-    def step(self):
+    def launch(self, *args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        real(self)
+        return real(self, *args)
 
-    monkeypatch.setattr(llmfast.LLM, "_step", step)
+    monkeypatch.setattr(ModelRunner, "launch", launch)
     result = chat("hey\nmore\n", "--max-tokens", 12)
     first, second = result.stdout.split("\n")[:2]
     assert (result.exit_code, result.stderr) == (0, "")

@@ -10,6 +10,7 @@ import llmfast
 from generating import tokenizer as byte_tokenizer
 from llmfast import SamplingParams
 from llmfast.cli.main import app
+from llmfast.engine.model_runner import ModelRunner
 from tiny_models import make
 
 
@@ -103,16 +104,16 @@ def test_answered_prompts_are_not_asked_again(loaded, files):
 
 def test_ctrl_c_keeps_the_answers(loaded, files, monkeypatch):
     put(files[0], *[{"prompt": "AB", "max_tokens": n} for n in (2, 3, 30, 31)])
-    real, steps = llmfast.LLM._step, []
+    real, steps = ModelRunner.launch, []
 
-    def step(self):
+    def launch(self, *args):
         steps.append(1)
         if len(steps) == 8:
             raise KeyboardInterrupt
-        real(self)
+        return real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llmfast.LLM, "_step", step)
+        patch.setattr(ModelRunner, "launch", launch)
         assert run(files).exit_code == 130
     assert set(by_key(files)) == {0, 1}
     assert run(files).exit_code == 0
@@ -188,11 +189,11 @@ def test_requests_are_taken_as_others_finish(loaded):
             yield n, "AB", SamplingParams(temperature=0, max_tokens=3)
 
     with llmfast.LLM(make("Llama"), tokenizer=byte_tokenizer(), max_num_seqs=2) as llm:
-        answering = answer_all(llm, asked(), ahead=4)
+        answering = answer_all(llm.core, asked(), ahead=4)
         key, output = next(answering)
         assert output.finished and len(taken) == 4
         assert sorted([key, *(key for key, _ in answering)]) == list(range(20))
-        early = answer_all(llm, asked(), ahead=4)
+        early = answer_all(llm.core, asked(), ahead=4)
         next(early)
         early.close()
-        assert not llm._requests
+        assert not llm.core.requests

@@ -131,7 +131,7 @@ class Soak:
 
     def _scarce(self) -> None:
         """Now and then a step has no memory."""
-        launch = self.llm._executor.launch
+        launch = self.llm.core.model_runner.launch
 
         def scarce(*args: Any) -> Any:
             self.count["steps"] += 1
@@ -140,7 +140,7 @@ class Soak:
                 raise torch.OutOfMemoryError("for a test")
             return launch(*args)
 
-        self.llm._executor.launch = scarce  # type: ignore[method-assign]
+        self.llm.core.model_runner.launch = scarce  # type: ignore[method-assign]
 
     def act(self) -> None:
         """Something that a user may do."""
@@ -164,8 +164,8 @@ class Soak:
                 self.streams.remove(stream)
                 stream.close()
                 return
-            if what == "abort" and self.llm._requests:
-                self.llm.abort(random.choice(list(self.llm._requests)))
+            if what == "abort" and self.llm.core.requests:
+                self.llm.abort(random.choice(list(self.llm.core.requests)))
             self.read(stream, random.randrange(1, 12))
 
     def read(self, stream: Generator[RequestOutput], outputs: int) -> None:

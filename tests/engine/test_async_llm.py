@@ -35,7 +35,7 @@ def serve(body, **changes):
             async with AsyncLLM(model_of(), **options(**changes)) as llm:
                 result = await body(llm)
                 await quiet(llm)
-                check_empty(llm._llm)
+                check_empty(llm)
                 return result
 
     result = asyncio.run(main())
@@ -44,7 +44,7 @@ def serve(body, **changes):
 
 
 async def quiet(llm):
-    while llm._live or not llm._asked.empty():
+    while not llm.core.idle:
         await asyncio.sleep(0.005)
 
 
@@ -137,7 +137,6 @@ def test_a_reader_that_leaves_takes_its_request_along(how):
             await task
         output = await beside
         await quiet(llm)
-        assert not llm._ids
         return output, await last(llm, PROMPTS[1], GREEDY, "left")
 
     output, again = serve(body)
@@ -211,7 +210,7 @@ def test_a_reader_that_stops_reading_stops_nobody():
 
 def test_a_step_that_raises_reaches_every_reader_and_the_engine_goes_on(monkeypatch):
     async def body(llm):
-        own, failing = llm._llm._executor.launch, threading.Event()
+        own, failing = llm.core.model_runner.launch, threading.Event()
 
         def run(*args):
             if failing.is_set():
@@ -219,7 +218,7 @@ def test_a_step_that_raises_reaches_every_reader_and_the_engine_goes_on(monkeypa
                 raise RuntimeError("out of luck")
             return own(*args)
 
-        monkeypatch.setattr(llm._llm._executor, "launch", run)
+        monkeypatch.setattr(llm.core.model_runner, "launch", run)
         outputs = [llm.generate(prompt, LONGEST) for prompt in PROMPTS[:3]]
         for each in outputs:
             await anext(each)
@@ -260,7 +259,7 @@ def test_closing_ends_what_is_in_work():
     async def body():
         llm = AsyncLLM(model_of(), **options())
         task = asyncio.create_task(last(llm, PROMPTS[1], LONGEST))
-        while not llm._live:
+        while not llm.core.has_work:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(llm.close)
         llm.close()
@@ -269,7 +268,7 @@ def test_closing_ends_what_is_in_work():
         with pytest.raises(RuntimeError, match="it is closed"):
             await last(llm, PROMPTS[0])
         await llm.abort("any")
-        assert not llm._thread.is_alive() and not executor_of(llm._llm).cache.keys
+        assert not executor_of(llm).cache.keys
 
     asyncio.run(asyncio.wait_for(body(), 60))
 
@@ -292,4 +291,4 @@ def test_several_event_loops_one_of_them_gone():
         thread.join(60)
     assert [tokens(found[i]) for i in range(5)] == alone()
     llm.close()
-    assert not llm._live
+    assert llm.core.idle

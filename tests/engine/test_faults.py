@@ -42,7 +42,7 @@ def out_of_memory(*args):
 )
 def test_memory_runs_out_in_a_step(alone, nth, late, monkeypatch):
     with engine(num_blocks=12, max_num_batched_tokens=24) as llm:
-        launch, plans = llm._executor.launch, []
+        launch, plans = llm.core.model_runner.launch, []
 
         def scarce(plan, *args):
             plans.append(dict(plan.num_scheduled_tokens))
@@ -52,7 +52,7 @@ def test_memory_runs_out_in_a_step(alone, nth, late, monkeypatch):
                 launch(plan, *args)
             return out_of_memory()
 
-        monkeypatch.setattr(llm._executor, "launch", scarce)
+        monkeypatch.setattr(llm.core.model_runner, "launch", scarce)
         outputs = run(llm, PROMPTS, PARAMS)
         check_empty(llm)
         monkeypatch.undo()
@@ -73,7 +73,7 @@ def test_memory_runs_out_in_a_step(alone, nth, late, monkeypatch):
 
 def test_memory_never_suffices(monkeypatch):
     with engine() as llm:
-        monkeypatch.setattr(llm._executor, "launch", out_of_memory)
+        monkeypatch.setattr(llm.core.model_runner, "launch", out_of_memory)
         outputs = run(llm, PROMPTS, PARAMS)
         assert all("memory ran out" in a.error for o in outputs for a in o.outputs)
         check_empty(llm)
@@ -98,22 +98,23 @@ def test_abort_at_every_stage(alone, which):
     seen, at = set(), 0
     with engine(num_blocks=9, max_num_batched_tokens=16, max_num_seqs=4) as llm:
         while "finished" not in seen:
-            requests = llm._add(PROMPTS, PARAMS, streaming=at % 2 == 0)
+            requests = llm.core.processor.process(PROMPTS, PARAMS)
+            llm.core.add(requests, streaming=at % 2 == 0)
             for _ in range(at):
-                llm._step()
+                llm.core.step()
             sequence = requests[which].answers[0].sequence
             seen.add(sequence.status.name.lower())
             if at % 2 and sequence.status == SequenceStatus.RUNNING:
-                llm._scheduler.preempt(sequence)
+                llm.core.scheduler.preempt(sequence)
                 seen.add("preempted")
             known = [list(answer.sequence.output) for answer in requests[which].answers]
             llm.abort(requests[which].id)
             while any(not request.finished for request in requests):
-                llm._step()
+                llm.core.step()
             check_empty(llm)
             for i, request in enumerate(requests):
                 if i != which:
-                    assert token_ids(llm._output(request)) == alone[i]
+                    assert token_ids(llm.core.output(request)) == alone[i]
             for answer, so_far, whole in zip(
                 requests[which].answers, known, alone[which], strict=True
             ):
@@ -132,15 +133,16 @@ def test_ten_thousand_requests(monkeypatch):
     few = SamplingParams(temperature=0, max_tokens=1)
     prompts = [[3 + i % 90, 3 + i // 90 % 90, 5] for i in range(10_000)]
     with engine(num_blocks=300, max_num_batched_tokens=1024) as llm:
-        requests = llm._add(prompts, few, streaming=False)
+        requests = llm.core.processor.process(prompts, few)
+        llm.core.add(requests)
         steps = 0
         while not requests[999].finished:
-            llm._step()
+            llm.core.step()
             steps += 1
         assert steps <= 16 and len(looks) <= 256 * 3 * steps
-        llm._drop(requests[1000:])
+        llm.core.abort(requests[1000:])
         while any(not request.finished for request in requests):
-            llm._step()
+            llm.core.step()
         check_empty(llm)
         reasons = [request.answers[0].finish_reason for request in requests]
         assert set(reasons[:1000]) == {"length"} and set(reasons[1500:]) == {"abort"}

@@ -17,6 +17,7 @@ from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
 from llmfast.engine import model_runner
 from llmfast.engine.model_runner import ModelRunner
+from llmfast.engine.outputs import OutputProcessor
 from llmfast.errors import UserError
 from llmfast.runner.executor import Executor
 from llmfast.runner.warmup import compile_steps
@@ -248,13 +249,13 @@ def test_a_cache_that_runs_out_changes_nothing():
 def test_a_prefix_is_computed_once(monkeypatch):
     steps = []
     with engine(num_blocks=60) as llm:
-        launch = llm._executor.launch
+        launch = llm.core.model_runner.launch
 
         def count(plan, *args):
             steps.append(sum(plan.num_scheduled_tokens.values()))
             return launch(plan, *args)
 
-        monkeypatch.setattr(llm._executor, "launch", count)
+        monkeypatch.setattr(llm.core.model_runner, "launch", count)
         prompts = [[*LONG[:48], 5 + i] for i in range(4)]
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2), False)
         assert steps[0] == 49 and sum(steps) == 49 + 3 + 4  # and one token each to follow
@@ -481,7 +482,7 @@ def test_nothing_left_to_choose():
 
 @pytest.mark.parametrize(
     ("where", "nth"),
-    [((ModelRunner, "launch"), 1), ((ModelRunner, "launch"), 4), ((LLM, "_take"), 3)],
+    [((ModelRunner, "launch"), 1), ((ModelRunner, "launch"), 4), ((OutputProcessor, "append"), 3)],
 )
 def test_a_step_that_raises_leaves_the_engine_usable(where, nth, monkeypatch):
     with engine() as llm:
@@ -499,7 +500,7 @@ def test_a_step_that_raises_leaves_the_engine_usable(where, nth, monkeypatch):
             patch.setattr(*where, fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
-        assert len(llm._requests) == 1  # the stream's
+        assert len(llm.core.requests) == 1  # the stream's
         *_, output = stream
         assert_as_alone(output, 7, 4)
         check_empty(llm)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engines import LONG, VOCABULARY, check_empty, engine, logits_of, text_engine
 from llmfast import SamplingParams
+from llmfast.engine import core
 from llmfast_kernels.sampling.reference import sample_tokens_reference
 from tiny_models import make
 
@@ -212,7 +213,7 @@ def test_a_prompt_is_scored_on_after_a_step_that_raised(monkeypatch):
     with engine(max_num_batched_tokens=7) as llm:
         stream = llm.stream([LONG[:40], LONG[:3]], [scored, GREEDY])
         next(stream)
-        own, calls = llm._executor.launch, []
+        own, calls = llm.core.model_runner.launch, []
 
         def fail(*args):
             calls.append(args)
@@ -220,7 +221,7 @@ def test_a_prompt_is_scored_on_after_a_step_that_raised(monkeypatch):
                 raise RuntimeError("out of luck")
             return own(*args)
 
-        monkeypatch.setattr(llm._executor, "launch", fail)
+        monkeypatch.setattr(llm.core.model_runner, "launch", fail)
         with pytest.raises(RuntimeError, match="out of luck"):
             run(llm, [LONG[:9]], GREEDY)
         last = {output.request_id: output for output in stream}
@@ -295,15 +296,12 @@ def test_requests_that_cannot_be_run_fail_alone():
 
 def test_without_them_a_step_is_not_touched(monkeypatch):
     """Their code is not reached: what is unused costs nothing."""
-    from llmfast.engine import core as module
-
-    monkeypatch.setattr(module, "score", None)
-    monkeypatch.setattr(module.EngineCore, "_take_prompts", None)
+    monkeypatch.setattr(core, "score", None)
     rows = []
     with engine() as llm:
-        own = llm._executor.launch
+        own = llm.core.model_runner.launch
         monkeypatch.setattr(
-            llm._executor,
+            llm.core.model_runner,
             "launch",
             lambda plan, *args: rows.append(len(args[0])) or own(plan, *args),
         )

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from block_books import check_books
 from llmfast.engine.block_manager import BlockManager
 from llmfast.engine.chunking import ChunkSizer
+from llmfast.engine.policy import ChunkedPrefill, WholePrefill
 from llmfast.engine.request import Sequence, SequenceStatus
 from llmfast.engine.scheduler import Scheduler
 from llmfast.errors import UserError
@@ -16,11 +17,20 @@ from llmfast.errors import UserError
 class Cache:
     """Runs plans: a slot holds the tokens up to it, as keys and values depend on them all."""
 
-    def __init__(self, num_blocks=8, block_size=4, seqs=4, budget=8, caching=True, **options):
+    def __init__(
+        self,
+        num_blocks=8,
+        block_size=4,
+        seqs=4,
+        budget=8,
+        caching=True,
+        chunked=True,
+        chunk_sizer=None,
+    ):
         self.blocks = BlockManager(num_blocks, block_size, caching=caching)
-        self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=seqs, max_num_batched_tokens=budget, **options
-        )
+        self.budget, self.chunked = budget, chunked
+        policy = ChunkedPrefill(budget, chunk_sizer) if chunked else WholePrefill(budget)
+        self.scheduler = Scheduler(self.blocks, policy, max_num_seqs=seqs)
         self.slots = {}
 
     def add(self, prompt, max_tokens=4, parent=None, priority=0):
@@ -38,7 +48,7 @@ class Cache:
         plan = self.scheduler.schedule()
         assert bool(plan.num_scheduled_tokens) == left
         check_books(blocks, [s.blocks for s in self.scheduler.running])
-        budget, chunked = self.scheduler.max_num_batched_tokens, self.scheduler.chunked
+        budget, chunked = self.budget, self.chunked
         prompts = {
             s
             for s in plan.num_scheduled_tokens
@@ -100,7 +110,7 @@ class Cache:
         raise AssertionError("never ends")
 
     def check_empty(self):
-        assert not self.scheduler.running and not self.scheduler._computing
+        assert not self.scheduler.has_sequences
         assert self.blocks.num_free == self.blocks.num_blocks
         check_books(self.blocks, [])
 
@@ -528,8 +538,8 @@ def test_ten_thousand_waiting_requests_cost_a_step_little():
     prefix = [1] * 40
     sequences = [cache.add([*prefix, i], max_tokens=1) for i in range(10_000)]
     looks = []
-    must_wait = cache.scheduler._must_wait
-    cache.scheduler._must_wait = lambda s: looks.append(s) or must_wait(s)
+    awaits_prefix = cache.scheduler._awaits_prefix
+    cache.scheduler._awaits_prefix = lambda s: looks.append(s) or awaits_prefix(s)
     for _ in range(20):
         cache.step()
     assert len(looks) <= 20 * 8

@@ -115,7 +115,7 @@ def test_answers_fit_other_structures(structure, pattern):
 def test_odd_texts_of_a_choice(xgrammar):
     odd = ["\x01\n\t\x7f", "\u00e9\u4e2d\U0001f600", "\\u0041", "'", '"', "]"]
     with engine() as llm:
-        grammars = llm._processor._grammars
+        grammars = llm.core.processor.grammars
         for text in odd:
             wanted = StructuredOutputsParams(choice=[text, "another"])
             matcher = grammars.matcher(wanted)
@@ -154,14 +154,14 @@ def test_a_step_that_raises_leaves_answers_where_they_were(monkeypatch):
         stream = llm.stream("AB", given)
         for _ in range(5):
             next(stream)
-        launch = llm._executor.launch
+        launch = llm.core.model_runner.launch
 
         def fail(*args):
             launch(*args)
             raise RuntimeError("out of luck")
 
         with monkeypatch.context() as patch:
-            patch.setattr(llm._executor, "launch", fail)
+            patch.setattr(llm.core.model_runner, "launch", fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 run(llm, "C", given)
         *_, last = stream
@@ -175,7 +175,7 @@ def test_a_schema_is_compiled_once():
         sizes = []
         for structure in ({"json": SCHEMA}, {"json": json.dumps(SCHEMA)}, {"regex": "[ab]{4}"}):
             run(llm, "AB", params(structure))
-            sizes.append(llm._processor._grammars._compiler.get_cache_size_bytes())
+            sizes.append(llm.core.processor.grammars.compiled_bytes)
     assert 0 < sizes[0] == sizes[1] < sizes[2]
 
 
@@ -223,7 +223,7 @@ def test_what_does_not_compile_fails_its_request_alone(caplog):
         check_empty(llm)
         # no token is left for the space in it, in a vocabulary without one
         (stuck,) = run(llm, "AB", params({"choice": ["a b"]}))
-        check_books(llm._blocks, [])
+        check_books(llm.core.scheduler.blocks, [])
     for output, (_, words) in zip(bad, cases, strict=True):
         (answer,) = output.outputs
         assert (answer.finish_reason, answer.token_ids) == ("error", [])

@@ -9,7 +9,7 @@ import torch
 
 from block_books import check_books
 from generating import tokenizer
-from llmfast import LLM
+from llmfast import LLM, AsyncLLM
 from llmfast.runner.executor import Executor
 from tiny_models import make, tokens
 
@@ -36,18 +36,17 @@ def text_engine(**changes: Any) -> LLM:
     return engine(tokenizer=tokenizer(), **changes)
 
 
-def executor_of(llm: LLM) -> Executor:
+def executor_of(llm: LLM | AsyncLLM) -> Executor:
     """Return what runs the engine's steps and has the cache and the graphs."""
-    return llm._executor.executor
+    return llm.core.model_runner.executor
 
 
-def check_empty(llm: LLM) -> None:
+def check_empty(llm: LLM | AsyncLLM) -> None:
     """Assert that nothing is left of any request."""
-    assert not llm._requests and not llm._owners and not llm._outputs.texts
-    assert not llm._scheduler.running and not llm._scheduler._waiting
-    assert not llm._scheduler._computing
-    check_books(llm._blocks, [])
-    assert llm._blocks.num_free == llm._blocks.num_blocks
+    assert llm.core.idle
+    blocks = llm.core.scheduler.blocks
+    check_books(blocks, [])
+    assert blocks.num_free == blocks.num_blocks
 
 
 def logits_of(token_ids: list[int], model: Any = None) -> torch.Tensor:

@@ -103,18 +103,18 @@ def kernels():
 def test_steps_are_measured_once_all_decode(monkeypatch):
     with engine() as llm:
         steps, clock = [], iter(range(10_000))
-        step = llm._step
+        step = llm.core.step
 
         def watch():
-            running = llm._scheduler.running
+            running = llm.core.scheduler.running
             steps.append((len(running), [s.remaining for s in running]))
             step()
             executor_of(llm).results.waited += 0.25
 
-        monkeypatch.setattr(llm, "_step", watch)
+        monkeypatch.setattr(llm.core, "step", watch)
         monkeypatch.setattr(gpu_busy, "_now", lambda: float(next(clock)))
         found = profile_steps(llm, *WORK.draw(101), clocked=5, traced=10, trace=kernels)
-        assert not llm._scheduler.running and not llm._requests
+        assert llm.core.idle
     looked_at = steps[-15:]
     assert looked_at == [(4, [1] * 4)] * 15 and steps[0] == (0, [])
     assert found.host_seconds == [0.75] * 5  # one tick, of which a quarter is waiting
@@ -142,7 +142,7 @@ def test_answers_that_end_too_early_are_the_users_mistake():
     with engine() as llm:
         with pytest.raises(UserError, match="--busy wants 250 steps in which all"):
             profile_steps(llm, *WORK.draw(101), trace=kernels)
-        assert not llm._requests
+        assert llm.core.idle
 
 
 def test_waiting_for_a_step_is_counted(monkeypatch):
@@ -160,7 +160,7 @@ def test_waiting_for_a_step_is_counted(monkeypatch):
             result = executor.collect(StepHandle(1, result=torch.tensor([[7], [0]]), done=Event()))
             assert result.tokens.tolist() == [7] and result.status is None
         monkeypatch.undo()
-        assert executor.waited == llm._executor.waited == 2.5 + 1 and len(waits) == 2
+        assert executor.waited == llm.core.model_runner.waited == 2.5 + 1 and len(waits) == 2
 
 
 def test_figures():

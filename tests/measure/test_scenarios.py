@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from llmfast.engine.async_llm import AsyncLLM
 from llmfast.engine.llm import LLM
+from llmfast.engine.model_runner import ModelRunner
 from llmfast.errors import UserError
 from llmfast.measure import scenarios, shapes
 from llmfast.measure.scenarios import LongPrompts, SharedPrefix
@@ -40,18 +42,24 @@ def tiny(monkeypatch):
 def engines(monkeypatch):
     """Record the options of each engine that is made, and its computed prompt tokens."""
     made = []
-    init, launch = LLM.__init__, LLM._launch
+    launch = ModelRunner.launch
 
-    def count(self, plan):
-        made[-1][1].append(dict(plan.num_scheduled_tokens))
-        launch(self, plan)
+    def count(self, scheduled, *args):
+        made[-1][1].append(dict(scheduled.num_scheduled_tokens))
+        return launch(self, scheduled, *args)
 
-    def note(self, model, **options):
-        made.append((options, []))
-        init(self, model, **options)
+    def watch(kind):
+        init = kind.__init__
 
-    monkeypatch.setattr(LLM, "__init__", note)
-    monkeypatch.setattr(LLM, "_launch", count)
+        def note(self, model, **options):
+            made.append((options, []))
+            init(self, model, **options)
+
+        monkeypatch.setattr(kind, "__init__", note)
+
+    watch(LLM)
+    watch(AsyncLLM)
+    monkeypatch.setattr(ModelRunner, "launch", count)
     return made
 
 
