@@ -26,7 +26,7 @@ def differences(taken, recorded):
     for key in sorted(taken.keys() - recorded.keys()):
         found.append(f"{key}: not in the record; {UPDATE}")
     for key in sorted(recorded.keys() - taken.keys()):
-        found.append(f"{key}: in the record, but compiled no more; {UPDATE}")
+        found.append(f"{key}: in the record, but no longer compiled; {UPDATE}")
     for key in sorted(taken.keys() & recorded.keys()):
         for what, now in taken[key].items():
             before = recorded[key].get(what, 0)
@@ -85,4 +85,4 @@ def test_growth_is_seen():
     (missing,) = differences({**same, "c": {"stack": 0, "shared": 0}}, same)
     assert missing.startswith("c: not in the record") and "--update" in missing
     (stale,) = differences({"a": same["a"]}, same)
-    assert stale.startswith("b: in the record, but compiled no more")
+    assert stale.startswith("b: in the record, but no longer compiled")

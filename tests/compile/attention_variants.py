@@ -153,6 +153,8 @@ VARIANTS = [
     _prefill("sm_80", "fp32", 128, "softcap offset keys"),
     _prefill("sm_80", "bf16", 256, "paged=16 sinks lse"),
     _prefill("sm_100", "bf16", 128, "paged=16 window softcap mixed"),
+    _prefill("sm_120", "bf16", 128, "paged=64"),
+    _prefill("gfx942", "bf16", 128, "paged=64 window"),
     _decode("sm_90", "bf16", 128, 1, "split"),
     _decode("sm_90", "bf16", 128, 1, "paged=64 sinks lse mixed"),
     _decode("sm_90", "fp16", 64, 3, "split paged=64 window"),
@@ -161,5 +163,9 @@ VARIANTS = [
     _decode("sm_80", "fp16", 112, 1, "split window sinks"),
     _decode("sm_100", "bf16", 128, 1, "split paged=64"),
     _decode("sm_100", "bf16", 64, 3, "full varlen lse"),
+    _decode("sm_120", "bf16", 128, 1, "split paged=64"),
+    _decode("gfx942", "bf16", 128, 1, "split paged=64"),
     _merge("sm_90", "bf16", 128, 64, "lse"),
+    _merge("sm_80", "fp16", 64, 16, "varlen"),
+    _merge("gfx942", "bf16", 128, 16, "lse"),
 ]

@@ -1,4 +1,4 @@
-"""Variants of decode_step for the compile gate: integers only, so one of each kernel."""
+"""The compile gate's variants of decode_step: integers only, so one of each kernel."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ VARIANTS = [
         },
         constexprs={"N_STOPS": 16, "BLOCK": BLOCK, "BLOCK_STOPS": 16},
         num_warps=4,
-        targets=("sm_80",),
+        targets=("sm_80", "gfx942"),
     ),
 ]

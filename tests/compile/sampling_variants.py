@@ -1,4 +1,4 @@
-"""Variants of sampling for the compile gate: each kernel with every option, or with the least."""
+"""The compile gate's variants of sampling: each kernel with every option, or with the least."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ VARIANTS = [
     _variant("threshold", "sm_100", "fp32", 64, "greedy"),
     _variant("candidates", "sm_100", "fp32", 1, "all"),
     _variant("candidates", "sm_80", "fp16", 64, "temperature"),
+    _variant("threshold", "gfx942", "bf16", 1, "all"),
     _variant("sample", "sm_90", "bf16", 1, "all"),
+    _variant("sample", "gfx942", "bf16", 1, "all"),
     _logprobs("chunk_logprobs", "sm_90", "fp32"),
     _logprobs("logprobs", "sm_80", "bf16"),
 ]
