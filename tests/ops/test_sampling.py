@@ -172,7 +172,7 @@ def test_rows_of_one_sequence_get_the_tokens_of_calls_for_each_alone(device):
 
 def test_a_temperature_without_end_makes_all_alike_but_minus_infinity(device):
     logits = random_logits(3, 5)
-    logits[1, 2] = -INF  # -inf / inf is no number
+    logits[1, 2] = -INF  # -inf / inf is NaN
     logits[2] = -INF
     got = check_kernel(logits, device, **draw_options(3, temperature=INF))
     assert got.status.tolist() == [OK, NOT_FINITE, NOT_FINITE]

@@ -84,7 +84,7 @@ _logprobs = CachedLauncher(logprobs_kernel)
 
 
 class _Buffers(NamedTuple):
-    """What the kernels write, for one call."""
+    """The tensors that the kernels of one call write."""
 
     tokens: torch.Tensor  # int64 [B]
     status: torch.Tensor  # int32 [B]
