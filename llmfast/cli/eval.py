@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +17,7 @@ from .quantize import QuantizeOptions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..measure.quality import Progress, Quality
+    from ..measure.quality import Quality
     from ..measure.results import Run
     from ..model.report import Report
 
@@ -143,30 +141,27 @@ def evaluate(request: EvalOptions) -> Quality:
 
     request.check()
     text = read_text(request.text)
-    with ui.progress(f"Loading {request.model or 'the embedded model'}"):
-        import torch
+    where: dict[str, Any] = {"device": request.device, "dtype": request.dtype}
+    model, tokenizer = ui.load(request.model, **where)  # imports torch, under its bar
+    import torch
 
-        import llmfast
+    import llmfast
 
-        from ..measure.quality import compare
-        from ..weights.model_weights import overwrite
+    from ..measure.quality import compare
+    from ..weights.model_weights import overwrite
 
-        model, tokenizer = llmfast.load(request.model, device=request.device, dtype=request.dtype)
-        ids = _encode(tokenizer, text.text, request)
+    ids = _encode(tokenizer, text.text, request)
     if request.reference is None:
         reference: Any = _twin(model, apart=request.choice is not None)
     else:
-        with ui.progress(f"Loading {request.reference}"):
-            reference = llmfast.load(
-                request.reference, device=request.device, dtype=request.dtype
-            ).model
+        reference = ui.load(request.reference, **where).model
     if request.choice is not None:
         with ui.progress("Quantizing") as step:
             found = request.choice.find(model, tokenizer, step)
         overwrite("eval", model, found)
-    with ui.progress("Compiling the kernels and proving each"):
+    with ui.progress("Compiling and verifying the kernels"):
         report = llmfast.patch(model, ops=_ops(request.ops))
-    with _windows_bar() as advance:
+    with ui.progress("Windows") as step:
         quality = compare(
             reference,
             model,
@@ -174,7 +169,7 @@ def evaluate(request: EvalOptions) -> Quality:
             window=request.window,
             stride=request.stride,
             seed=request.seed,
-            progress=advance,
+            progress=lambda done, total: step("Windows", done, total),
         )
 
     from rich.console import Console
@@ -216,19 +211,6 @@ def _ops(ops: str | None) -> str | list[str] | None:
     if ops is None or ops == "all":
         return ops
     return [op.strip() for op in ops.split(",")]
-
-
-@contextmanager
-def _windows_bar() -> Generator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("Windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Bars(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _table(quality: Quality, request: EvalOptions, text: str) -> Table:

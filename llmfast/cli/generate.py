@@ -125,7 +125,7 @@ def answer(request: GenerateOptions) -> None:
     loaded = time.perf_counter()
     ids = encode(tokenizer, request.prompt, raw=request.raw)
     max_tokens = _room(model, len(ids), request.max_tokens)
-    with ui.progress("Compiling the kernels and proving each"):
+    with ui.progress("Compiling and verifying the kernels"):
         # on the CPU this swaps nothing: there transformers' own loop is faster than the runner
         report = llmfast.patch(model)
     patched = time.perf_counter()

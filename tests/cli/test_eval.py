@@ -47,7 +47,7 @@ def loads(monkeypatch):
         model: object
         tokenizer: object
 
-    def load(path=None, *, device=None, dtype=None):
+    def load(path=None, *, device=None, dtype=None, on_progress=None):
         asked.append((path, device, dtype))
         return Loaded(tiny(int(path == "other")), tokenizer)
 
