@@ -47,6 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("bench needs pytest-benchmark: pip install 'llmfast[bench]'")
     config.stash[notes_key] = []
 
 
@@ -68,6 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=clock.read))
 
 
+@pytest.hookimpl(optionalhook=True)  # so that pytest_configure can say what is missing
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["gpu"] = torch.cuda.get_device_name() if ON_GPU else "none"
     machine_info["torch"] = torch.__version__
