@@ -99,7 +99,7 @@ def decode_command(
     ] = None,
     repeats: Annotated[int, typer.Option(help="Runs of a case; the median counts.")] = 3,
     peers: Annotated[
-        str, typer.Option(metavar="transformers|none", help="Whom to measure beside llmfast.")
+        str, typer.Option(metavar="transformers|none", help="Peer to measure beside llmfast.")
     ] = "transformers",
     starts: Annotated[
         int,

@@ -69,16 +69,14 @@ def eval_command(
         str | None,
         typer.Option(
             metavar="DIR-OR-HUB-ID",
-            help="What to compare with, as transformers runs it.",
+            help="Model to compare with, as transformers runs it.",
             show_default="the same model, not patched",
         ),
     ] = None,
     text: Annotated[
-        str, typer.Option(metavar="persuasion|pride-and-prejudice|FILE", help="What to read.")
+        str, typer.Option(metavar="persuasion|pride-and-prejudice|FILE", help="Text to read.")
     ] = "persuasion",
-    tokens: Annotated[
-        int, typer.Option(help="How many tokens of the text, from its start.")
-    ] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to read, from its start.")] = 4096,
     window: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 512,
     stride: Annotated[
         int | None,
@@ -88,7 +86,7 @@ def eval_command(
         str | None,
         typer.Option(
             metavar="norm,activation,attention|all",
-            help="What to swap in the model.",
+            help="Operations to swap in the model.",
             show_default="all on a GPU, nothing on a CPU",
         ),
     ] = None,

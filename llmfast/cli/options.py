@@ -51,13 +51,13 @@ SamplingSeed = Annotated[int | None, typer.Option(help="Repeat the same draws.")
 # ------------------------------------------------------------------------------- quantization
 
 QuantizedWeights = Annotated[
-    str, typer.Option("--weights", metavar="int4|int8", help="What to round the linear layers to.")
+    str, typer.Option("--weights", metavar="int4|int8", help="Type of the quantized linear layers.")
 ]
 OptionalQuantizedWeights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="int4|int8", help="What to round the linear layers to."),
+    typer.Option("--weights", metavar="int4|int8", help="Type of the quantized linear layers."),
 ]
-Method = Annotated[str, typer.Option(metavar="nearest|gptq|awq", help="How codes are found.")]
+Method = Annotated[str, typer.Option(metavar="nearest|gptq|awq", help="Method of rounding.")]
 GroupSize = Annotated[
     int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or 0 for all of a layer.")
 ]
@@ -66,15 +66,17 @@ ZeroPoints = Annotated[
 ]
 Calibration = Annotated[
     str,
-    typer.Option(metavar="pride-and-prejudice|persuasion|FILE", help="What gptq and awq read."),
+    typer.Option(
+        metavar="pride-and-prejudice|persuasion|FILE", help="Text that gptq and awq read."
+    ),
 ]
 CalibrationTokens = Annotated[
-    int, typer.Option(help="How many tokens of it, from its start, at most.")
+    int, typer.Option(help="Tokens of it to read at most, from its start.")
 ]
 
 # ------------------------------------------------------------------------------- benchmarks
 
-Requests = Annotated[int, typer.Option(help="How many requests.")]
+Requests = Annotated[int, typer.Option(help="Number of requests.")]
 InputRange = Annotated[
     str, typer.Option("--input", metavar="N|LOW-HIGH", help="Tokens of a prompt, uniform.")
 ]
