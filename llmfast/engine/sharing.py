@@ -62,6 +62,12 @@ class SharedSteps:
         """Whether a posted function has not run yet."""
         return bool(self._posted)
 
+    @property
+    def num_waiting(self) -> int:
+        """Threads in :meth:`run_until`."""
+        with self._mutex:
+            return len(self._waiters)
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keep steps and posted functions away; what was posted before has run.

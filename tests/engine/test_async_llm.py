@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import threading
+import time
 
 import pytest
 
@@ -292,3 +293,93 @@ def test_several_event_loops_one_of_them_gone():
     assert [tokens(found[i]) for i in range(5)] == alone()
     llm.close()
     assert llm.core.idle
+
+
+def test_a_prompt_that_takes_long_to_tokenize_delays_nobody():
+    """Tokens of others arrive while it is tokenized in another thread."""
+    tokenizer, entered, release = byte_tokenizer(), threading.Event(), threading.Event()
+    encode, threads = tokenizer.encode, []
+
+    def slow(text, **kwargs):
+        threads.append(threading.current_thread())
+        if len(text) == 50:
+            entered.set()
+            assert release.wait(30)
+        return encode(text, **kwargs)
+
+    tokenizer.encode = slow
+
+    async def body(llm):
+        late = asyncio.create_task(last(llm, "A" * 50, GREEDY))
+        await asyncio.to_thread(entered.wait, 30)
+        beside = await last(llm, PROMPTS[1], GREEDY)
+        assert not late.done()
+        release.set()
+        assert len(tokens(await late)) == 15
+        return beside
+
+    assert tokens(serve(body, tokenizer=tokenizer)) == alone()[1]
+    assert all(thread.name.startswith("llmfast input") for thread in threads)
+
+
+@pytest.mark.parametrize("how_it_ends", ["abort", "cancel", "close"])
+def test_a_request_that_ends_while_it_is_tokenized(how_it_ends):
+    tokenizer, entered, release = byte_tokenizer(), threading.Event(), threading.Event()
+    encode = tokenizer.encode
+
+    def slow(text, **kwargs):
+        entered.set()
+        assert release.wait(30)
+        return encode(text, **kwargs)
+
+    tokenizer.encode = slow
+
+    async def body():
+        llm = AsyncLLM(model_of(), tokenizer=tokenizer, **options())
+        task = asyncio.create_task(last(llm, "AB", LONGEST, "mine"))
+        await asyncio.to_thread(entered.wait, 30)
+        if how_it_ends == "abort":
+            await llm.abort("mine")
+            release.set()
+            output = await task
+            assert output.finished and output.outputs[0].finish_reason == "abort"
+        elif how_it_ends == "cancel":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            release.set()
+            output = await last(llm, "AB", GREEDY, "mine")  # its id is free again
+            assert output.finished
+        else:
+            await asyncio.to_thread(llm.close)
+            release.set()
+            with pytest.raises(RuntimeError, match="it is closed"):
+                await task
+        await quiet(llm)
+        check_empty(llm)
+        llm.close()
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_seeds_are_drawn_in_the_order_of_the_calls():
+    """A text, which is tokenized in another thread, and token ids, which are not."""
+    drawn = SamplingParams(max_tokens=12)
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("AB")
+    encode = tokenizer.encode
+
+    def slow(text, **kwargs):
+        time.sleep(0.05)
+        return encode(text, **kwargs)
+
+    tokenizer.encode = slow
+
+    async def body(llm):
+        asked = ["AB", ids, "AB", ids]
+        tasks = [asyncio.create_task(last(llm, prompt, drawn)) for prompt in asked]
+        return [tokens(output) for output in await asyncio.gather(*tasks)]
+
+    with engine() as llm:
+        wanted = [tokens(output) for output in llm.generate([ids] * 4, drawn, use_tqdm=False)]
+    assert serve(body, tokenizer=tokenizer) == wanted
