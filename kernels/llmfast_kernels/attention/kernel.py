@@ -37,6 +37,8 @@ class _Call(NamedTuple):
     v: Heads
     out: Output
     sequences: Sequences
+    n_kv_heads: int
+    block_size: int | None  # tokens in a block of the paged cache
     batch: int
     n_queries: int  # the most of any sequence
     n_keys: int
@@ -78,6 +80,8 @@ def launch_flash_attention(
         v=Heads(v, *v.stride()[:3]),
         out=_empty_output(q, (batch, n_heads, n_queries) if return_lse else None),
         sequences=Sequences(key_start_ptr=key_start, key_end_ptr=key_end, offset_ptr=offsets),
+        n_kv_heads=k.shape[2],
+        block_size=None,
         batch=batch,
         n_queries=n_queries,
         n_keys=n_keys,
@@ -115,6 +119,8 @@ def launch_flash_attention_varlen(
         v=Heads(v, 0, *v.stride()[:2]),
         out=_empty_output(q, (q.shape[1], q.shape[0]) if return_lse else None),
         sequences=Sequences(cu_seqlens_q, cu_seqlens_k),
+        n_kv_heads=k.shape[1],
+        block_size=None,
         batch=cu_seqlens_q.shape[0] - 1,
         n_queries=max_seqlen_q,
         n_keys=max_seqlen_k,
@@ -148,14 +154,14 @@ def launch_paged_attention(
     launch: Launch | Launches | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     batch, max_blocks = block_table.shape
-    n_keys = max_blocks * k_cache.shape[2]
+    _, n_kv_heads, block_size, _ = k_cache.shape
+    n_keys = max_blocks * block_size
     if max_context_len is not None:
         n_keys = min(n_keys, max_context_len)
-    k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # heads where flash_attention has them
     call = _Call(
         q=Heads(q, 0, *q.stride()[:2]),
-        k=Heads(k, *k.stride()[:3]),
-        v=Heads(v, *v.stride()[:3]),
+        k=_cached_heads(k_cache),
+        v=_cached_heads(v_cache),
         out=_empty_output(q, (q.shape[1], q.shape[0]) if return_lse else None),
         sequences=Sequences(
             cu_q_ptr=query_start,
@@ -163,6 +169,8 @@ def launch_paged_attention(
             block_table_ptr=block_table,
             tree_mask_ptr=tree_mask,
         ),
+        n_kv_heads=n_kv_heads,
+        block_size=block_size,
         batch=batch,
         n_queries=max_query_len,
         n_keys=n_keys,
@@ -176,7 +184,7 @@ def launch_paged_attention(
         one_query, several = launch
         _run(call._replace(n_queries=1, max_prompts=max_prompts), one_query)
         _run(call._replace(max_prompts=max_prompts), several)
-    elif launch is not None or max_prompts is None or not _differ(q, k, max_query_len):
+    elif launch is not None or max_prompts is None or not _differ(q, n_kv_heads, max_query_len):
         _run(call, launch)
     else:
         with _side_stream(q.device):
@@ -184,6 +192,12 @@ def launch_paged_attention(
         _run(call._replace(max_prompts=max_prompts), None)
         _join_side_stream(q.device)
     return _result(call.out)
+
+
+def _cached_heads(cache: torch.Tensor) -> Heads:
+    """Return ``[num_blocks, Hkv, block_size, D]`` with the strides of flash_attention's order."""
+    stride_block, stride_head, stride_offset, _ = cache.stride()
+    return Heads(cache, stride_block, stride_offset, stride_head)
 
 
 def _empty_output(q: torch.Tensor, lse_shape: tuple[int, ...] | None) -> Output:
@@ -218,17 +232,16 @@ def _join_side_stream(device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_stream(_side_streams.of(device))
 
 
-def _differ(q: torch.Tensor, k: torch.Tensor, n_queries: int) -> bool:
+def _differ(q: torch.Tensor, n_kv_heads: int, n_queries: int) -> bool:
     """Return True if the decode kernel takes one query and the prefill kernel n_queries."""
-    group = q.shape[-2] // max(k.shape[-2], 1)
+    group = q.shape[-2] // max(n_kv_heads, 1)
     return group <= max_rows(q.element_size()) < n_queries * group
 
 
 def _run(call: _Call, launch: Launch | None) -> None:
     """Run the kernels that ``launch`` belongs to; if it is None, choose it."""
-    q, sequences = call.q.ptr, call.sequences
+    q, sequences, n_kv_heads = call.q.ptr, call.sequences, call.n_kv_heads
     n_heads, head_dim = q.shape[-2:]
-    n_kv_heads = call.k.ptr.shape[-2]
     scale, softcap = call.scale, call.softcap
     if scale is None:
         scale = head_dim**-0.5
@@ -247,8 +260,7 @@ def _run(call: _Call, launch: Launch | None) -> None:
         0 if table is None else table.stride(0),
         0 if tree_mask is None else tree_mask.stride(0),
     )
-    block_size = None if table is None else call.k.ptr.shape[1]
-    shape = (n_heads // n_kv_heads, head_dim, block_size, launch.block_m, launch.block_n)
+    shape = (n_heads // n_kv_heads, head_dim, call.block_size, launch.block_m, launch.block_n)
     sizes = (call.n_queries, call.n_keys, call.query_offset)
     if isinstance(launch, PrefillLaunch):
         if call.max_prompts is None:

@@ -11,19 +11,22 @@ specializes a kernel on:
   kernel lists in ``do_not_specialize`` the width alone;
 - the values of constexprs, the device, and the options of the launch.
 
-The cost is small because the usual case is tested as a whole: one bitwise OR tells if all addresses
-are aligned, and one if all integers are multiples of 16.
+The key of the usual case costs little: all addresses are multiples of 16 bytes, as one bitwise OR
+shows, and all integers are multiples of 16 that fit int32, as another one shows. Its function is
+generated for the types of the arguments, since a loop over them would take most of a launch's time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from itertools import chain, takewhile
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .pdl import pdl_options
@@ -32,7 +35,10 @@ ALIGNMENT = 16  # bytes of an address, or units of an integer: Triton's threshol
 
 _compiled: Counter[str] = Counter()
 
-Flat = Sequence[Any]
+Arguments = tuple[Any, ...]
+Options = dict[str, Any]
+# (device, ...) of arguments in the usual case; None of others
+KeyFunction = Callable[[Arguments, Options], tuple[Any, ...] | None]
 
 
 def compilations() -> Counter[str]:
@@ -58,6 +64,7 @@ class CachedLauncher:
     Arguments may be NamedTuples of tensors, numbers and None. Grouped arguments come first in the
     kernel's signature, constexprs last. Triton specializes all integers of a group, whatever
     ``do_not_specialize`` says, so an integer that varies from call to call must not be in a group.
+    A bool where integers were given before counts as the integer 0 or 1.
     """
 
     def __init__(self, function: Any, pdl: bool = False) -> None:
@@ -76,11 +83,12 @@ class CachedLauncher:
         # the interpreter compiles nothing. On AMD Triton specializes on the size of a tensor's
         # storage too (offsets of 32 bits up to 2 GiB), which it alone knows how to tell
         self._cached = isinstance(function, JITFunction) and not torch.version.hip
-        self._n_groups: int | None = None
-        self._variants: dict[tuple[type, ...], _Variants | None] = {}
+        self._signatures: dict[tuple[type, ...], _Signature] = {}
+        self._key_of: KeyFunction = lambda args, options: None  # for the latest types
+        self._variants: dict[Hashable, CompiledKernel] = {}
         self._known: set[int] = set()
 
-    def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], **options: Any) -> None:
+    def __call__(self, grid: tuple[int, ...], args: Arguments, **options: Any) -> None:
         """Launch ``grid`` programs on the device of the tensors and its current stream.
 
         Args:
@@ -88,41 +96,50 @@ class CachedLauncher:
             args: every argument of the kernel in its order, constexprs too.
             options: num_warps, num_stages and other options of the compiler.
         """
-        if not self._cached:
-            self._launch_by_triton(grid, args, options, _device_index(args))
-            return
-        n_groups = self._n_groups
-        if n_groups is None:
-            n_groups = self._n_groups = _count_groups(self.name, args[: self._n_runtime])
-        flat = args[n_groups : self._n_runtime]
-        if n_groups:
-            flat = (*chain.from_iterable(args[:n_groups]), *flat)
-        types = tuple(map(type, flat))
         try:
-            variants = self._variants[types]
-        except KeyError:
-            variants = self._variants[types] = _variants_of(flat, self._specialized(len(flat)))
-        if variants is None:
-            self._launch_by_triton(grid, args, options, _device_index(flat))
+            key = self._key_of(args, options)
+        except (AttributeError, TypeError, ValueError):  # arguments of other types than the latest
+            key = None
+        variant = None if key is None else self._variants.get(key)
+        if key is None or variant is None:
+            self._launch_by_types(grid, args, options)
+        elif key[0] == torch.cuda.current_device():
+            _launch_again(variant, grid, args, key[0])
+        else:
+            with torch.cuda.device(key[0]):
+                _launch_again(variant, grid, args, key[0])
+
+    def _launch_by_types(self, grid: tuple[int, ...], args: Arguments, options: Options) -> None:
+        """Launch arguments that are not in the usual case, or not of the types of the latest."""
+        if not self._cached:
+            self._launch_by_triton(grid, args, options, _device_index(_flatten(args)))
             return
-        device, *_ = common = variants.common_key(flat)
-        key = (common, args[self._n_runtime :], tuple(options.items()))
-        if False in common[1:4]:
-            key = (*key, variants.single_keys(flat))  # type: ignore[assignment]
-        variant = variants.compiled.get(key)
+        flat = tuple(_flatten(args[: self._n_runtime]))
+        types = tuple(map(type, flat))
+        signature = self._signatures.get(types)
+        if signature is None:
+            signature = self._signatures[types] = self._signature(args, flat)
+        device = _device_index(flat)
+        if not signature.known:
+            self._launch_by_triton(grid, args, options, device)
+            return
+        self._key_of = signature.key_of
+        key: Hashable = self._key_of(args, options)
+        if key is None:
+            constexprs = args[self._n_runtime :]
+            key = (device, *signature.single_keys(flat), constexprs, *options.items())
+        variant = self._variants.get(key)
         if variant is None:
-            variants.keep_alive(flat)
+            signature.keep_alive(flat)
             variant = self._launch_by_triton(grid, args, options, device)
             if variant is not None:
-                variants.compiled[key] = variant
-        elif device == torch.cuda.current_device():
-            variant[(*grid, 1, 1)[:3]](*args)
-        else:
-            with torch.cuda.device(device):
-                variant[(*grid, 1, 1)[:3]](*args)
+                self._variants[key] = variant
+            return
+        with torch.cuda.device(device):
+            _launch_again(variant, grid, args, device)
 
     def _launch_by_triton(
-        self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], device: int
+        self, grid: tuple[int, ...], args: Arguments, options: Options, device: int
     ) -> CompiledKernel | None:
         with torch.cuda.device(device):  # -1, of tensors on the CPU, changes nothing
             if self.pdl:
@@ -135,84 +152,155 @@ class CachedLauncher:
             _compiled[self.name] += 1
         return variant
 
-    def _specialized(self, n_flat: int) -> list[bool]:
-        """Return for each flat argument if Triton specializes on its value."""
-        assert self._n_groups is not None
-        plain = [not p.do_not_specialize for p in self.function.params[: self._n_runtime]]
-        plain = plain[self._n_groups :]
-        return [True] * (n_flat - len(plain)) + plain
+    def _signature(self, args: Arguments, flat: Arguments) -> _Signature:
+        """Make the signature of arguments of these types."""
+        args = args[: self._n_runtime]
+        groups = list(takewhile(lambda argument: isinstance(argument, tuple), args))
+        if any(isinstance(argument, tuple) for argument in args[len(groups) :]):
+            raise TypeError(f"{self.name}: grouped arguments must come before all others")
+        params = self.function.params[len(groups) : self._n_runtime]
+        sizes = [len(group) for group in groups]
+        specialized = [True] * sum(sizes) + [not p.do_not_specialize for p in params]
+        return _Signature(len(self._signatures), flat, sizes, specialized)
 
 
-class _Variants:
-    """The variants for arguments of one combination of Python types.
+class _Signature:
+    """The types of a kernel's arguments, and how their keys are made.
 
-    ``common_key`` is generated from the types, because a loop over the arguments would take most of
-    the time of a launch.
+    Attributes:
+        known: False if an argument is of a type whose specialization is unknown here.
+        key_of: the key of arguments in the usual case. It returns None, or raises AttributeError,
+            TypeError or ValueError, for arguments that are not in it or of other types.
     """
 
     def __init__(
-        self,
-        pointers: list[int],
-        specialized: list[int],
-        others: list[int],
-        flags: list[int],
-        descriptors: list[int],
+        self, number: int, flat: Arguments, group_sizes: Sequence[int], specialized: Sequence[bool]
     ) -> None:
-        """Each list holds positions of flat arguments; ``others`` are unspecialized integers."""
-        self.compiled: dict[Hashable, CompiledKernel] = {}
-        self._pointers, self._specialized, self._others = pointers, specialized, others
-        self._descriptors = descriptors
+        """
+        Args:
+            number: tells the signatures of one kernel apart.
+            flat: arguments of the types, those of groups one by one, without constexprs.
+            group_sizes: the number of members of each group.
+            specialized: for each of ``flat`` if Triton specializes on an integer's value.
+        """
+        self._number = number
+        self._pointers: list[int] = []
+        self._specialized: list[int] = []
+        self._others: list[int] = []  # integers that are not specialized
+        self._descriptors: list[int] = []  # Gluon's, for TMA
+        self._flags: list[int] = []
+        floats: list[int] = []
+        absent: list[int] = []
+        self.known = True
+        for i, (argument, is_specialized) in enumerate(zip(flat, specialized, strict=True)):
+            if isinstance(argument, torch.Tensor):
+                self._pointers.append(i)
+            elif argument is None:
+                absent.append(i)
+            elif isinstance(argument, bool):
+                self._flags.append(i)
+            elif isinstance(argument, int):
+                (self._specialized if is_specialized else self._others).append(i)
+            elif isinstance(argument, float):
+                floats.append(i)
+            elif hasattr(argument, "block_shape") and hasattr(argument, "layout"):
+                self._descriptors.append(i)
+            else:
+                self.known = False
+        self.known &= bool(self._pointers or self._descriptors)
         self._alive: dict[int, object] = {}
-        tensors = [f"f[{i}]" for i in pointers] + [f"f[{i}].base" for i in descriptors]
-        addresses = " | ".join(f"f[{i}].data_ptr()" for i in pointers) or "0"
-        integers = " | ".join(f"f[{i}]" for i in specialized) or "0"
-        numbers = " | ".join(f"f[{i}]" for i in others) or "0"
+        self.key_of = self._generate(group_sizes, len(flat), absent, floats)
+
+    def _generate(
+        self, group_sizes: Sequence[int], n_flat: int, absent: list[int], floats: list[int]
+    ) -> KeyFunction:
+        """Compile ``key_of``."""
+        if not self.known:
+            return lambda args, options: None
+        targets, start = [], 0
+        for size in group_sizes:
+            targets.append(f"({''.join(f'a{i}, ' for i in range(start, start + size))})")
+            start += size
+        targets += [f"a{i}" for i in range(start, n_flat)]
+
+        def union(positions: list[int], suffix: str = "") -> str:
+            # with 0, so that a float raises TypeError even where it is alone
+            return " | ".join([*(f"a{i}{suffix}" for i in positions), "0"])
+
+        tensors = [f"a{i}" for i in self._pointers] + [f"a{i}.base" for i in self._descriptors]
+        guards = [
+            *(f"a{i} is None" for i in absent),
+            *(f"type(a{i}) is float" for i in floats),
+            *(f"type(a{i}) is bool" for i in self._flags),
+            f"not ({union(self._pointers, '.data_ptr()')}) & {ALIGNMENT - 1}",
+            f"0 <= (n := {union(self._specialized)}) < {2**31} and not n & {ALIGNMENT - 1}",
+            f"0 <= ({union(self._others)}) < {2**31}",
+        ]
         parts = [
             f"{tensors[0]}.get_device()",
-            f"not ({addresses}) & {ALIGNMENT - 1}",
-            f"0 <= (n := {integers}) < {2**31} and not n & {ALIGNMENT - 1}",
-            f"0 <= ({numbers}) < {2**31}",
+            str(self._number),
             *(f"{tensor}.dtype" for tensor in tensors),
-            *(f"f[{i}]" for i in flags),
-            *(f"tuple(f[{i}].block_shape), id(f[{i}].layout)" for i in descriptors),
+            *(f"a{i}" for i in self._flags),
+            *(f"tuple(a{i}.block_shape), id(a{i}.layout)" for i in self._descriptors),
         ]
-        self.common_key: Callable[[Flat], tuple[Any, ...]] = eval(f"lambda f: ({', '.join(parts)})")
+        source = f"""
+def key_of(args, options):
+    {", ".join([*targets, "*constexprs"])} = args
+    if {" and ".join(guards)}:
+        return ({", ".join(parts)}, *constexprs, *options.items())
+    return None
+"""
+        namespace: dict[str, Any] = {}
+        exec(source, namespace)
+        key_of: KeyFunction = namespace["key_of"]
+        return key_of
 
-    def single_keys(self, flat: Flat) -> tuple[Hashable, ...]:
-        """Return the rest of the key, for arguments that are not all in the usual case."""
-        return (
-            *(flat[i].data_ptr() % ALIGNMENT == 0 for i in self._pointers),
-            *((flat[i] == 1, flat[i] % ALIGNMENT == 0, _width(flat[i])) for i in self._specialized),
-            *(_width(flat[i]) for i in self._others),
-        )
+    def single_keys(self, flat: Arguments) -> Iterator[Hashable]:
+        """Yield the key of arguments that are not all in the usual case, one by one."""
+        yield self._number
+        for i in self._pointers:
+            yield flat[i].dtype
+            yield flat[i].data_ptr() % ALIGNMENT == 0
+        for i in self._descriptors:
+            descriptor = flat[i]
+            yield descriptor.base.dtype
+            yield tuple(descriptor.block_shape)
+            yield id(descriptor.layout)
+        for i in self._specialized:
+            yield flat[i] == 1
+            yield flat[i] % ALIGNMENT == 0
+            yield _width(flat[i])
+        for i in self._others:
+            yield _width(flat[i])
+        for i in self._flags:
+            yield flat[i]
 
-    def keep_alive(self, flat: Flat) -> None:
+    def keep_alive(self, flat: Arguments) -> None:
         """Hold the layouts of descriptors, which are in the key by their identity."""
         for i in self._descriptors:
             self._alive[id(flat[i].layout)] = flat[i].layout
 
 
-def _variants_of(flat: Flat, specialized: list[bool]) -> _Variants | None:
-    """Return an empty set of variants for arguments like these; None if Triton must always look."""
-    pointers: list[int] = []
-    integers: list[int] = []
-    others: list[int] = []
-    flags: list[int] = []
-    descriptors: list[int] = []
-    for i, (argument, is_specialized) in enumerate(zip(flat, specialized, strict=True)):
-        if isinstance(argument, torch.Tensor):
-            pointers.append(i)
-        elif isinstance(argument, bool):
-            flags.append(i)
-        elif isinstance(argument, int):
-            (integers if is_specialized else others).append(i)
-        elif hasattr(argument, "block_shape") and hasattr(argument, "layout"):
-            descriptors.append(i)  # Gluon's, for TMA
-        elif not (argument is None or isinstance(argument, float)):  # these two are types alone
-            return None
-    if not pointers and not descriptors:
-        return None
-    return _Variants(pointers, integers, others, flags, descriptors)
+def _launch_again(
+    variant: CompiledKernel, grid: tuple[int, ...], args: Arguments, device: int
+) -> None:
+    """Launch a compiled variant as Triton does, without its metadata unless a hook wants them."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+        variant[(*grid, 1, 1)[:3]](*args)
+        return
+    run = variant.run  # loads the variant, so it precedes its function
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = driver.active.get_current_stream(device)
+    run(x, y, z, stream, variant.function, variant.packed_metadata, None, None, None, *args)
+
+
+def _flatten(args: Arguments) -> Iterator[Any]:
+    for argument in args:
+        if isinstance(argument, tuple):
+            yield from argument
+        else:
+            yield argument
 
 
 def _width(number: int) -> int:
@@ -220,18 +308,12 @@ def _width(number: int) -> int:
     return 0 if -(2**31) <= number < 2**31 else 1 if number < 2**63 else 2
 
 
-def _count_groups(name: str, args: tuple[Any, ...]) -> int:
-    count = sum(1 for _ in takewhile(lambda argument: isinstance(argument, tuple), args))
-    if any(isinstance(argument, tuple) for argument in args[count:]):
-        raise TypeError(f"{name}: grouped arguments must come before all others")
-    return count
-
-
-def _device_index(args: tuple[Any, ...]) -> int:
+def _device_index(flat: Arguments | Iterator[Any]) -> int:
     """Return the index of the first tensor's GPU, -1 for the CPU."""
-    for argument in args:
-        if isinstance(argument, tuple):
-            argument = next((x for x in argument if isinstance(x, torch.Tensor)), None)
+    for argument in flat:
         if isinstance(argument, torch.Tensor):
             return argument.get_device()
+        base = getattr(argument, "base", None)  # of a descriptor
+        if isinstance(base, torch.Tensor):
+            return base.get_device()
     return -1

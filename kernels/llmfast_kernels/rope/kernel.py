@@ -394,7 +394,9 @@ def launch_rope_write_kv(
     _rope_write_kv(
         (n_tokens, blocks) if many else (blocks, n_tokens),
         (
-            *(TokenHeads(x, *x.stride()[:2]) for x in (q, k, v)),
+            TokenHeads(q, *q.stride()[:2]),
+            TokenHeads(k, *k.stride()[:2]),
+            TokenHeads(v, *v.stride()[:2]),
             *(Rotation(cos, sin, positions), HeadNorms(q_norm, k_norm, float(eps))),
             *(Cache(k_cache, v_cache, *k_cache.stride()[:3]), slots, q_out, *constexprs),
         ),
