@@ -1,1 +1,1 @@
-"""Many requests at once: what runs in which step, and who has which block of the cache."""
+"""The engine serves many requests at once: scheduling, prefixes, sampling parameters, outputs."""

@@ -128,7 +128,7 @@ class AsyncLLM:
             if task.cancelled():
                 self._release(reader)
 
-        # a task that is cancelled while it does something else may never come back here
+        # a task that is cancelled while it does something else may never resume this generator
         task = asyncio.current_task()
         if task is not None:
             task.add_done_callback(release_if_cancelled)

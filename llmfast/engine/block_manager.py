@@ -1,9 +1,9 @@
-"""Blocks of the paged cache: who has which, and which hold a prefix that may come again.
+"""Blocks of the paged cache: their users, and the prefixes that they hold.
 
-A block of a running sequence has users. A full block is *cached*: found by the digest of its tokens
-and of all before them. When its last user lets it go it is *idle*: still found, and reused for
-something else when no empty block is left, least recently used first. Every operation takes
-constant time for each block that it is about. No torch: this is arithmetic on block numbers.
+A block of a running sequence has users. A full block is *cached*: it is found by the digest of its
+tokens and of all tokens before. Without a user it is *idle*: still found, and evicted when no empty
+block is left, least recently used first. Every operation takes constant time per block. No torch:
+this is arithmetic on block numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
         """
         Args:
-            num_blocks: of the cache.
-            block_size: tokens of a block.
-            caching: full blocks can be found again.
+            num_blocks: blocks of the cache.
+            block_size: tokens per block.
+            caching: keep full blocks as prefixes.
         """
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -35,21 +35,21 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks without a user: what :meth:`allocate` can give."""
+        """Blocks without a user, which :meth:`allocate` can return."""
         return len(self._empty) + len(self._idle)
 
     def blocks_for(self, tokens: int) -> int:
-        """How many blocks ``tokens`` tokens take."""
+        """Return how many blocks ``tokens`` tokens take."""
         return -(-tokens // self.block_size)
 
     def idle_among(self, blocks: Iterable[int]) -> int:
-        """How many of some blocks have no user, so that sharing them takes from ``num_free``."""
+        """Return how many of some blocks have no user: sharing these lowers ``num_free``."""
         return sum(not self._users[block] for block in blocks)
 
     # ------------------------------------------------------------------------------ users
 
     def allocate(self, count: int) -> list[int]:
-        """Empty blocks, then idle ones, whose content is forgotten.
+        """Return empty blocks, then idle ones, whose content is forgotten.
 
         Raises:
             ValueError: fewer than ``count`` are free; none is taken then.
@@ -68,20 +68,20 @@ class BlockManager:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more user for each of some blocks that are cached or in use."""
+        """Add a user to each of some blocks that are cached or in use."""
         for block in blocks:
             assert self._users[block] or block in self._idle, f"block {block} holds nothing"
             self._idle.pop(block, None)
             self._users[block] += 1
 
     def release(self, blocks: Sequence[int], *, forget: bool = False) -> None:
-        """One user less for each of a sequence's blocks; the last ones will be reused first.
+        """Remove a user from each of a sequence's blocks. The last blocks are evicted first.
 
         Args:
-            forget: what they hold must not be found again.
+            forget: their content must not be found again.
         """
         for block in reversed(blocks):
-            assert self._users[block] > 0, f"block {block} is let go twice"
+            assert self._users[block] > 0, f"block {block} is released twice"
             self._users[block] -= 1
             if forget:
                 self._forget(block)
@@ -92,9 +92,9 @@ class BlockManager:
                     self._idle[block] = None
 
     def fork(self, blocks: Sequence[int], tokens: int) -> tuple[list[int], tuple[int, int] | None]:
-        """A second sequence that begins with the first ``tokens`` tokens of ``blocks``.
+        """Make the blocks of a second sequence that begins with ``tokens`` tokens of ``blocks``.
 
-        Full blocks are shared. Of a partial last one it needs a copy, since both will write to it.
+        Full blocks are shared. A partial last block is copied, since both sequences write to it.
 
         Returns:
             The blocks of the second sequence, and ``(source, target)`` if a block must be copied.
@@ -109,7 +109,7 @@ class BlockManager:
     def extend_digests(self, digests: list[bytes], tokens: Sequence[int]) -> None:
         """Append the digests of the full blocks of ``tokens`` that ``digests`` lacks.
 
-        Each is of a block's tokens and the digest before, so of everything up to there.
+        A digest covers a block's tokens and the digest before, so all tokens up to its end.
         """
         size = self.block_size
         for start in range(len(digests) * size, len(tokens) // size * size, size):
@@ -118,9 +118,9 @@ class BlockManager:
             digests.append(blake2b(parent + own, digest_size=16).digest())
 
     def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
-        """The cached blocks that ``tokens`` begins with, as far as ``digests`` goes.
+        """Return the cached blocks that ``tokens`` begins with, as far as ``digests`` goes.
 
-        Tokens are compared too, so a wrong hit would take equal digests *and* equal tokens.
+        Tokens are compared too, so equal digests of other tokens are no hit.
         """
         found: list[int] = []
         for digest in digests:
@@ -134,7 +134,7 @@ class BlockManager:
         return found
 
     def register(self, block: int, digest: bytes, tokens: Sequence[int]) -> None:
-        """Say what a full block holds. If another holds the same already, that one is found."""
+        """Cache a full block, unless another block with the same tokens is cached."""
         assert self._users[block] and len(tokens) == self.block_size
         if self.caching and digest not in self._cached and self._content[block] is None:
             self._content[block] = (digest, tuple(tokens))

@@ -105,12 +105,12 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is queued or running."""
+        """True if a request is queued or running."""
         return bool(self.requests) or self._shared.has_posted
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is kept of any request. A step in flight may still compute its tokens."""
+        """True if nothing is kept of any request. A step in flight may still compute its tokens."""
         return not (
             self.has_work
             or self._owners

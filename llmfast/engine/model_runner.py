@@ -126,7 +126,7 @@ class ModelRunner:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether :meth:`launch` returns before the step has run."""
+        """True if :meth:`launch` returns before the step has run."""
         return self.executor.asynchronous
 
     @property

@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
 
 
 class SchedulingPolicy(Protocol):
-    """First come, first served by priority; implementations differ in how prompts share steps."""
+    """The way in which prompts and decodes share steps; sequences keep their order."""
 
     def schedule(self, scheduler: Scheduler, step: SchedulerOutput) -> None:
         """Fill a step by calling the scheduler's phases in this policy's order."""

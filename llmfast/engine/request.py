@@ -1,4 +1,4 @@
-"""A request, its sequences, and what the caller gets of it. No torch."""
+"""A request, its sequences, and its output. No torch."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Logprob:
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer in the making: the prompt, and what has been chosen so far."""
+    """The tokens of one answer: the prompt, and the output so far."""
 
     tokens: list[int]  # prompt and output
     prompt_len: int
-    limit: int  # of len(tokens); it ends there
+    limit: int  # the length at which it ends, in tokens
     parent: Sequence | None = None  # the first answer to the same prompt
     scored: int | None = None  # tokens of the prompt with log-probabilities; None: not wanted
     priority: int = 0  # lower ones first
     # the scheduler's
     arrival: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
-    computed: int = 0  # tokens whose keys and values are in the cache, once what is begun has run
-    confirmed: int = 0  # of these, those that are in it for sure
-    pending: int = 0  # tokens that the GPU has chosen, or will have, and that are not in `tokens`
+    computed: int = 0  # tokens with keys and values in the cache when all launched steps have run
+    confirmed: int = 0  # of these, tokens of steps that have run
+    pending: int = 0  # tokens of launched steps that the host has not read into `tokens`
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of tokens
     awaits: bytes | None = None  # the digest of a block that another sequence is computing
@@ -53,37 +53,38 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute before the next can be chosen; 1 for a sequence that decodes."""
+        """Tokens to compute before the next can be sampled; 1 for a decoding sequence."""
         return len(self.tokens) + self.pending - self.computed
 
     @property
     def total(self) -> int:
-        """Its tokens, with those that are not known yet."""
+        """The number of its tokens, including those that the host does not know yet."""
         return len(self.tokens) + self.pending
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first: lower priorities, then earlier arrivals."""
+        """The sort key of the queue: lower priorities, then earlier arrivals."""
         return self.priority, self.arrival
 
     @property
     def shared(self) -> int:
-        """Tokens that answers to the same prompt share: the last gives each its own logits."""
+        """Tokens that answers to one prompt share: each computes the last for its own logits."""
         return self.prompt_len - 1
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether logits of its prompt are wanted that are not there yet."""
+        """True if tokens of its prompt still lack their log-probabilities."""
         return self.scored is not None and self.scored < self.prompt_len
 
     @property
     def output(self) -> list[int]:
+        """A copy of the tokens after the prompt."""
         return self.tokens[self.prompt_len :]
 
 
 @dataclass(eq=False)
 class Answer:
-    """A sequence, with what the scheduler need not know of it."""
+    """A sequence with its parameters and results, which the scheduler does not need."""
 
     index: int
     sequence: Sequence
@@ -91,7 +92,7 @@ class Answer:
     seed: int
     stop_tokens: frozenset[int]
     bad_words: tuple[tuple[int, ...], ...] = ()
-    matcher: Matcher | None = None  # of what it must look like
+    matcher: Matcher | None = None  # of its structured outputs
     num_output: int = 0
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -102,12 +103,12 @@ class Answer:
 
     @property
     def position(self) -> int:
-        """The number of the token that is chosen next, from 0."""
+        """The number of the next token to sample, from 0."""
         return self.num_output + self.sequence.pending
 
     @property
     def sampled_on_device(self) -> bool:
-        """Whether its next token can be chosen before the host has seen the one before it."""
+        """True if its next token can be sampled before the host has seen the one before it."""
         params = self.params
         return not (
             params.needs_host or self.position < params.min_tokens or self.sequence.scores_prompt
@@ -116,21 +117,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer, as far as it is."""
+    """One answer so far."""
 
     index: int
     text: str  # "" without a tokenizer
     token_ids: list[int]
     cumulative_logprob: float | None  # None without logprobs
     logprobs: list[dict[int, Logprob]] | None  # of each token: it, and the most likely ones
-    finish_reason: str | None  # "stop", "length", "abort" or "error"; None: not finished
+    finish_reason: str | None  # "stop", "length", "abort" or "error"; None: unfinished
     stop_reason: int | str | None = None  # the stop token or text; None: an end token of the model
     error: str | None = None  # what went wrong, with finish_reason "error"
 
 
 @dataclass
 class RequestMetrics:
-    """Seconds, by a clock that only tells differences; None: has not happened."""
+    """Times in seconds, of a clock whose differences alone mean something; None: not yet."""
 
     arrival: float = field(default_factory=time.perf_counter)
     first_scheduled: float | None = None
@@ -146,10 +147,12 @@ class RequestMetrics:
 
     @property
     def time_to_first_token(self) -> float | None:
+        """From arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
 
     @property
     def total_time(self) -> float | None:
+        """From arrival to the end."""
         return None if self.finished is None else self.finished - self.arrival
 
 
@@ -169,17 +172,18 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class Request:
-    """What the engine keeps of a request until it is finished."""
+    """A request in the engine."""
 
     id: str
     prompt: str | None
     prompt_ids: list[int]
     answers: list[Answer]
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as far as they are; or None
-    changed: bool = False  # since a stream last looked
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # so far; None: not wanted
+    changed: bool = False  # since its output was last taken
     error: str | None = None  # why it cannot be run
 
     @property
     def finished(self) -> bool:
+        """True if every answer has its finish reason."""
         return all(answer.finish_reason is not None for answer in self.answers)

@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen, and when it ends."""
+"""The parameters of a request: how tokens are sampled, and when the answer ends."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LARGEST = 3.0e38  # the sampler computes in float32
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What an answer must look like; one of the first five, with the names that vLLM uses.
+    """The structure of an answer: one of the first five attributes, with vLLM's names.
 
     Attributes:
-        json: a JSON schema, as a dictionary or as text; the text is what is kept.
+        json: a JSON schema, as a dictionary or as text; it is kept as text.
         regex: a regular expression that the whole answer matches.
-        choice: texts, of which the answer is one.
+        choice: texts; the answer is one of them.
         grammar: a context-free grammar in EBNF; its first rule is ``root``.
         json_object: True: any JSON object.
-        disable_any_whitespace: no whitespace in JSON but what the usual separators have.
+        disable_any_whitespace: no whitespace in JSON except in the usual separators.
 
     Raises:
         ValueError: a value that is not allowed, or none or several of the first five.
-        TypeError: a parameter that there is not.
+        TypeError: an unknown parameter.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -78,12 +78,12 @@ class SamplingParams:
 
     Attributes:
         n: answers to the prompt, each drawn on its own.
-        temperature: what logits are divided by; 0 is greedy.
+        temperature: the divisor of logits; 0 is greedy.
         top_p: keep the most likely tokens while those above them sum to less; 0 < top_p <= 1.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
-        min_p: keep what has at least this share of the largest probability, 0 to 1.
-        presence_penalty: taken from the logits of tokens in the output, -2 to 2.
-        frequency_penalty: taken for each time that a token is in the output, -2 to 2.
+        min_p: keep tokens with at least this share of the largest probability, 0 to 1.
+        presence_penalty: subtracted from the logits of tokens in the output, -2 to 2.
+        frequency_penalty: subtracted for each time that a token is in the output, -2 to 2.
         repetition_penalty: positive logits of tokens in prompt or output are divided by it,
             negative ones multiplied; more than 0.
         seed: the same seed repeats the draws, whatever else runs; None: from the engine's seed.
@@ -91,29 +91,29 @@ class SamplingParams:
         stop_token_ids: tokens that end it, beside the model's own end tokens. The token is in
             ``token_ids``, not in the text.
         ignore_eos: go on after the model's own end tokens.
-        min_tokens: before so many tokens nothing ends the answer; end tokens are barred.
-        max_tokens: the longest answer; None: as far as the model and the cache go.
-        logprobs: for each token of the answer, log-probabilities of it and of so many most likely
-            ones, of the raw logits. None: none.
-        prompt_logprobs: the same for each token of the prompt but the first. All of the prompt is
-            computed then, nothing is taken from the prefix cache.
-        logit_bias: added to the logits of tokens; -inf bars one.
-        allowed_token_ids: all other tokens are barred, end tokens too. None: all are allowed.
+        min_tokens: nothing ends the answer before this many tokens; end tokens are masked.
+        max_tokens: the longest answer; None: limited by the model and the cache alone.
+        logprobs: for each token of the answer, log-probabilities of it and of this many most likely
+            tokens, from the raw logits. None: none.
+        prompt_logprobs: the same for each token of the prompt but the first. The whole prompt is
+            computed then; nothing is taken from the prefix cache.
+        logit_bias: added to the logits of tokens; -inf masks a token.
+        allowed_token_ids: all other tokens are masked, end tokens too. None: all are allowed.
         bad_words: texts, or lists of token ids, that the answer must not have: the last token of
-            one is barred where the answer ends with those before it. A text stands for its tokens
+            one is masked where the answer ends with those before it. A text stands for its tokens
             with and without a space in front; spelled in other tokens it is not noticed.
         logits_processors: functions ``(ids, logits) -> logits``, called in their order for each
             token: the list of the answer's token ids so far, and the raw logits ``[vocabulary]``,
-            a copy, on the model's device. Penalties and all that follows see what they return.
+            a copy, on the model's device. Penalties and later stages use the logits they return.
             They run on the host, one row at a time. One that raises ends its request.
-        structured_outputs: what the answer must look like: a :class:`StructuredOutputsParams`, or
-            a dictionary of its parameters. Tokens that do not fit are barred, and the answer ends
-            with an end token of the model when it is whole, in spite of ``ignore_eos``; one that
-            ``max_tokens`` cuts off is not whole. Wants the package ``xgrammar``.
+        structured_outputs: the structure of the answer: a :class:`StructuredOutputsParams`, or a
+            dictionary of its parameters. Tokens that do not fit are masked. When the answer is
+            complete, an end token of the model ends it, in spite of ``ignore_eos``; an answer that
+            ``max_tokens`` cuts off is not complete. Needs the package ``xgrammar``.
 
     Raises:
         ValueError: a value that is not allowed.
-        TypeError: a parameter that there is not.
+        TypeError: an unknown parameter.
     """
 
     n: int = 1
@@ -201,32 +201,32 @@ class SamplingParams:
 
     @property
     def structure(self) -> StructuredOutputsParams | None:
-        """``structured_outputs`` as it is kept."""
+        """``structured_outputs`` as :class:`StructuredOutputsParams`, or None."""
         assert not isinstance(self.structured_outputs, Mapping)
         return self.structured_outputs
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is chosen, so that nothing is drawn."""
+        """True if the most likely token is chosen, so that nothing is drawn."""
         return self.temperature == 0
 
     @property
     def filters(self) -> bool:
-        """Whether top_k, top_p or min_p excludes tokens."""
+        """True if top_k, top_p or min_p excludes tokens."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def penalizes(self) -> bool:
-        """Whether logits depend on which tokens the prompt or the output has."""
+        """True if logits depend on which tokens the prompt or the output has."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
 
     @cached_property  # asked in every step for every row
     def needs_host(self) -> bool:
-        """Whether choosing a token takes the host: values of its own, or tokens chosen before.
+        """True if the host chooses each token, because it depends on tokens or masks of the host.
 
-        Logits, temperature, filters and the seed alone do not. ``min_tokens`` and
-        ``prompt_logprobs`` do only at first, which :class:`.request.Answer` knows.
+        Temperature, filters and the seed are applied on the device. ``min_tokens`` and
+        ``prompt_logprobs`` need the host only at first, see :class:`.request.Answer`.
         """
         return bool(
             self.penalizes

@@ -1,9 +1,9 @@
-"""What runs in the next step: by priority, then first come, first served, within a token budget.
+"""The scheduler: sequences run by priority, then arrival, within a token budget per step.
 
 A sequence is a list of tokens, of which the first ``computed`` have their keys and values in the
 cache. A step computes some more of them: one for a sequence that decodes, a chunk of a prompt, or
-all that a preemption threw away. When a step has computed the last, a token can be sampled. So
-prefill, chunks, decoding and recomputation are one thing. No torch.
+all tokens after a preemption. When a step has computed the last, a token can be sampled. Prefill,
+chunks, decoding and recomputation are this one rule. No torch.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Scheduler:
 
     @property
     def has_waiting(self) -> bool:
-        """Whether a sequence waits for admission."""
+        """True if a sequence waits for admission."""
         return bool(self._waiting)
 
     @property
     def has_sequences(self) -> bool:
-        """Whether anything is kept of a sequence that runs or waits."""
+        """True if anything is kept of a sequence that runs or waits."""
         return bool(self.running or self._waiting or self._computing)
 
     def add(self, sequence: Sequence) -> None:

@@ -59,7 +59,7 @@ class SharedSteps:
 
     @property
     def has_posted(self) -> bool:
-        """Whether a posted function has not run yet."""
+        """True if a posted function has not run yet."""
         return bool(self._posted)
 
     @property

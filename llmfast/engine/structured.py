@@ -48,7 +48,7 @@ class Matcher:
 
     @property
     def terminated(self) -> bool:
-        """Whether the answer is complete and an end token was accepted."""
+        """True if the answer is complete and an end token was accepted."""
         return bool(self._matcher.is_terminated())
 
     def masked_tokens(self) -> torch.Tensor:

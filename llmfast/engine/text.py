@@ -1,4 +1,4 @@
-"""Text of a growing list of tokens: no half characters, and where a stop text begins."""
+"""Incremental detokenization without half characters, and the search for stop texts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from tokenizers.decoders import ByteLevel
 
-UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are no character yet
+UNFINISHED = "\ufffd"  # a tokenizer returns this for bytes that are not a character yet
 
 
 class Decoder:
-    """Turns tokens into text, by a tokenizer of transformers; texts of single ones are kept."""
+    """Turns tokens into text with a tokenizer, and keeps the texts of single tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         """
         Args:
-            tokenizer: None: nothing may be decoded.
+            tokenizer: a transformers tokenizer; None: the decoder must not be called.
         """
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
@@ -26,7 +26,7 @@ class Decoder:
         return self._text(tokens[0]) if len(tokens) == 1 else _decode(self._tokenizer, tokens)
 
     def detokenizer(self) -> Detokenizer:
-        """A new one, without text."""
+        """Return a new detokenizer, without text."""
         return Detokenizer(self, self._whole if self._joins else None)
 
     def _text(self, token: int) -> str:
@@ -48,7 +48,7 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _joins(tokenizer: Any) -> bool:
-    """Whether text is the bytes of each token, one after another; seen on some tokens too."""
+    """Return whether text is the bytes of each token joined, checked on a sample of tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(getattr(backend, "decoder", None), ByteLevel):
         return False
@@ -61,8 +61,8 @@ def _joins(tokenizer: Any) -> bool:
 class Detokenizer:
     """Turns tokens into text one by one.
 
-    A token's text may depend on the one before (a space that only a first word lacks), so a few
-    tokens before are decoded with it and their text is taken off again. Bytes that are no whole
+    A token's text may depend on the token before (a space that only a first word lacks). So a few
+    tokens before are decoded with it, and their text is removed again. Bytes that are not a whole
     character yet are held back.
     """
 
@@ -73,9 +73,9 @@ class Detokenizer:
     ) -> None:
         """
         Args:
-            decode: the text of some tokens.
-            whole: the text of a token, None if it has half characters; given if such texts make
-                the text of a sequence when they are joined.
+            decode: returns the text of some tokens.
+            whole: returns the text of a token, or None if it has half characters. Give it only if
+                joined texts of tokens are the text of the sequence.
         """
         self.text = ""
         self._decode = decode
@@ -85,6 +85,7 @@ class Detokenizer:
         self._taken = 0  # characters of the fresh tokens that are in the text
 
     def push(self, token: int) -> None:
+        """Append a token, and to the text what is certain of it."""
         if self._whole is not None and not self._fresh:
             own = self._whole(token)
             if own is not None:
@@ -99,7 +100,7 @@ class Detokenizer:
             self._before, self._fresh, self._taken = self._fresh, [], 0
 
     def finish(self) -> None:
-        """Nothing follows: what was held back is text now."""
+        """Append the text that was held back: no token follows."""
         if self._fresh:
             self.text += self._fresh_text()[self._taken :]
             self._fresh = []
@@ -109,7 +110,7 @@ class Detokenizer:
 
 
 def find_stop(text: str, start: int, stops: Sequence[str]) -> tuple[int, str] | None:
-    """Where the first stop text begins that ends behind ``start``, and which it is."""
+    """Return where the first stop text begins that ends after ``start``, and the stop text."""
     found = [
         (at, stop) for stop in stops if (at := text.find(stop, max(0, start - len(stop) + 1))) >= 0
     ]
@@ -117,7 +118,7 @@ def find_stop(text: str, start: int, stops: Sequence[str]) -> tuple[int, str] | 
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of ``text`` may be the beginning of a stop text."""
+    """Return how many characters at the end of ``text`` may begin a stop text."""
     return max(
         (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
     )

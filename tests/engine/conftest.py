@@ -1,4 +1,4 @@
-"""The engine as it runs on a CPU and, as far as a CPU can show it, on a GPU."""
+"""Fixtures that run the engine as on a CPU and, as far as a CPU can show it, as on a GPU."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from llmfast.runner.executor import Executor
 
 @pytest.fixture(params=["in turn", "ahead"])
 def how(request, monkeypatch):
-    """On a GPU steps are started before the host has seen the tokens before, and are graphs.
+    """Run steps one after another, or as on a GPU: one step ahead of the host, and as graphs.
 
     The fixture's value: the graphs that were captured and replayed, or None.
     """

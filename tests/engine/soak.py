@@ -1,4 +1,4 @@
-"""Random load on a tiny model for a while: nothing may be left of it, and memory must stay flat.
+"""Random load on a tiny model for a while. No request may leave anything; memory must stay flat.
 
 ``PYTHONPATH=tests/helpers python tests/engine/soak.py --seconds 60``, or ``make soak``.
 """
@@ -40,7 +40,7 @@ CANARY = SamplingParams(seed=5, max_tokens=12)
 
 
 class Held(NamedTuple):
-    """What the process has while no request is there."""
+    """What the process holds while there is no request."""
 
     resident: int  # bytes
     tensors: int
@@ -69,7 +69,7 @@ class Load:
     def __init__(self, random: Random, structured: bool) -> None:
         self.random = random
         self.prefixes = [self.ids(60) for _ in range(4)]
-        self.kinds = ["greedy", "drawn", "counted", "scored", "stopped", "barred", "raising", "bad"]
+        self.kinds = ["greedy", "drawn", "counted", "scored", "stopped", "masked", "raising", "bad"]
         self.kinds += ["structured"] * structured
 
     def ids(self, count: int) -> list[int]:
@@ -81,7 +81,7 @@ class Load:
         return prefix + self.ids(random.randrange(1, 30))
 
     def ask(self) -> tuple[str, Any, SamplingParams]:
-        """Kind, prompt and parameters."""
+        """Return a kind, a prompt and parameters."""
         random, prompt = self.random, self.prompt()
         kind = random.choice(self.kinds)
         given: dict[str, Any] = {"max_tokens": random.randrange(1, 40), "temperature": 0.8}
@@ -96,7 +96,7 @@ class Load:
             given |= {"prompt_logprobs": random.randrange(3)}
         elif kind == "stopped":
             given |= {"stop": ["ab", "q"], "stop_token_ids": [7], "min_tokens": 1}
-        elif kind == "barred":
+        elif kind == "masked":
             given |= {"bad_words": ["a", [5, 6]], "logit_bias": {9: -1.0, 8: -float("inf")}}
         elif kind == "raising":
             given |= {"logits_processors": [fail]}
@@ -108,7 +108,7 @@ class Load:
 
 
 class Soak:
-    """An engine whose cache is too small for its load, and the streams that are read of it."""
+    """An engine whose cache is too small for its load, and the streams of it."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -130,7 +130,7 @@ class Soak:
         self._scarce()
 
     def _scarce(self) -> None:
-        """Now and then a step has no memory."""
+        """Let a step run out of memory now and then."""
         launch = self.llm.core.model_runner.launch
 
         def scarce(*args: Any) -> Any:
@@ -143,7 +143,7 @@ class Soak:
         self.llm.core.model_runner.launch = scarce  # type: ignore[method-assign]
 
     def act(self) -> None:
-        """Something that a user may do."""
+        """Do something that a user may do."""
         random = self.random
         what = random.choices(["arrive", "read", "leave", "abort", "batch"], [40, 40, 5, 8, 1])[0]
         if what == "batch":
@@ -183,7 +183,7 @@ class Soak:
             assert answer.error is None or answer.error.startswith(EXPECTED), answer.error
 
     def settle(self) -> None:
-        """Let all end; nothing may be left, and what is asked now is answered as at first."""
+        """Let all requests end. Nothing may be left, and the canary is answered as at first."""
         for stream in list(self.streams):
             self.read(stream, 10**6)
         assert not self.streams
@@ -197,7 +197,7 @@ class Soak:
 
 
 def soak(seconds: float, seed: int) -> list[Held]:
-    """What is held after each round."""
+    """Run for some seconds. Return what is held after each round."""
     run = Soak(seed)
     found, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -212,7 +212,7 @@ def soak(seconds: float, seed: int) -> list[Held]:
 
 
 def check(found: list[Held]) -> None:
-    """The first third warms up; from then on nothing grows."""
+    """Assert that nothing grows after the first third, which warms up."""
     assert len(found) >= 9, f"{len(found)} rounds are too few to tell: more --seconds"
     third = len(found) // 3
     before, after = found[third : 2 * third], found[-third:]

@@ -1,4 +1,4 @@
-"""AsyncLLM yields what LLM yields, and nobody's fate is another's."""
+"""AsyncLLM yields what LLM yields, and no request affects another."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ def alone():
 
 
 def serve(body, **changes):
-    """Run ``body(llm)`` with an engine; whatever it did, nothing is left of it."""
+    """Run ``body(llm)`` with an engine. Nothing may be left of its requests."""
 
     async def main():
         async with asyncio.timeout(60):

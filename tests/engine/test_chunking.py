@@ -1,4 +1,4 @@
-"""What a prompt's tokens cost, by what they attend to."""
+"""The cost of a prompt's tokens, by their context."""
 
 import math
 from types import SimpleNamespace

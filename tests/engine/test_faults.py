@@ -1,4 +1,4 @@
-"""What goes wrong in the middle: one request ends, the others yield what they yield alone."""
+"""Faults in the middle of a run: one request ends, the others yield what they yield alone."""
 
 import pytest
 import torch

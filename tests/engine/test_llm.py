@@ -1,4 +1,4 @@
-"""LLM on tiny models in float64: whatever runs beside it, a request yields what it yields alone."""
+"""LLM on tiny models in float64: a request yields what it yields alone, whatever runs beside it."""
 
 import functools
 import gc
@@ -38,7 +38,7 @@ def engine(kind="Llama", model=None, **kwargs):
 
 
 def ids(*lengths):
-    """Prompts that differ from their first token on."""
+    """Return prompts that differ from their first token on."""
     return [[3 + i, *tokens(1, n)[0, 1:].tolist()] for i, n in enumerate(lengths)]
 
 
@@ -123,7 +123,7 @@ PARAMS = [
 
 @functools.cache
 def alone(prompt, params):
-    """The output of a request that has an engine without a prefix cache for itself."""
+    """Return the answers to a request that runs alone in an engine without a prefix cache."""
     with engine(enable_prefix_caching=False) as llm:
         parts = []
         whole = PARAMS[params]
@@ -218,7 +218,7 @@ def test_warming_up_changes_nothing(rows, tokens, blocks):
 
 
 def test_warming_up_runs_every_sampling_of_few_rows_and_of_many(how, monkeypatch):
-    """And no graph: that would sample with every filter, and compile nothing of the others."""
+    """Warming up runs no graph: that would sample with every filter and compile no other kernel."""
     seen, tokens, launch = set(), [], Executor.launch
 
     def note(self, inputs):
@@ -308,7 +308,7 @@ def test_logprobs_are_of_the_raw_logits():
     assert answer.cumulative_logprob == pytest.approx(float(expected[:, 9].sum()), abs=1e-5)
 
 
-def test_end_tokens_stop_and_min_tokens_bar_them():
+def test_end_tokens_stop_and_min_tokens_mask_them():
     model = make("Llama").double()
     plain = greedy_of(model, LONG[:9], 12)
     end = plain[3]
@@ -323,8 +323,8 @@ def test_end_tokens_stop_and_min_tokens_bar_them():
         assert run() == (plain[: first + 1], "stop", None)
         assert run(ignore_eos=True) == (plain, "length", None)
         assert run(ignore_eos=True, stop_token_ids=[end]) == (plain[: first + 1], "stop", end)
-        barred, _, _ = run(min_tokens=7)
-        assert len(barred) >= 7 and end not in barred[:7] and barred[:first] == plain[:first]
+        masked, _, _ = run(min_tokens=7)
+        assert len(masked) >= 7 and end not in masked[:7] and masked[:first] == plain[:first]
         for least in (0, 3):
             favoured, reason, _ = run(min_tokens=least, logit_bias={end: 1000.0})
             assert len(favoured) == least + 1 and favoured.index(end) == least
@@ -733,7 +733,7 @@ def test_without_chunks_a_step_may_be_a_whole_context(chunked, tokens_of_a_step,
 
 
 def sizes_of(keys):
-    """The tokens and rows of captured steps: of those without and of those with prompts."""
+    """Return the tokens and rows of captured steps, without prompts and with prompts."""
     decoded, mixed = [], []
     for key in keys:
         prompts = key.shape.max_query_len > 1

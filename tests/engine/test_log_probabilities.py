@@ -30,7 +30,7 @@ def exact(embedded):
 
 @pytest.fixture(scope="module")
 def prompts(embedded):
-    """Text, each prompt from another place."""
+    """Prompts of text, each from another place."""
     ids = embedded.tokenizer(read_text("persuasion").text[:40000], add_special_tokens=False)
     return [ids["input_ids"][400 * i :][:length] for i, length in enumerate(LENGTHS)]
 
@@ -40,14 +40,14 @@ def params(**changes):
 
 
 def distributions(model, prompt, answer):
-    """What the model itself has for each token of an answer: ``[n, vocabulary]``."""
+    """Return the model's own log-probabilities for each token of an answer: ``[n, vocabulary]``."""
     ids = torch.tensor([prompt + answer], device="cuda")
     with torch.no_grad():
         return model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
 
 
 class Errors:
-    """Against float32: of the engine's log-probabilities, and of transformers' in bfloat16."""
+    """Errors of log-probabilities against float32: the engine's, and transformers' in bfloat16."""
 
     def __init__(self, model, exact):
         self.model, self.exact = model, exact

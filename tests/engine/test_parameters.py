@@ -1,4 +1,4 @@
-"""Parameters that bar tokens, processors, and log-probabilities of prompts, against plain loops."""
+"""Parameters that mask tokens, processors, and prompt log-probabilities, against plain loops."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ def run(llm, prompts, params):
 
 
 def plain_tokens(mask, length, *, seed, temperature, processor=None):
-    """A token at a time; ``mask(ids)`` is what is added to the logits after ids so far."""
+    """Sample one token at a time; ``mask(ids)`` is added to the logits after the ids so far."""
     got = []
     for number in range(length):
         logits = logits_of(PROMPT + got)[-1]
@@ -295,7 +295,7 @@ def test_requests_that_cannot_be_run_fail_alone():
 
 
 def test_without_them_a_step_is_not_touched(monkeypatch):
-    """Their code is not reached: what is unused costs nothing."""
+    """The code of unused features is not reached, so it costs nothing."""
     monkeypatch.setattr(core, "score", None)
     rows = []
     with engine() as llm:
@@ -356,7 +356,7 @@ MIXED = [
 
 
 def shape(output):
-    """What must not depend on company: tokens exactly, log-probabilities by their values."""
+    """Return what must not depend on other requests: tokens, and values of log-probabilities."""
     numbers = []
     for found in [*(output.prompt_logprobs or ()), *(output.outputs[0].logprobs or ())]:
         numbers += [(token, each.logprob) for token, each in sorted((found or {}).items())]

@@ -1,4 +1,4 @@
-"""Block manager and scheduler against a cache in Python that knows what each slot should hold."""
+"""Block manager and scheduler against a cache in Python that knows what each slot must hold."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +15,7 @@ from llmfast.errors import UserError
 
 
 class Cache:
-    """Runs plans: a slot holds the tokens up to it, as keys and values depend on them all."""
+    """A cache that runs steps: a slot holds the tokens up to it, as keys and values do."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Cache:
         return sequence
 
     def plan(self):
-        """Schedule, and check everything about the plan."""
+        """Schedule a step, and check everything about it."""
         blocks, size, slots = self.blocks, self.blocks.block_size, self.slots
         waiting = [s for _, s in self.scheduler._waiting if s.status != SequenceStatus.FINISHED]
         before = list(self.scheduler.running)
@@ -83,7 +83,7 @@ class Cache:
         return plan
 
     def step(self, choose=lambda sequence: 0):
-        """Run a step; the sequences that got a token."""
+        """Run a step. Return the sequences that got a token."""
         chosen = []
         plan = self.plan()
         for sequence, count in plan.num_scheduled_tokens.items():
@@ -97,7 +97,7 @@ class Cache:
         return chosen
 
     def counts(self, *sequences):
-        """Plan a step, run it, and say how many tokens of each were in it."""
+        """Run a step. Return how many tokens of each sequence were in it."""
         before = [s.computed for s in sequences]
         self.step()
         return [s.computed - b for s, b in zip(sequences, before, strict=True)]
@@ -199,7 +199,7 @@ TestMachine.settings = settings(
 # ------------------------------------------------------------------------------ block manager
 
 
-def test_blocks_are_given_and_let_go():
+def test_blocks_are_allocated_and_released():
     blocks = BlockManager(4, 16)
     assert [blocks.blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
     first = blocks.allocate(3)
@@ -207,12 +207,12 @@ def test_blocks_are_given_and_let_go():
         blocks.allocate(2)
     blocks.release(first)
     assert blocks.num_free == 4
-    with pytest.raises(AssertionError, match="let go twice"):
+    with pytest.raises(AssertionError, match="released twice"):
         blocks.release(first)
 
 
 def fill(blocks, tokens):
-    """Blocks that hold ``tokens``, registered; and the digests."""
+    """Return registered blocks that hold ``tokens``, and their digests."""
     digests = []
     blocks.extend_digests(digests, tokens)
     got = blocks.allocate(len(digests))
@@ -305,7 +305,7 @@ def test_decodes_run_first_then_begun_prompts_then_new_ones():
 
 
 def chunks_of(cache, tokens):
-    """A prompt's, beside one that decodes."""
+    """Return the chunks of a prompt beside a decoding sequence."""
     old = cache.add([1] * 3, max_tokens=99)
     assert cache.counts(old) == [3]
     long = cache.add([2] * tokens)
@@ -533,7 +533,7 @@ def test_a_request_too_large_for_the_cache():
 
 
 def test_ten_thousand_waiting_requests_cost_a_step_little():
-    """Those that share a prefix too: a step looks at few of them."""
+    """A step looks at few of them, even if they share a prefix."""
     cache = Cache(num_blocks=100, block_size=4, seqs=4, budget=4)
     prefix = [1] * 40
     sequences = [cache.add([*prefix, i], max_tokens=1) for i in range(10_000)]

@@ -1,4 +1,4 @@
-"""Answers that must look like something: whatever runs beside them, they parse and fit."""
+"""Structured outputs: answers parse and fit, whatever runs beside them."""
 
 import asyncio
 import functools
@@ -38,7 +38,7 @@ def xgrammar():
 
 @functools.cache
 def model():
-    """Its end token is 2; the tokenizer has neither spaces nor line ends."""
+    """Return a model with end token 2; the tokenizer has neither spaces nor line ends."""
     model = make("Llama").double()
     model.generation_config.eos_token_id = END
     return model
@@ -58,7 +58,7 @@ def run(llm, prompts, given):
 
 
 def assert_fits(text):
-    """By hand: what SCHEMA says, clause by clause."""
+    """Assert by hand what SCHEMA says, clause by clause."""
     data = json.loads(text)
     assert set(data) == set(SCHEMA["required"])
     assert re.fullmatch("[a-z]{1,5}", data["name"])
@@ -79,8 +79,8 @@ def test_answers_fit_a_json_schema_and_end_when_they_are_whole():
         *_, last = llm.stream("AB", params({"json": SCHEMA}, n=6, seed=1))
         assert [a.text for a in last.outputs] == [a.text for a in output.outputs]
         # the whole answer ends it in spite of ignore_eos, and the parameters still count
-        barred = dict.fromkeys(range(16, 24), -float("inf"))  # the digits from 1 to 8
-        given = params({"json": SCHEMA}, seed=2, ignore_eos=True, top_k=5, logit_bias=barred)
+        masked = dict.fromkeys(range(16, 24), -float("inf"))  # the digits from 1 to 8
+        given = params({"json": SCHEMA}, seed=2, ignore_eos=True, top_k=5, logit_bias=masked)
         (output,) = run(llm, "AB", given)
         assert_fits(output.outputs[0].text)
         assert output.outputs[0].finish_reason == "stop"

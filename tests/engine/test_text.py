@@ -1,4 +1,4 @@
-"""Tokens to text one by one, and stop texts: against the whole text at once."""
+"""Incremental detokenization and stop texts, against the whole text at once."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def of_bytes(ids):
 
 
 def of_words(ids):
-    """As tokenizers do that mark the beginning of a word: the first loses its space."""
+    """Decode as tokenizers do that mark the beginning of a word: the first loses its space."""
     return "".join(" " + "abc"[i] if i < 3 else "xyz"[i - 3] for i in ids).removeprefix(" ")
 
 
@@ -107,7 +107,7 @@ def test_other_tokenizers_are_asked_for_tokens_with_those_before():
             return of_words(tokens)
 
     class Spaced(Words):
-        """One that claims to be of bytes, and is not."""
+        """A tokenizer that claims to be of bytes, and is not."""
 
         backend_tokenizer = SimpleNamespace(decoder=ByteLevel())
 
@@ -138,7 +138,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3)
 
 @given(STOPS, st.text("ab", max_size=12))
 def test_a_stop_is_found_as_soon_as_it_is_there_and_never_shown(stops, text):
-    """Letter by letter, as a stream goes."""
+    """Push a text letter by letter, as a stream does."""
     first = next(
         (n for n in range(len(text) + 1) if any(text[:n].endswith(s) for s in stops)), None
     )
