@@ -11,9 +11,9 @@ specializes a kernel on:
   kernel lists in ``do_not_specialize`` the width alone;
 - the values of constexprs, the device, and the options of the launch.
 
-The key of the usual case costs little: all addresses are multiples of 16 bytes, as one bitwise OR
-shows, and all integers are multiples of 16 that fit int32, as another one shows. Its function is
-generated for the types of the arguments, since a loop over them would take most of a launch's time.
+The function that makes the key is generated for the types of the arguments, because a loop over
+them would take most of a launch's time. The usual case costs least: one bitwise OR shows that all
+addresses are multiples of 16 bytes, another one that all integers are multiples of 16 in int32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _compiled: Counter[str] = Counter()
 
 Arguments = tuple[Any, ...]
 Options = dict[str, Any]
-# (device, ...) of arguments in the usual case; None of others
+# returns (device, ...); None, or an error, for arguments of other types
 KeyFunction = Callable[[Arguments, Options], tuple[Any, ...] | None]
 
 
@@ -110,7 +110,7 @@ class CachedLauncher:
                 _launch_again(variant, grid, args, key[0])
 
     def _launch_by_types(self, grid: tuple[int, ...], args: Arguments, options: Options) -> None:
-        """Launch arguments that are not in the usual case, or not of the types of the latest."""
+        """Launch arguments of other types than the latest, or of a new variant."""
         if not self._cached:
             self._launch_by_triton(grid, args, options, _device_index(_flatten(args)))
             return
@@ -124,10 +124,7 @@ class CachedLauncher:
             self._launch_by_triton(grid, args, options, device)
             return
         self._key_of = signature.key_of
-        key: Hashable = self._key_of(args, options)
-        if key is None:
-            constexprs = args[self._n_runtime :]
-            key = (device, *signature.single_keys(flat), constexprs, *options.items())
+        key = self._key_of(args, options)
         variant = self._variants.get(key)
         if variant is None:
             signature.keep_alive(flat)
@@ -169,8 +166,8 @@ class _Signature:
 
     Attributes:
         known: False if an argument is of a type whose specialization is unknown here.
-        key_of: the key of arguments in the usual case. It returns None, or raises AttributeError,
-            TypeError or ValueError, for arguments that are not in it or of other types.
+        key_of: the function that makes the key. For arguments of other types it returns None, or
+            raises AttributeError, TypeError or ValueError.
     """
 
     def __init__(
@@ -228,52 +225,44 @@ class _Signature:
             return " | ".join([*(f"a{i}{suffix}" for i in positions), "0"])
 
         tensors = [f"a{i}" for i in self._pointers] + [f"a{i}.base" for i in self._descriptors]
-        guards = [
+        types = [
             *(f"a{i} is None" for i in absent),
             *(f"type(a{i}) is float" for i in floats),
             *(f"type(a{i}) is bool" for i in self._flags),
+            "True",
+        ]
+        usual = [
             f"not ({union(self._pointers, '.data_ptr()')}) & {ALIGNMENT - 1}",
             f"0 <= (n := {union(self._specialized)}) < {2**31} and not n & {ALIGNMENT - 1}",
             f"0 <= ({union(self._others)}) < {2**31}",
         ]
-        parts = [
+        key = [
             f"{tensors[0]}.get_device()",
             str(self._number),
             *(f"{tensor}.dtype" for tensor in tensors),
             *(f"a{i}" for i in self._flags),
             *(f"tuple(a{i}.block_shape), id(a{i}.layout)" for i in self._descriptors),
+            "*constexprs",
+            "*options.items()",
+        ]
+        one_by_one = [
+            *(f"a{i}.data_ptr() & {ALIGNMENT - 1} == 0" for i in self._pointers),
+            *(f"a{i} == 1, a{i} & {ALIGNMENT - 1} == 0, width(a{i})" for i in self._specialized),
+            *(f"width(a{i})" for i in self._others),
         ]
         source = f"""
 def key_of(args, options):
     {", ".join([*targets, "*constexprs"])} = args
-    if {" and ".join(guards)}:
-        return ({", ".join(parts)}, *constexprs, *options.items())
+    if {" and ".join(types)}:
+        if {" and ".join(usual)}:
+            return ({", ".join(key)})
+        return ({", ".join([*key, *one_by_one])})
     return None
 """
-        namespace: dict[str, Any] = {}
+        namespace: dict[str, Any] = {"width": _width}
         exec(source, namespace)
         key_of: KeyFunction = namespace["key_of"]
         return key_of
-
-    def single_keys(self, flat: Arguments) -> Iterator[Hashable]:
-        """Yield the key of arguments that are not all in the usual case, one by one."""
-        yield self._number
-        for i in self._pointers:
-            yield flat[i].dtype
-            yield flat[i].data_ptr() % ALIGNMENT == 0
-        for i in self._descriptors:
-            descriptor = flat[i]
-            yield descriptor.base.dtype
-            yield tuple(descriptor.block_shape)
-            yield id(descriptor.layout)
-        for i in self._specialized:
-            yield flat[i] == 1
-            yield flat[i] % ALIGNMENT == 0
-            yield _width(flat[i])
-        for i in self._others:
-            yield _width(flat[i])
-        for i in self._flags:
-            yield flat[i]
 
     def keep_alive(self, flat: Arguments) -> None:
         """Hold the layouts of descriptors, which are in the key by their identity."""
@@ -304,8 +293,12 @@ def _flatten(args: Arguments) -> Iterator[Any]:
 
 
 def _width(number: int) -> int:
-    """Return 0, 1 or 2 for what Triton passes as int32, int64 and uint64."""
-    return 0 if -(2**31) <= number < 2**31 else 1 if number < 2**63 else 2
+    """Return 0, 1 or 2 for what Triton passes as int32, int64 and uint64.
+
+    Raises:
+        TypeError: the number is a float.
+    """
+    return 0 if number >> 31 in (0, -1) else 1 if number < 2**63 else 2
 
 
 def _device_index(flat: Arguments | Iterator[Any]) -> int:

@@ -26,16 +26,8 @@ class PerStream(Generic[T]):
         self._values: dict[tuple[torch.device, int], T] = {}
 
     def of(self, device: torch.device) -> T:
-        """Return the value of the device's current stream."""
+        """Return the value of the device's current stream; a CPU counts as one stream."""
         key = (device, current_stream(device))
         if key not in self._values:
             self._values[key] = self._make(device)
         return self._values[key]
-
-    def values(self, device: torch.device | None = None) -> list[T]:
-        """Return the values of all streams of a device, of all devices if it is None."""
-        return [v for (where, _), v in self._values.items() if device is None or where == device]
-
-    def clear(self) -> None:
-        """Drop all values. CUDA graphs that were captured with them must not be replayed."""
-        self._values.clear()
