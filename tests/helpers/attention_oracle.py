@@ -40,7 +40,7 @@ def attended(
     tree=None,  # tree[i, j]: whether query i attends the j-th key from the offset on
     **_,
 ):
-    """Return which key each query attends, bool [B, Lq, Lk], found one by one."""
+    """Return which keys each query attends, bool [B, Lq, Lk], found one by one."""
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
     result = torch.zeros(batch, n_queries, n_keys, dtype=torch.bool)
     offset = n_keys - n_queries if query_offset is None else query_offset

@@ -57,7 +57,7 @@ def laid_out(layout, gate, up):
 
 
 def assert_same(actual, expected, gate, up):
-    """Two roundings follow a float32 activation: two steps off, and that rarely.
+    """Assert two steps of the dtype, rarely: two roundings follow a float32 activation.
 
     In float32 the exponential errs by its argument's rounding, some 20 epsilons for the sizes made
     here. The reference's own 1 + tanh and 1 + erf cancel for negative gates and err by float32's

@@ -61,7 +61,7 @@ gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 
 
 def make_for(launch, dtype=torch.float32):
-    """Two blocks of queries for the prefill kernel, a few queries for the decode kernel."""
+    """Make two blocks of queries for the prefill kernel, a few queries for the decode kernel."""
     return make(n_queries=18 if isinstance(launch, PrefillLaunch) else 5, dtype=dtype)
 
 
@@ -251,7 +251,7 @@ def test_extreme_scores_stay_finite(device):
 
 @each_launch
 def test_views_as_transformers_makes_them(launch, device):
-    """[B, H, L, D] transposed; the keys a slice of a longer cache whose rest is never read."""
+    """The queries are [B, H, L, D] transposed, the keys a slice of a longer cache full of NaN."""
     q, k, v = make_for(launch)
     q_view = q.transpose(1, 2).contiguous().transpose(1, 2)
     caches = torch.full((2, 2, 2, 64, 24), math.nan)
@@ -268,7 +268,7 @@ def ranges(device):
 
 
 def unwritten(k, v, key_start, key_end):
-    """NaN where no query may look."""
+    """Put NaN where no query may look."""
     keys = torch.arange(k.shape[1], device=k.device)[:, None, None]
     inside = (keys >= key_start[:, None, None, None]) & (keys < key_end[:, None, None, None])
     return (x.masked_fill(~inside, math.nan) for x in (k, v))

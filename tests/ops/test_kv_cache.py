@@ -43,12 +43,12 @@ def bits(tensor):
 
 
 def same(a, b):
-    """Equal bit for bit: NaN too, which torch.equal takes for unequal."""
+    """Assert equality bit for bit, of NaN too, which torch.equal takes for unequal."""
     return torch.equal(bits(a), bits(b))
 
 
 def random_bits(shape, dtype, device, seed):
-    """Every kind of float, infinities, subnormals and NaN with payload too."""
+    """Make every kind of float: infinities, subnormals and NaN with payload too."""
     gen = torch.Generator().manual_seed(seed)
     kind = BITS[dtype.itemsize]
     info = torch.iinfo(kind)
@@ -62,7 +62,7 @@ def canaries(shape, dtype, device):
 
 
 def make(case, dtype, device="cpu", skip=0.25):
-    """Random k and v, caches full of canaries, and slots in no order, some of them -1."""
+    """Make random k and v, caches full of canaries and unordered slots, some of them -1."""
     tokens, heads, head_dim, block_size, blocks = case
     gen = torch.Generator().manual_seed(tokens)
     slots = torch.randperm(blocks * block_size, generator=gen)[:tokens]
@@ -206,7 +206,7 @@ def test_nothing_outside_the_caches_is_written(case, device):
 
 @each_impl
 def test_what_was_in_the_cache_is_overwritten(impl, device):
-    """One token after the other, as in decoding, the last write to a slot is what stays."""
+    """With one token per call, as in decoding, the last write to a slot stays."""
     k, v, k_cache, v_cache, _ = make((4, 2, 64, 16, 2), torch.float16, device)
     for token, slot in enumerate([17, 3, 17, 3]):
         one = slice(token, token + 1)

@@ -80,7 +80,7 @@ def make(
     spare_entries=1,
     **features,
 ):
-    """Sequences in shuffled blocks; what nobody attends is NaN, what nobody looks up garbage."""
+    """Make sequences in shuffled blocks: NaN where nobody attends, garbage in unused entries."""
     gen = torch.Generator().manual_seed(sum(contexts) + sum(queries))
     window = features.get("window")
     counts = [-(-n // block_size) for n in contexts]
@@ -118,7 +118,7 @@ def make(
 
 
 def make_for(launch, dtype=torch.float32, **options):
-    """Prefill, decoding and padding in one batch; as many queries as the launch takes."""
+    """Make prefill, decoding and padding in one batch, with as many queries as the launch takes."""
     few = isinstance(launch, DecodeLaunch)
     batch = make(queries=(5 if few else 18, 1, 3, 1), dtype=dtype, **options)
     if isinstance(launch, tuple):
@@ -136,7 +136,7 @@ def run(batch, device, launch=None, **changed):
 
 
 def assert_right(out, lse, batch):
-    """Each sequence alone, by the relative rule."""
+    """Assert the relative rule for each sequence alone."""
     (q, _, _), args = batch.tensors, batch.args
     out, lse = out.cpu(), lse.cpu()
     assert out.shape == q.shape and out.is_contiguous()
@@ -371,7 +371,7 @@ def test_mixed_launches_need_no_mixture(contexts, queries, device):
 
 @pytest.mark.parametrize("first", [0, 255, 256, 299])
 def test_prompts_are_found_among_many_sequences(first, device):
-    """They are looked for 256 at a time."""
+    """The prefill kernel searches 256 sequences at a time."""
     contexts, queries = [0] * 300, [0] * 300
     for row in {first, 120, 298}:
         contexts[row], queries[row] = 35, 18 + row % 16
@@ -382,7 +382,7 @@ def test_prompts_are_found_among_many_sequences(first, device):
 
 @pytest.mark.parametrize("later", [("_prefill",), ("_decode", "_merge")], ids="-".join)
 def test_neither_kernel_writes_rows_of_the_other(later, device, monkeypatch):
-    """Memory is NaN before, so that the rows of what has not run show; then it runs last."""
+    """Outputs are NaN before: the rows of the kernel that runs last stay NaN until then."""
     batch = make((40, 5, 33, 1), (17, 1, 16, 1), unused_tokens=0)
     single = torch.tensor([False] * 17 + [True] + [False] * 16 + [True])
     launches = []
@@ -490,7 +490,7 @@ def test_one_query_need_not_attend_itself(device):
 
 @each_launch
 def test_any_order_of_heads_and_offsets(launch, device):
-    """[num_blocks, block_size, kv_heads, D] as a permuted view, K and V each their own way."""
+    """K and V are views of [num_blocks, block_size, kv_heads, D], permuted differently."""
     batch = make_for(launch)
     q, k_cache, v_cache = batch.tensors
     expected, _ = run(batch, device, launch)
@@ -503,7 +503,7 @@ def test_any_order_of_heads_and_offsets(launch, device):
 
 @each_launch
 def test_slices_of_larger_tensors(launch, device):
-    """Queries of a merged projection, keys of a larger cache, buffers wider than the batch."""
+    """Queries are part of a merged projection, keys of a larger cache, and buffers are wide."""
     batch = make_for(launch, tree=True)
     (q, k_cache, v_cache), args = batch.tensors, batch.args
     merged = torch.cat([q, q, q], dim=1)[:, :4]
@@ -796,7 +796,7 @@ def test_long_inputs_are_contiguous_bit_for_bit(n_queries, block_size):
 @pytest.mark.parametrize("n_queries", [1, 100], ids=["decode", "prefill"])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_a_cache_past_two_to_the_31_elements(block_size, n_queries):
-    """4 GiB of keys, 4 of values; the sequences' blocks are the first and the last."""
+    """Caches of 4 GiB each: the sequences' blocks are the first and the last."""
     n_blocks = 2**31 // (8 * block_size * 128) + 40
     k_cache = torch.empty(n_blocks, 8, block_size, 128, device="cuda", dtype=torch.bfloat16)
     v_cache = torch.empty_like(k_cache)

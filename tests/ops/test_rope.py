@@ -55,7 +55,7 @@ def make(shape, dtype, device="cpu", tables="same"):
 
 
 def assert_same(actual, expected):
-    """Every rounding is at a known place, and no sum has a choice of order: equal to the bit."""
+    """Assert equality bit for bit: all roundings are known, and no sum has a choice of order."""
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and a.is_contiguous()
         assert torch.equal(a, e)
@@ -67,7 +67,7 @@ def check_kernel(args, interleaved):
 
 
 def by_formula(x, positions, rotary_dim, interleaved):
-    """Each pair as a complex number, turned by exp(i * angle), in float64."""
+    """Rotate each pair as a complex number by exp(i * angle), in float64."""
     x = x.double()
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     pairs = turned.unflatten(-1, (-1, 2) if interleaved else (2, -1))
@@ -434,7 +434,7 @@ def test_few_tokens_take_more_programs():
 
 
 def test_a_head_is_summed_as_rms_norm_sums_it():
-    """Eight elements a lane, so the lanes add up alike; and no head is shared between warps."""
+    """Lanes hold eight elements, so they add in one order, and warps share no head."""
     for n_heads, head_dim, few_tokens in product((1, 2, 32), (64, 128, 256), (False, True)):
         launch = choose_launch(n_heads, head_dim, head_dim, few_tokens, norm=True)
         assert launch.block_h * head_dim == 8 * 32 * launch.num_warps

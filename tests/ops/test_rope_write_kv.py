@@ -69,7 +69,7 @@ def bits(tensor):
 
 
 def same(a, b):
-    """Equal bit for bit: NaN too, which torch.equal takes for unequal."""
+    """Assert equality bit for bit, of NaN too, which torch.equal takes for unequal."""
     return torch.equal(bits(a), bits(b))
 
 
@@ -79,7 +79,7 @@ def canaries(shape, dtype, device):
 
 
 def make_step(step, dtype, device="cpu", mode="qwen3", block_size=16):
-    """Slices of a merged projection, caches full of canaries, slots in no order, some -1."""
+    """Make slices of a merged projection, caches full of canaries and unordered slots, some -1."""
     tokens, q_heads, kv_heads, head_dim, rotary_dim = step
     tables, interleaved, norm, unit_offset = MODES[mode]
     gen = torch.Generator().manual_seed(0)
