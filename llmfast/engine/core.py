@@ -153,8 +153,9 @@ class EngineCore:
             self._closed = True
             self._abort(list(self.requests.values()))
             self._in_flight.clear()
-            self.model_runner.close()
-            self._on_close()
+            with self._device():
+                self.model_runner.close()
+                self._on_close()
             self._shared.hand_out()
 
     # ----------------------------------------------------------------------------- requests
@@ -216,8 +217,9 @@ class EngineCore:
         metrics.preemptions += sequence.preemptions
         if error is not None:
             logger.warning("llmfast: request %s failed: %s", request.id, error)
-        if request.finished:
+        if all(each.finish_reason is not None for each in request.answers):
             metrics.finished = time.perf_counter()
+            request.finished = True
             if self.requests.get(request.id) is request:
                 del self.requests[request.id]
 

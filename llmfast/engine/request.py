@@ -182,8 +182,4 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # so far; None: not wanted
     changed: bool = False  # since its output was last taken
     error: str | None = None  # why it cannot be run
-
-    @property
-    def finished(self) -> bool:
-        """True if every answer has its finish reason."""
-        return all(answer.finish_reason is not None for answer in self.answers)
+    finished: bool = False  # every answer has its finish reason, and its text

@@ -108,6 +108,28 @@ def test_threads_share_steps():
     assert len(launched) < 2 * 190 and max(launched) == 4
 
 
+def test_a_request_that_is_added_during_a_step():
+    """Its thread waits before the engine has seen the request: that is not taken for its end."""
+    with engine() as llm:
+        launch, found, threads = llm.core.model_runner.launch, [], []
+
+        def work():
+            (output,) = llm.generate([PROMPTS[4]], PARAMS[0], use_tqdm=False)
+            found.append(token_ids(output))
+
+        def joined(*args):
+            if not threads:
+                threads.append(threading.Thread(target=work))
+                threads[0].start()
+                time.sleep(0.1)
+            return launch(*args)
+
+        llm.core.model_runner.launch = joined
+        llm.generate([PROMPTS[1]], PARAMS[0], use_tqdm=False)
+        threads[0].join(SECONDS)
+    assert found == [alone(4)]
+
+
 def test_a_stream_held_between_its_outputs_stops_no_thread():
     with engine() as llm:
 
