@@ -8,7 +8,7 @@ import numpy as np
 
 from ..runner.inputs import SamplingOps, StepInputs
 from .request import Answer, Sequence
-from .scheduler import SchedulerOutput
+from .scheduler_output import SchedulerOutput
 
 
 class BatchBuilder:

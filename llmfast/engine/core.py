@@ -19,7 +19,8 @@ from .outputs import OutputProcessor
 from .processor import InputProcessor
 from .request import Answer, Request, RequestOutput, Sequence, SequenceStatus
 from .sampling import SampledToken, score
-from .scheduler import Scheduler, SchedulerOutput
+from .scheduler import Scheduler
+from .scheduler_output import SchedulerOutput
 from .sharing import SharedSteps
 
 logger = logging.getLogger("llmfast")

@@ -28,7 +28,7 @@ from .batch import BatchBuilder
 from .penalties import Counts
 from .request import Answer, Sequence
 from .sampling import SampledToken, choose, sampling_ops
-from .scheduler import SchedulerOutput
+from .scheduler_output import SchedulerOutput
 
 logger = logging.getLogger("llmfast")
 

@@ -5,12 +5,10 @@ A policy decides about tokens; :mod:`.scheduler` keeps the queue and the blocks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from .chunking import ChunkSizer
-
-if TYPE_CHECKING:
-    from .scheduler import Scheduler, SchedulerOutput
+from .scheduler_output import SchedulerOutput
 
 _TILE = 256  # tokens of a GEMM tile: a step with a few more leaves SMs idle
 _MIN_CHUNK_DIVISOR = 4  # no chunk is under a quarter of its room: each step reads all weights
@@ -23,10 +21,26 @@ class Chunk(NamedTuple):
     budget: int
 
 
+class Phases(Protocol):
+    """The phases of scheduling that a policy calls: :class:`.scheduler.Scheduler` has them."""
+
+    def schedule_decodes(self, step: SchedulerOutput, budget: int) -> tuple[int, bool]:
+        """Schedule decodes. Return the remaining budget and whether a sequence was preempted."""
+        ...
+
+    def schedule_chunks(self, step: SchedulerOutput, budget: int) -> int:
+        """Schedule prompts that have begun. Return the remaining budget."""
+        ...
+
+    def schedule_new(self, step: SchedulerOutput, budget: int) -> None:
+        """Admit waiting sequences while the cache and the budget have room."""
+        ...
+
+
 class SchedulingPolicy(Protocol):
     """The way in which prompts and decodes share steps; sequences keep their order."""
 
-    def schedule(self, scheduler: Scheduler, step: SchedulerOutput) -> None:
+    def schedule(self, scheduler: Phases, step: SchedulerOutput) -> None:
         """Fill a step by calling the scheduler's phases in this policy's order."""
         ...
 
@@ -61,7 +75,7 @@ class ChunkedPrefill:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunk_sizer = ChunkSizer() if chunk_sizer is None else chunk_sizer
 
-    def schedule(self, scheduler: Scheduler, step: SchedulerOutput) -> None:
+    def schedule(self, scheduler: Phases, step: SchedulerOutput) -> None:
         """Decode, go on with prompts, admit. Nothing is admitted if a sequence was preempted."""
         budget, preempted = scheduler.schedule_decodes(step, self.max_num_batched_tokens)
         budget = scheduler.schedule_chunks(step, budget)
@@ -95,7 +109,7 @@ class WholePrefill:
         """``max_num_batched_tokens``: of a step with several prompts."""
         self.max_num_batched_tokens = max_num_batched_tokens
 
-    def schedule(self, scheduler: Scheduler, step: SchedulerOutput) -> None:
+    def schedule(self, scheduler: Phases, step: SchedulerOutput) -> None:
         """Go on with prompts that were preempted while decoding, admit, or else decode."""
         budget = self.max_num_batched_tokens
         scheduler.schedule_new(step, scheduler.schedule_chunks(step, budget))

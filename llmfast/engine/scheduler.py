@@ -10,24 +10,12 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from dataclasses import dataclass, field
 
 from ..errors import UserError
 from .block_manager import BlockManager
 from .policy import SchedulingPolicy
 from .request import Sequence, SequenceStatus
-
-
-@dataclass
-class SchedulerOutput:
-    """One step."""
-
-    # tokens to compute of each sequence
-    num_scheduled_tokens: dict[Sequence, int] = field(default_factory=dict)
-    # blocks to copy before the step: (source, target)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-    # of prompts with log-probabilities, how many of a chunk's first tokens have their logits scored
-    num_prompt_logits: dict[Sequence, int] = field(default_factory=dict)
+from .scheduler_output import SchedulerOutput
 
 
 class Scheduler:

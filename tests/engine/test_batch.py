@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llmfast.engine.batch import BatchBuilder
 from llmfast.engine.request import Answer, Sequence
 from llmfast.engine.sampling_params import SamplingParams
-from llmfast.engine.scheduler import SchedulerOutput
+from llmfast.engine.scheduler_output import SchedulerOutput
 from llmfast.runner.inputs import GraphKey, SamplingOps, StepInputs, StepShape, views
 
 ROWS, WIDTH, BLOCK, FIRST_ROW = 5, 6, 4, 100

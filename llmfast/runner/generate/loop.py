@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,10 +16,19 @@ from ..results import StepHandle
 from .batch import BatchSampling, StaticBatch
 from .processors import counts_padding, pad_of, read_sampling
 
-if TYPE_CHECKING:
-    from .override import GenerateOverride
-
 _AHEAD = 2  # steps in flight on a GPU at most
+
+
+class BatchSource(Protocol):
+    """Provides the batch that a call runs in: :class:`.override.GenerateOverride`."""
+
+    def batch_for(self, rows: int, length: int, blocks: int) -> StaticBatch:
+        """Return a batch with room for ``rows`` rows of ``length`` tokens in ``blocks`` blocks."""
+        ...
+
+    def log_once(self, reason: str) -> None:
+        """Log why a call runs transformers' own loop, each reason once."""
+        ...
 
 
 def decode(
@@ -31,7 +40,7 @@ def decode(
     synced_gpus: bool = False,
     streamer: Any = None,
     *,
-    override: GenerateOverride,
+    override: BatchSource,
     **model_kwargs: Any,
 ) -> Any:
     """Decode a call that transformers has prepared: the loop that the call brings."""
