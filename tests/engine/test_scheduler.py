@@ -532,6 +532,34 @@ def test_a_request_too_large_for_the_cache():
     cache.check_empty()
 
 
+def test_a_scored_prompt_has_as_many_rows_of_logits_as_sequences_may_run():
+    """Each chunk gives one row for each token whose successor in the prompt is scored."""
+    cache = Cache(num_blocks=40, seqs=3, budget=30)
+    old, tokens = cache.add([1] * 3, max_tokens=9), list(range(10, 16))
+    cache.step()
+    scored = Sequence(tokens, len(tokens), len(tokens) + 4, scored=1)
+    cache.scheduler.add(scored)
+    chunks = []
+    while scored.scores_prompt:
+        step = cache.plan()
+        count, rows = step.num_scheduled_tokens[scored], step.num_prompt_logits[scored]
+        assert step.num_scheduled_tokens[old] == 1 and old not in step.num_prompt_logits
+        assert rows + len(step.num_scheduled_tokens) - 1 <= 3
+        for sequence, n in step.num_scheduled_tokens.items():
+            cache.scheduler.begin(sequence, n)
+            cache.scheduler.confirm(sequence, sequence.computed)
+        old.tokens.append(0)
+        scored.scored += rows
+        chunks.append((count, rows))
+    assert chunks == [(2, 2), (2, 2), (2, 1)]  # the last token of the prompt has no successor
+    cache.scheduler.finish(scored)
+    # what was scored before a preemption is computed again without its logits
+    again = Sequence(tokens, len(tokens), len(tokens) + 4, scored=4)
+    cache.scheduler.add(again)
+    step = cache.plan()
+    assert step.num_scheduled_tokens[again] == 3 and not step.num_prompt_logits
+
+
 def test_ten_thousand_waiting_requests_cost_a_step_little():
     """A step looks at few of them, even if they share a prefix."""
     cache = Cache(num_blocks=100, block_size=4, seqs=4, budget=4)

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import sys
+import threading
 
 import pytest
 
@@ -12,6 +13,7 @@ from block_books import check_books
 from engines import LONG, check_empty, text_engine
 from generating import tokenizer
 from llmfast import AsyncLLM, SamplingParams, StructuredOutputsParams
+from llmfast.engine.structured import Grammars
 from llmfast.errors import UserError
 from tiny_models import make
 
@@ -203,6 +205,37 @@ def test_of_an_asyncllm():
     good, bad, chosen = asyncio.run(all_of_them())
     assert_fits(good.text)
     assert bad.finish_reason == "error" and chosen.text == "abc"
+
+
+@wants_xgrammar
+def test_an_asyncllm_compiles_grammars_beside_its_steps(monkeypatch):
+    """Other requests are answered while a grammar compiles in another thread."""
+    compiling, release, threads = threading.Event(), threading.Event(), []
+    matcher = Grammars.matcher
+
+    def slow(self, wanted):
+        threads.append(threading.current_thread().name)
+        compiling.set()
+        assert release.wait(30)
+        return matcher(self, wanted)
+
+    monkeypatch.setattr(Grammars, "matcher", slow)
+
+    async def last(llm, prompt, given):
+        *_, output = [output async for output in llm.generate(prompt, given)]
+        return output.outputs[0]
+
+    async def both():
+        async with AsyncLLM(model(), tokenizer=tokenizer(), num_blocks=40, block_size=16) as llm:
+            late = asyncio.create_task(last(llm, LONG[:5], params({"choice": ["abc"]})))
+            await asyncio.to_thread(compiling.wait, 30)
+            beside = await last(llm, LONG[:9], SamplingParams(max_tokens=9, ignore_eos=True))
+            assert len(beside.token_ids) == 9 and not late.done()
+            release.set()
+            return await late
+
+    assert asyncio.run(both()).text == "abc"
+    assert threads and threads[0].startswith("llmfast input")
 
 
 # -------------------------------------------------------------------------------------- faults
