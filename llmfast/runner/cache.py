@@ -15,7 +15,7 @@ BLOCK_SIZE = 64  # tokens of a block; docs/ops/kv_cache.md has the measurement
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer caches for each token: a key and a value per KV head."""
+    """The cache of one layer, per token: a key and a value for each KV head."""
 
     kv_heads: int
     k_dim: int

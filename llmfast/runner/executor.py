@@ -99,7 +99,7 @@ class Executor:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether :meth:`launch` returns before the step has run."""
+        """True if :meth:`launch` returns before the step has run."""
         return self.device.type == "cuda"
 
     @property
@@ -109,7 +109,7 @@ class Executor:
 
     @property
     def use_graphs(self) -> bool:
-        """Whether steps are captured."""
+        """True if steps are captured."""
         return self._graphs.enabled
 
     @property

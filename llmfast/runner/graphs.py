@@ -189,7 +189,7 @@ class StepGraphs:
 
     @property
     def enabled(self) -> bool:
-        """Whether steps are captured."""
+        """True if steps are captured."""
         return self._capture is not None
 
     def __len__(self) -> int:

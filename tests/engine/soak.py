@@ -40,7 +40,7 @@ CANARY = SamplingParams(seed=5, max_tokens=12)
 
 
 class Held(NamedTuple):
-    """What the process holds while there is no request."""
+    """Return what the process holds while there is no request."""
 
     resident: int  # bytes
     tensors: int

@@ -1,4 +1,4 @@
-"""What tests of linear layers share: quantized layers, their exact results, the tolerance."""
+"""Helpers for tests of linear layers: quantized layers, exact results, the tolerance."""
 
 import pytest
 import torch

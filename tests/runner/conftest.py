@@ -1,4 +1,4 @@
-"""Whether a call ran on the executor, and why not."""
+"""Fixtures that tell if a call ran on the executor, and why not."""
 
 import logging
 

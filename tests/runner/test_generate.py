@@ -235,7 +235,7 @@ def test_inputs(name, penalty, device, started):
 
 @pytest.mark.parametrize("ignored", [(4, 9, 0), (12, 12, 12)])
 def test_a_penalty_that_leaves_tokens_out(ignored, device, started):
-    """Those of the padding, as newer versions of transformers do on their own, or others."""
+    """A mask marks the padding, as newer versions of transformers infer it, or other tokens."""
     model, twin = shared_pair(device)
     try:
         penalty = RepetitionPenaltyLogitsProcessor(1.7, torch.tensor(ignored, device=device))

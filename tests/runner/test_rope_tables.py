@@ -39,7 +39,7 @@ def scaled_model(kind, device):
 
 
 def fresh_tables(kind, length, device):
-    """What a forward of so many tokens has, in a model that has seen nothing before."""
+    """Return the tables of a forward over that many tokens, in a fresh model."""
     model = scaled_model(kind, device)
     x = torch.empty(1, 1, 1, dtype=model.dtype, device=device)
     cos, sin = model.model.rotary_emb(x, torch.arange(length, device=device)[None])

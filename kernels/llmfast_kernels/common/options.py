@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What :func:`launch_options` sets."""
+    """Options that :func:`launch_options` sets."""
 
     library_linear: bool = False
 
