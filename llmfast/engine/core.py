@@ -32,6 +32,10 @@ _STATUS = {
 }
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(eq=False)
 class InFlightStep:
     """A step that was launched and not collected yet."""
@@ -64,7 +68,7 @@ class EngineCore:
         processor: InputProcessor,
         outputs: OutputProcessor,
         *,
-        on_close: abc.Callable[[], None] = lambda: None,
+        on_close: abc.Callable[[], None] = _nothing,
     ) -> None:
         """
         Args:
@@ -157,6 +161,7 @@ class EngineCore:
             with self._device():
                 self.model_runner.close()
                 self._on_close()
+            self._on_close = _nothing  # it holds the model
             self._shared.hand_out()
 
     # ----------------------------------------------------------------------------- requests
@@ -229,7 +234,8 @@ class EngineCore:
     def _step(self) -> None:
         if self._closed:
             raise RuntimeError("LLM: it is closed")
-        with self._device():
+        # steps write to tensors that other callers' steps write to, in whatever mode they call
+        with self._device(), torch.inference_mode(False):
             self._run_step()
 
     def _device(self) -> AbstractContextManager[object]:

@@ -54,6 +54,7 @@ class LaunchedBatch:
 class ModelRunner:
     """Runs the steps that the scheduler plans on an :class:`Executor` of its own."""
 
+    @torch.inference_mode(False)  # its tensors outlive the mode of the caller
     def __init__(
         self,
         model: PreTrainedModel,
@@ -73,7 +74,7 @@ class ModelRunner:
             max_num_batched_tokens = max(max_num_batched_tokens, longest)
         name = type(model).__name__
         try:
-            with torch.inference_mode(False), evaluating(model):
+            with evaluating(model):
                 self._model = make_step_model(model)
         except NotTraced as error:
             raise UserError(f"LLM: {name} cannot be run: {error}") from None

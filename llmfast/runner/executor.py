@@ -383,10 +383,11 @@ class Executor:
         }
 
     def close(self) -> None:
-        """Free the graphs and the cache; the executor cannot be used afterwards."""
+        """Free the graphs and the cache, and drop the model; only properties may be read then."""
         self._graphs.clear()
         self._resident = self._logits = self._rows_graph = None
         self.cache.close()
+        vars(self).pop("model", None)  # it has packed weights, and a user may hold a closed engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

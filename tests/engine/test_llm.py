@@ -15,7 +15,7 @@ from engines import check_empty, executor_of, model_of
 from fake_graphs import use_fake_graphs
 from generating import tokenizer as byte_tokenizer
 from llmfast import LLM, SamplingParams
-from llmfast.engine import model_runner
+from llmfast.engine import build, model_runner
 from llmfast.engine.model_runner import ModelRunner
 from llmfast.engine.outputs import OutputProcessor
 from llmfast.errors import UserError
@@ -692,6 +692,37 @@ def test_closing_frees_the_cache_and_leaves_the_model_as_it_was():
     with pytest.raises(RuntimeError, match="it is closed"):
         next(llm.stream([LONG[:9]]))
     assert answers(expected[0])[0][0] == greedy_of(model, LONG[:9], 20)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_closing_frees_a_loaded_model_while_the_engine_is_held(monkeypatch, weights):
+    model = make("Llama")
+    monkeypatch.setattr(build, "load", lambda *_, **__: (model, None))
+    llm = LLM("a folder", weights=weights, group_size=32, num_blocks=9, max_model_len=100)
+    held = [weakref.ref(model), weakref.ref(executor_of(llm).model)]
+    stream = llm.stream([LONG[:9]], GREEDY)
+    next(stream)
+    model = None
+    monkeypatch.undo()
+    llm.close()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    assert not list(stream)[-1].outputs[0].token_ids[20:]
+
+
+def test_callers_may_be_in_inference_mode_or_not():
+    params = [GREEDY, SamplingParams(temperature=0, max_tokens=20, frequency_penalty=1.0)]
+    prompts = [LONG[:9], LONG[9:30]]
+    expected = None
+    for made_in_it in (False, True):
+        with torch.inference_mode(made_in_it):
+            llm = LLM(model_of("Llama"), num_blocks=40, block_size=16, max_num_seqs=2)
+        for called_in_it in (made_in_it, not made_in_it):
+            with torch.inference_mode(called_in_it):
+                got = llm.generate(prompts, params, use_tqdm=False)
+            expected = expected or [answers(output) for output in got]
+            assert [answers(output) for output in got] == expected
+    assert expected[0][0][0] == greedy_of(model_of("Llama"), LONG[:9], 20)
 
 
 def test_models_that_it_cannot_run():
