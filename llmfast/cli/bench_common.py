@@ -38,11 +38,15 @@ class Output:
         """Refuse a destination that cannot be written.
 
         Raises:
-            UserError: ``--json`` names a file in a folder that is not there.
+            UserError: ``--json`` names a folder, or a file in a folder that is not there.
         """
-        path = self.json_path
-        if path not in (None, "-") and not Path(str(path)).parent.is_dir():
-            raise UserError(f"--json: there is no folder {Path(str(path)).parent}")
+        if self.json_path in (None, "-"):
+            return
+        path = Path(str(self.json_path))
+        if path.is_dir():
+            raise UserError(f"--json: {path} is a folder")
+        if not path.parent.is_dir():
+            raise UserError(f"--json: there is no folder {path.parent}")
 
     def write(self, run: Run, suite: str) -> None:
         """Write the run where the options say: to stdout, to a file, to a folder of suites."""

@@ -72,6 +72,8 @@ def run_command(
         raise UserError(f"there is no file {prompts}")
     if not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder")
     if out.exists() and out.samefile(prompts):
         raise UserError("--out is the file of prompts: give another one")
     defaults = {"max_tokens": max_tokens, "temperature": temperature}

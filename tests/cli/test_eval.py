@@ -130,6 +130,7 @@ def test_json_is_a_results_file_of_its_own_rows(loads, tmp_path, capsys):
         ({"stride": 33}, "--stride must be from 1 to the window of 32, got 33"),
         ({"text": "emma"}, "persuasion or pride-and-prejudice or a file; 'emma'"),
         ({"json_path": "nowhere/f.json"}, "--json: there is no folder nowhere"),
+        ({"json_path": "."}, "--json: . is a folder"),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_is_loaded(loads, options, says):

@@ -170,6 +170,7 @@ def test_files_that_cannot_be(loaded, files, tmp_path):
     refused(words="there is no file")
     put(files[0], {"prompt": "AB"})
     refused("--out", tmp_path / "none/x", words="there is no folder")
+    refused("--out", tmp_path, words="is a folder")
     refused("--out", files[0], words="--out is the file of prompts")
     refused("--max-tokens", 0, words="--max-tokens must be an integer, 1 or more")
     refused("--max-num-seqs", 0, words="--max-num-seqs must be at least 1")
