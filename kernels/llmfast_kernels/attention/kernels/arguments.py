@@ -121,4 +121,4 @@ def lse_rows(lse_ptr, b, heads, q_start, n_heads, stride_lse_h, sequences: Seque
     """Return pointers to the first log-sum-exp of sequence b for each of ``heads``."""
     if sequences.cu_q_ptr is None:
         lse_ptr += b.to(tl.int64) * n_heads * stride_lse_h
-    return lse_ptr + q_start + heads.to(tl.int64) * stride_lse_h
+    return lse_ptr + (q_start + heads.to(tl.int64) * stride_lse_h)

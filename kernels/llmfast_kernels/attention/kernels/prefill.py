@@ -227,7 +227,7 @@ def _prefill_kernel(
     acc, lse = finish(acc, row_sum, row_max)
 
     out_row = first_row(b, q_start, max_queries, sequences)
-    out_ptr = out.ptr + (out_row * n_heads + head) * HEAD_DIM
+    out_ptr = out.ptr + out_row * (n_heads * HEAD_DIM) + head * HEAD_DIM
     out_ptrs = out_ptr + rows[:, None].to(tl.int64) * (n_heads * HEAD_DIM) + dims[None, :]
     mask = row_mask[:, None] & dim_mask[None, :] if PAD else row_mask[:, None]
     tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=mask)
