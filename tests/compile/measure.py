@@ -85,7 +85,10 @@ def _lines(record: dict[str, dict[str, dict[str, int]]]) -> str:
 
 
 def measure(variant: Variant, target: str) -> dict[str, int]:
-    """Return the bytes of stack and shared memory; on AMD the number of spilled registers too."""
+    """Return the registers per thread, and the bytes of stack and shared memory.
+
+    On AMD registers are vector registers, and the number of spilled ones is returned too.
+    """
     module, name = variant.kernel.split(":")
     function = getattr(importlib.import_module(module), name)
     driver.set_active(_Driver(_gpu_target(target)))
@@ -107,9 +110,10 @@ def measure(variant: Variant, target: str) -> dict[str, int]:
     )
     taken = {"shared": int(compiled.metadata.shared)}
     if target.startswith("sm_"):
-        return taken | {"stack": _stack(compiled.asm["cubin"])}
+        return taken | _cubin_resources(compiled.asm["cubin"])
     amdgcn = compiled.asm["amdgcn"]
     return taken | {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", amdgcn),
         "stack": _number(r"\.private_segment_fixed_size:\s*(\d+)", amdgcn),
         "spilled_registers": _number(r"\.vgpr_spill_count:\s*(\d+)", amdgcn),
     }
@@ -168,7 +172,7 @@ class _Driver:
         return self.target
 
 
-def _stack(cubin: bytes) -> int:
+def _cubin_resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -178,7 +182,10 @@ def _stack(cubin: bytes) -> int:
             capture_output=True,
             text=True,
         ).stdout
-    return _number(r"STACK:(\d+)", shown)
+    return {
+        "registers": _number(r"REG:(\d+)", shown),
+        "stack": _number(r"STACK:(\d+)", shown),
+    }
 
 
 def _number(pattern: str, text: str) -> int:
