@@ -55,7 +55,10 @@ def tune_command(
         if model is not None:
             from transformers import AutoConfig
 
-            configs = [AutoConfig.from_pretrained(model).get_text_config()]
+            try:
+                configs = [AutoConfig.from_pretrained(model).get_text_config()]
+            except (OSError, ValueError) as error:
+                raise UserError(f"tune: {model}: {str(error).splitlines()[0]}") from None
         else:
             configs = [config_of(name) for name in shape or SHAPES]
         layers = list(dict.fromkeys(layer for config in configs for layer in layers_of(config)))

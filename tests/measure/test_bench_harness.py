@@ -85,9 +85,12 @@ def bench_other_names(bench_op):
 
 
 @pytest.fixture
-def run(pytester):
+def run(pytester, monkeypatch):
     """Run bench files with the repository's conftest, on a pretended GPU or on the CPU."""
     pytest.importorskip("pytest_benchmark", reason="needs the extra: pip install 'llmfast[bench]'")
+
+    # pytest-benchmark measures nothing in a worker of pytest-xdist; the inner process is none
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
     def run(cases, *options, gpu):
         conftest = (ROOT / "bench/conftest.py").read_text()
