@@ -27,6 +27,7 @@ class BatchBuilder:
         width: int,
         block_size: int,
         first_position: int,
+        groups: int = 1,
     ) -> None:
         """
         Args:
@@ -34,14 +35,12 @@ class BatchBuilder:
             rows, width: sequences of a step, and blocks of a sequence, at most.
             block_size: tokens per block.
             first_position: of the rotary tables.
+            groups: cache groups.
         """
         self._new_step = new_step
         self._block_size = block_size
         self._first_position = first_position
-        self._table = np.zeros((rows, width), np.int64)
-        # for each row of the table the list whose blocks it has, and how many of them
-        self._lists: list[list[int]] = [[] for _ in range(rows)]
-        self._lengths = [0] * rows
+        self._tables = [_BlockTable(rows, width) for _ in range(groups)]
         self._answers: list[Answer] = []
         self._columns: dict[str, np.ndarray] = {}
 
@@ -81,7 +80,7 @@ class BatchBuilder:
         ends = inputs.place(
             starts,
             counts,
-            self._blocks(counts_of),
+            [table.write(counts_of, group) for group, table in enumerate(self._tables)],
             block_size=self._block_size,
             first_position=self._first_position,
         )
@@ -128,21 +127,6 @@ class BatchBuilder:
         if unknown:
             arrays["source_row"][ends[unknown] - 1] = sources
 
-    def _blocks(self, counts: abc.Mapping[Sequence, int]) -> np.ndarray:
-        """Return the blocks of each sequence, ``[len(counts), width]``."""
-        lists, lengths = self._lists, self._lengths
-        for row, sequence in enumerate(counts):
-            blocks = sequence.blocks
-            known, length = lengths[row], len(blocks)
-            # a sequence's list only grows; other blocks are another list
-            if lists[row] is not blocks or length < known:
-                lists[row], known = blocks, 0
-                self._table[row] = 0
-            if known != length:
-                self._table[row, known:length] = blocks[known:]
-                lengths[row] = length
-        return self._table[: len(counts)]
-
     def _parameters(self, answers: abc.Sequence[Answer]) -> dict[str, np.ndarray]:
         """Return the columns of sampling parameters, by name; an answer's never change."""
         if answers != self._answers or not self._columns:
@@ -157,3 +141,29 @@ class BatchBuilder:
                 "min_p": np.array([p.min_p for p in params], np.float32),
             }
         return self._columns
+
+
+class _BlockTable:
+    """The blocks of a step's rows in a cache group, as an array."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self._array = np.zeros((rows, width), np.int64)
+        # for each row the list whose blocks it has, and how many of them
+        self._lists: list[list[int]] = [[] for _ in range(rows)]
+        self._lengths = [0] * rows
+
+    def write(self, sequences: abc.Iterable[Sequence], group: int) -> np.ndarray:
+        """Return the blocks of each sequence, ``[len(sequences), width]``."""
+        array, lists, lengths = self._array, self._lists, self._lengths
+        row = -1
+        for row, sequence in enumerate(sequences):
+            blocks = sequence.block_tables[group]
+            known, length = lengths[row], len(blocks)
+            # a sequence's list only grows; other blocks are another list
+            if lists[row] is not blocks or length < known:
+                lists[row], known = blocks, 0
+                array[row] = 0
+            if known != length:
+                array[row, known:length] = blocks[known:]
+                lengths[row] = length
+        return array[: row + 1]

@@ -13,19 +13,30 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+FREED = 0  # stands in a block table for a block behind the window, which is not read
+
 
 class BlockManager:
-    """Hands out block numbers ``0 .. num_blocks - 1``."""
+    """Hands out the block numbers ``0 .. num_blocks - 1`` of a cache group."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        window: int | None = None,
+        caching: bool = True,
+    ) -> None:
         """
         Args:
-            num_blocks: blocks of the cache.
+            num_blocks: blocks of the group.
             block_size: tokens per block.
+            window: tokens that a query sees, its own included; None: all.
             caching: keep full blocks as prefixes.
         """
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.window = window
         self.caching = caching
         self._users = [0] * num_blocks
         self._content: list[tuple[bytes, tuple[int, ...]] | None] = [None] * num_blocks
@@ -41,6 +52,13 @@ class BlockManager:
     def blocks_for(self, tokens: int) -> int:
         """Return how many blocks ``tokens`` tokens take."""
         return -(-tokens // self.block_size)
+
+    def first_needed(self, tokens: int) -> int:
+        """Return the first block that queries after the full blocks of ``tokens`` tokens read."""
+        if self.window is None:
+            return 0
+        size = self.block_size
+        return max(tokens // size * size - self.window + 1, 0) // size
 
     def idle_among(self, blocks: Iterable[int]) -> int:
         """Return how many of some blocks have no user: sharing these lowers ``num_free``."""
@@ -95,14 +113,17 @@ class BlockManager:
         """Make the blocks of a second sequence that begins with ``tokens`` tokens of ``blocks``.
 
         Full blocks are shared. A partial last block is copied, since both sequences write to it.
+        Blocks that are not needed after ``tokens`` tokens are left out, as :data:`FREED`.
 
         Returns:
             The blocks of the second sequence, and ``(source, target)`` if a block must be copied.
         """
         full, rest = divmod(tokens, self.block_size)
+        first = self.first_needed(tokens)
         copied = self.allocate(1) if rest else []  # raises before anything is shared
-        self.share(blocks[:full])
-        return [*blocks[:full], *copied], (blocks[full], copied[0]) if rest else None
+        self.share(blocks[first:full])
+        shared = [*[FREED] * first, *blocks[first:full], *copied]
+        return shared, (blocks[full], copied[0]) if rest else None
 
     # ----------------------------------------------------------------------------- prefixes
 
@@ -124,14 +145,19 @@ class BlockManager:
         """
         found: list[int] = []
         for digest in digests:
-            block = self._cached.get(digest)
-            content = None if block is None else self._content[block]
-            start = len(found) * self.block_size
-            own = tuple(tokens[start : start + self.block_size])
-            if block is None or content is None or content[1] != own:
+            block = self.find(digest, tokens, len(found))
+            if block is None:
                 break
             found.append(block)
         return found
+
+    def find(self, digest: bytes, tokens: Sequence[int], index: int) -> int | None:
+        """Return the cached block of the tokens of block ``index`` of ``tokens``."""
+        block = self._cached.get(digest)
+        content = None if block is None else self._content[block]
+        start = index * self.block_size
+        own = tuple(tokens[start : start + self.block_size])
+        return block if content is not None and content[1] == own else None
 
     def register(self, block: int, digest: bytes, tokens: Sequence[int]) -> None:
         """Cache a full block, unless another block with the same tokens is cached."""
@@ -140,8 +166,64 @@ class BlockManager:
             self._content[block] = (digest, tuple(tokens))
             self._cached[digest] = block
 
+    def forget(self, digests: Iterable[bytes]) -> None:
+        """Let no cached block of these digests be found again, whether it is used or idle."""
+        for digest in digests:
+            block = self._cached.get(digest)
+            if block is None:
+                continue
+            self._forget(block)
+            if block in self._idle:
+                del self._idle[block]
+                self._empty.append(block)
+
     def _forget(self, block: int) -> None:
         content = self._content[block]
         if content is not None:
             del self._cached[content[0]]
             self._content[block] = None
+
+
+def match_prefix(
+    groups: Sequence[BlockManager], digests: Sequence[bytes], tokens: Sequence[int]
+) -> list[list[int]]:
+    """Return for each cache group the blocks of the longest prefix that all of them hold.
+
+    A group of full attention holds a prefix with all its blocks, a sliding-window group with those
+    that the next query reads; the others are :data:`FREED`.
+    """
+    first = groups[0]
+    if len(groups) == 1 and first.window is None:
+        return [first.match(digests, tokens)]
+    found: list[Sequence[int | None]] = []
+    length = len(digests)
+    for group in groups:
+        if group.window is None:
+            held = group.match(digests, tokens)
+            length = min(length, len(held))
+            found.append(held)
+        else:
+            found.append([group.find(digests[i], tokens, i) for i in range(length)])
+    before = None
+    while length != before:
+        before = length
+        for group, blocks in zip(groups, found, strict=True):
+            length = _longest_hit(group, blocks, length)
+    result: list[list[int]] = []
+    for group, blocks in zip(groups, found, strict=True):
+        needed = group.first_needed(length * group.block_size)
+        own = [block for block in blocks[needed:length] if block is not None]
+        result.append([FREED] * needed + own)
+    return result
+
+
+def _longest_hit(group: BlockManager, blocks: Sequence[int | None], length: int) -> int:
+    """Return the most blocks, at most ``length``, of which those that a query reads are found."""
+    end = length
+    while end:
+        first = group.first_needed(end * group.block_size)
+        missing = next((i for i in range(end - 1, first - 1, -1) if blocks[i] is None), None)
+        if missing is None:
+            return end
+        end = missing  # every longer prefix needs that block, too
+    return 0

@@ -65,9 +65,10 @@ def _core_of(
         chunked=config.enable_chunked_prefill,
         eager=config.enforce_eager,
     )
-    blocks = BlockManager(
-        model_runner.num_blocks, config.block_size, caching=config.enable_prefix_caching
-    )
+    groups = [
+        BlockManager(count, config.block_size, window=window, caching=config.enable_prefix_caching)
+        for window, count in model_runner.cache_groups
+    ]
     policy: SchedulingPolicy = WholePrefill(config.step_tokens)
     if config.enable_chunked_prefill:
         policy = ChunkedPrefill(config.step_tokens, chunk_sizer_of(model))
@@ -81,7 +82,7 @@ def _core_of(
     )
     return EngineCore(
         model_runner,
-        Scheduler(blocks, policy, max_num_seqs=config.max_num_seqs),
+        Scheduler(groups, policy, max_num_seqs=config.max_num_seqs),
         processor,
         OutputProcessor(tokenizer, end_tokens),
         on_close=restore_weights,

@@ -17,11 +17,12 @@ from ..errors import UserError
 from ..model.patch import evaluating
 from ..model.sizes import ModelSizes
 from ..model.trace import NotTraced
+from ..runner.cache import group_windows
 from ..runner.executor import Executor, Owner
 from ..runner.graphs import step_shapes
 from ..runner.inputs import GraphKey, SamplingOps
 from ..runner.make_model import make_step_model
-from ..runner.memory import count_blocks
+from ..runner.memory import count_blocks, group_blocks
 from ..runner.results import StepHandle
 from ..runner.warmup import compile_steps
 from .batch import BatchBuilder
@@ -92,11 +93,23 @@ class ModelRunner:
             if max_model_len is None:
                 longest = min(longest, num_blocks * block_size)
             self.num_blocks, self.max_model_len = num_blocks, longest
+            layers = self._model.layer_caches
+            counts = group_blocks(
+                layers,
+                num_blocks,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            )
+            # window and blocks of each cache group
+            self.cache_groups = list(zip(group_windows(layers), counts, strict=True))
             width = -(-longest // block_size)
-            shapes = [] if eager else step_shapes(max_num_seqs, max_num_batched_tokens, width)
+            shapes = []
+            if not eager:
+                shapes = step_shapes(max_num_seqs, max_num_batched_tokens, width, len(counts))
             self.executor = executor = Executor(
                 self._model,
-                num_blocks=num_blocks,
+                num_blocks=counts,
                 block_size=block_size,
                 max_rows=max_num_seqs,
                 max_length=longest,
@@ -112,6 +125,7 @@ class ModelRunner:
                 block_size=block_size,
                 # one choice for all requests, so that they can share blocks
                 first_position=executor.admit(longest),
+                groups=len(counts),
             )
             self._counts = Counts(max_num_seqs)
             executor.capture([GraphKey(shape, _CAPTURED) for shape in shapes])

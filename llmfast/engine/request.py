@@ -45,7 +45,8 @@ class Sequence:
     computed: int = 0  # tokens with keys and values in the cache when all launched steps have run
     confirmed: int = 0  # of these, tokens of steps that have run
     pending: int = 0  # tokens of launched steps that the host has not read into `tokens`
-    blocks: list[int] = field(default_factory=list)
+    # the blocks of each cache group, in order; a list only grows, other blocks are another list
+    block_tables: list[list[int]] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of tokens
     awaits: bytes | None = None  # the digest of a block that another sequence is computing
     cached_tokens: int | None = None  # found in the cache when it was first admitted

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import abc
 
 from ..errors import UserError
-from .block_manager import BlockManager
+from .block_manager import FREED, BlockManager, match_prefix
 from .policy import SchedulingPolicy
 from .request import Sequence, SequenceStatus
 from .scheduler_output import SchedulerOutput
@@ -26,17 +27,28 @@ class Scheduler:
     preempted: it loses its blocks and waits again. The first never is, so work always gets done.
     The order is that of priorities, lower ones first, then of arrival. No sequence is preempted for
     one that waits.
+
+    Each cache group has a block table for each sequence. A prompt's table of the first group has
+    blocks for all its tokens from the beginning, those of other groups for the tokens that are
+    scheduled. Blocks that a sliding window has left behind are freed when a step has run.
     """
 
     def __init__(
-        self, blocks: BlockManager, policy: SchedulingPolicy, *, max_num_seqs: int
+        self,
+        groups: abc.Sequence[BlockManager],
+        policy: SchedulingPolicy,
+        *,
+        max_num_seqs: int,
     ) -> None:
         """
         Args:
+            groups: the blocks of each cache group, that of full attention first.
             policy: how decodes and prompts share steps.
             max_num_seqs: sequences that run at the same time, at most.
         """
-        self.blocks = blocks
+        self.groups = list(groups)
+        self.blocks = self.groups[0]
+        self._windowed = [i for i, group in enumerate(groups) if group.window is not None]
         self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []  # in order
@@ -93,16 +105,13 @@ class Scheduler:
         """Note that a sequence's first ``computed`` tokens are in the cache and known."""
         size = self.blocks.block_size
         first, end = sequence.confirmed // size, computed // size
-        sequence.confirmed = computed
-        if first == end or not self.blocks.caching:
+        before, sequence.confirmed = sequence.confirmed, computed
+        if first == end:
             return
-        self.blocks.extend_digests(sequence.digests, sequence.tokens)
-        for i in range(first, end):
-            digest = sequence.digests[i]
-            own = sequence.tokens[i * size : (i + 1) * size]
-            self.blocks.register(sequence.blocks[i], digest, own)
-            if self._computing.get(digest) is sequence:
-                del self._computing[digest]
+        if self.blocks.caching:
+            self._register(sequence, first, end)
+        for group in self._windowed:
+            self._free_behind_window(sequence, group, before)
 
     def preempt(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks. It waits in its old place, and is recomputed."""
@@ -140,7 +149,7 @@ class Scheduler:
                 continue
             if total >= sequence.limit:  # its last token, which is never computed
                 continue
-            while sequence.status == SequenceStatus.RUNNING and not self._grow(sequence):
+            while sequence.status == SequenceStatus.RUNNING and not self._grow(sequence, 1):
                 self.preempt(self.running[-1])  # later in order, so not in the step yet
                 preempted = True
             if sequence.status == SequenceStatus.RUNNING:
@@ -150,7 +159,9 @@ class Scheduler:
 
     def schedule_chunks(self, step: SchedulerOutput, budget: int) -> int:
         """Schedule prompts that have begun. Return the remaining budget."""
-        for sequence in self.running:
+        for sequence in list(self.running):
+            if sequence.status != SequenceStatus.RUNNING:
+                continue
             if sequence.remaining > 1 and self.policy.fits(sequence.remaining, step, budget):
                 budget = self._schedule_prompt(sequence, step, budget)
         return budget
@@ -183,8 +194,18 @@ class Scheduler:
     # ------------------------------------------------------------------------------- inside
 
     def _schedule_prompt(self, sequence: Sequence, step: SchedulerOutput, budget: int) -> int:
-        """Schedule a prompt or a chunk of it. Return the remaining budget."""
+        """Schedule a prompt or a chunk of it. Return the remaining budget.
+
+        The last in order are preempted while a sliding-window group has no room: seldom, since the
+        first group, which has no fewer blocks, had room for the whole prompt.
+        """
         chunk = self.policy.chunk(sequence.remaining, sequence.computed, budget)
+        while not self._grow(sequence, chunk.tokens):
+            last = self.running[-1]
+            step.num_scheduled_tokens.pop(last, None)
+            self.preempt(last)
+            if last is sequence:
+                return budget
         step.num_scheduled_tokens[sequence] = chunk.tokens
         return chunk.budget
 
@@ -211,21 +232,54 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence, *, forget: bool) -> None:
         self.running.remove(sequence)
-        self.blocks.release(sequence.blocks, forget=forget)
-        sequence.blocks = []
+        for group, blocks in zip(self.groups, sequence.block_tables, strict=True):
+            group.release(blocks[group.first_needed(sequence.confirmed) :], forget=forget)
+            if forget and group.window is not None:
+                group.forget(sequence.digests)  # also of blocks that were freed before
+        sequence.block_tables = []
         sequence.computed = sequence.confirmed = sequence.pending = 0
         for digest in sequence.digests:
             if self._computing.get(digest) is sequence:
                 del self._computing[digest]
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence the block of its next token. Return False if no block is free."""
-        if sequence.computed < len(sequence.blocks) * self.blocks.block_size:
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give a sequence the blocks of its next tokens. Return False if too few are free."""
+        end = sequence.computed + tokens
+        if end <= len(sequence.block_tables[-1]) * self.blocks.block_size:  # the shortest
             return True
-        if not self.blocks.num_free:
-            return False
-        sequence.blocks += self.blocks.allocate(1)
+        wanted = self.blocks.blocks_for(end)
+        for group, blocks in zip(self.groups, sequence.block_tables, strict=True):
+            missing = max(wanted - len(blocks), 0)
+            if missing > group.num_free:
+                return False
+            blocks += group.allocate(missing)
         return True
+
+    def _register(self, sequence: Sequence, first: int, end: int) -> None:
+        """Offer blocks ``first`` to ``end`` of a sequence as a prefix."""
+        size = self.blocks.block_size
+        self.blocks.extend_digests(sequence.digests, sequence.tokens)
+        for i in range(first, end):
+            digest = sequence.digests[i]
+            own = sequence.tokens[i * size : (i + 1) * size]
+            for group, blocks in zip(self.groups, sequence.block_tables, strict=True):
+                group.register(blocks[i], digest, own)
+            if self._computing.get(digest) is sequence:
+                del self._computing[digest]
+
+    def _free_behind_window(self, sequence: Sequence, group: int, before: int) -> None:
+        """Free the blocks of a group that no token still to be computed attends to.
+
+        Tokens of launched steps do not count: they run before whatever is written to the blocks.
+
+        Args:
+            before: tokens that were confirmed when blocks were last freed.
+        """
+        manager, blocks = self.groups[group], sequence.block_tables[group]
+        first, end = manager.first_needed(before), manager.first_needed(sequence.confirmed)
+        if first < end:
+            manager.release(blocks[first:end])
+            sequence.block_tables[group] = [FREED] * end + blocks[end:]
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Return whether a running sequence is computing a prefix that this one lacks."""
@@ -236,7 +290,7 @@ class Scheduler:
             return sequence.awaits in self._computing
         self.blocks.extend_digests(sequence.digests, sequence.tokens)
         digests = self._reusable_digests(sequence)
-        known = len(self.blocks.match(digests, sequence.tokens))
+        known = len(match_prefix(self.groups, digests, sequence.tokens)[0])
         end = known
         while end < len(digests) and digests[end] in self._computing:
             end += 1
@@ -244,41 +298,59 @@ class Scheduler:
         return end > known
 
     def _place(self, sequence: Sequence, step: SchedulerOutput, budget: int) -> bool:
-        """Give a sequence blocks for all its tokens, sharing those of a known prefix.
+        """Give a sequence its blocks, sharing those of a known prefix.
 
         Returns:
             False if the cache or, by the policy, the step has no room; nothing is taken then.
         """
-        blocks = self.blocks
-        total = blocks.blocks_for(len(sequence.tokens))
-        spare = len(self.running)
-        parent = sequence.parent
-        if parent is not None and parent.status == SequenceStatus.RUNNING:
-            full = sequence.shared // blocks.block_size
-            if not self.policy.fits(len(sequence.tokens) - sequence.shared, step, budget):
-                return False
-            if blocks.num_free < total - full + spare:
-                return False
-            sequence.blocks, copy = blocks.fork(parent.blocks, sequence.shared)
-            if copy is not None:
-                step.block_copies.append(copy)
-            known = sequence.shared
+        size, total = self.blocks.block_size, len(sequence.tokens)
+        parent = self._fork_source(sequence)
+        if parent is not None:
+            known, tables = sequence.shared, parent.block_tables
         else:
-            hits = blocks.match(self._reusable_digests(sequence), sequence.tokens)
-            known = len(hits) * blocks.block_size
-            if not self.policy.fits(len(sequence.tokens) - known, step, budget):
+            if self.blocks.caching:
+                self.blocks.extend_digests(sequence.digests, sequence.tokens)
+            tables = match_prefix(self.groups, self._reusable_digests(sequence), sequence.tokens)
+            known = len(tables[0]) * size
+        if not self.policy.fits(total - known, step, budget):
+            return False
+        scheduled = known + self.policy.chunk(total - known, known, budget).tokens
+        wanted = [self.blocks.blocks_for(total)]
+        wanted += [self.blocks.blocks_for(scheduled)] * (len(self.groups) - 1)
+        shared = [
+            blocks[group.first_needed(known) : known // size]
+            for group, blocks in zip(self.groups, tables, strict=True)
+        ]
+        for group, blocks, count in zip(self.groups, shared, wanted, strict=True):
+            taken = count - known // size + group.idle_among(blocks)
+            if group.num_free < taken + len(self.running):
                 return False
-            if blocks.num_free < total - len(hits) + blocks.idle_among(hits) + spare:
-                return False
-            blocks.share(hits)
-            sequence.blocks = hits
-        sequence.blocks += blocks.allocate(total - len(sequence.blocks))
+        sequence.block_tables = []
+        for i, group in enumerate(self.groups):
+            if parent is not None:
+                own, copy = group.fork(tables[i], known)
+                if copy is not None:
+                    step.block_copies.append((i, *copy))
+            else:
+                own = tables[i]
+                group.share(shared[i])
+            sequence.block_tables.append(own + group.allocate(wanted[i] - len(own)))
         sequence.computed = sequence.confirmed = known
         if sequence.cached_tokens is None:
             sequence.cached_tokens = known
-        for digest in sequence.digests[known // blocks.block_size :]:
+        for digest in sequence.digests[known // size :]:
             self._computing.setdefault(digest, sequence)
         return True
+
+    def _fork_source(self, sequence: Sequence) -> Sequence | None:
+        """Return the sequence with the same prompt whose blocks can be shared; None: no such."""
+        parent = sequence.parent
+        if parent is None or parent.status != SequenceStatus.RUNNING:
+            return None
+        for group in self.groups:  # one that is far ahead has freed blocks that this one needs
+            if group.first_needed(parent.confirmed) > group.first_needed(sequence.shared):
+                return None
+        return parent
 
     def _reusable_digests(self, sequence: Sequence) -> list[bytes]:
         """Return the digests of the reusable prefix blocks.

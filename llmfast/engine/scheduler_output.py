@@ -13,7 +13,7 @@ class SchedulerOutput:
 
     # tokens to compute of each sequence
     num_scheduled_tokens: dict[Sequence, int] = field(default_factory=dict)
-    # blocks to copy before the step: (source, target)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    # blocks to copy before the step: (cache group, source, target)
+    block_copies: list[tuple[int, int, int]] = field(default_factory=list)
     # of prompts with log-probabilities, how many of a chunk's first tokens have their logits scored
     num_prompt_logits: dict[Sequence, int] = field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""The paged cache: the layout of each layer, the blocks, and which of them are free."""
+"""The paged cache: the layout of each layer, groups of layers, and the blocks of each group."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,27 +30,56 @@ class LayerCache:
         return kv_bytes(self.kv_heads, self.k_dim, self.v_dim, self.dtype)
 
 
+def group_windows(layers: Sequence[LayerCache]) -> list[int | None]:
+    """Return the window of each cache group: layers of one window form a group.
+
+    The group of full attention is the first; if there is none, that of the longest window.
+    """
+    windows = {layer.window for layer in layers}
+    return sorted(windows, key=lambda window: -math.inf if window is None else -window)
+
+
 class PagedCache:
-    """Keys and values of every layer, ``[num_blocks, kv_heads, block_size, k_dim or v_dim]``."""
+    """Keys and values of every layer, ``[num_blocks, kv_heads, block_size, k_dim or v_dim]``.
+
+    Attributes:
+        num_blocks: blocks of the first group.
+        num_groups: cache groups; the layers of one share a block table.
+        smallest_group: blocks of the group that has the fewest.
+        group_of: the group of each layer.
+    """
 
     def __init__(
         self,
         layers: Sequence[LayerCache],
-        num_blocks: int,
+        num_blocks: int | Sequence[int],
         device: torch.device,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        """Allocate ``num_blocks`` blocks of ``block_size`` tokens for each of ``layers``."""
+        """
+        Args:
+            layers: what each layer caches.
+            num_blocks: one number: all layers are one group. A sequence: blocks of each group of
+                :func:`group_windows`.
+            block_size: tokens per block.
+        """
         self.block_size = block_size
-        self.num_blocks = num_blocks
+        self.group_of = [0] * len(layers)
+        counts = [num_blocks] if isinstance(num_blocks, int) else list(num_blocks)
+        if not isinstance(num_blocks, int):
+            windows = group_windows(layers)
+            self.group_of = [windows.index(layer.window) for layer in layers]
+        self.num_blocks, self.num_groups = counts[0], len(counts)
+        self.smallest_group = min(counts)
 
-        def allocate(layer: LayerCache, dim: int) -> torch.Tensor:
-            shape = (num_blocks, layer.kv_heads, block_size, dim)
+        def allocate(layer: LayerCache, group: int, dim: int) -> torch.Tensor:
+            shape = (counts[group], layer.kv_heads, block_size, dim)
             return torch.empty(shape, dtype=layer.dtype, device=device)
 
-        self.keys = [allocate(layer, layer.k_dim) for layer in layers]
-        self.values = [allocate(layer, layer.v_dim) for layer in layers]
-        self._free = list(range(num_blocks))[::-1]
+        placed = list(zip(layers, self.group_of, strict=True))
+        self.keys = [allocate(layer, group, layer.k_dim) for layer, group in placed]
+        self.values = [allocate(layer, group, layer.v_dim) for layer, group in placed]
+        self._free = list(range(self.num_blocks))[::-1]
 
     @property
     def nbytes(self) -> int:
@@ -59,10 +89,12 @@ class PagedCache:
     def num_free(self) -> int:
         return len(self._free)
 
-    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy blocks, in every layer; int64 ``[n]`` each."""
-        for tensor in (*self.keys, *self.values):
-            tensor[targets] = tensor[sources]
+    def copy(self, group: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy blocks, in every layer of a group; int64 ``[n]`` each."""
+        for layer, own in enumerate(self.group_of):
+            if own == group:
+                for tensor in (self.keys[layer], self.values[layer]):
+                    tensor[targets] = tensor[sources]
 
     def close(self) -> None:
         """Free the storage even if someone still holds the cache object."""
@@ -70,7 +102,7 @@ class PagedCache:
         self.values.clear()
 
     def allocate(self, tokens: int) -> list[int]:
-        """Take blocks for ``tokens`` tokens from the free list.
+        """Take blocks for ``tokens`` tokens from the free list; the cache has one group.
 
         Raises:
             UserError: there are not enough free blocks.

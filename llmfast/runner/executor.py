@@ -48,7 +48,7 @@ class Executor:
         self,
         model: StepModel,
         *,
-        num_blocks: int,
+        num_blocks: int | Sequence[int],
         max_rows: int,
         max_length: int,
         owner: Owner,
@@ -59,7 +59,7 @@ class Executor:
         """
         Args:
             model: its blocks share weights with the user's model.
-            num_blocks: blocks of the cache.
+            num_blocks: blocks of the cache; a sequence: of each of its groups.
             max_rows: rows of a step at most.
             max_length: tokens of a row at most, with those in the cache.
             block_size: tokens per block.
@@ -171,7 +171,15 @@ class Executor:
         if key is None:
             width = width or max(1, -(-max_context_len // self.cache.block_size))
             prompts = num_prompts if num_prompts < num_rows else None
-            shape = StepShape(num_tokens, num_rows, width, num_logits, max_query_len, prompts)
+            shape = StepShape(
+                num_tokens,
+                num_rows,
+                width,
+                num_logits,
+                max_query_len,
+                prompts,
+                groups=self.cache.num_groups,
+            )
             key = GraphKey(shape, sampling)
         return StepInputs(
             key,
@@ -215,9 +223,12 @@ class Executor:
         return self.results.collect(handle)
 
     def _copy_blocks(self, inputs: StepInputs) -> None:
-        if inputs.shape.copies:
-            copies = torch.from_numpy(inputs.arrays["block_copies"]).to(self.device)
-            self.cache.copy(copies[:, 0], copies[:, 1])
+        if not inputs.shape.copies:
+            return
+        wanted = inputs.arrays["block_copies"]
+        for group in range(self.cache.num_groups):
+            copies = torch.from_numpy(wanted[wanted[:, 0] == group]).to(self.device)
+            self.cache.copy(group, copies[:, 1], copies[:, 2])
 
     def _forward(
         self, tensors: StepTensors, shape: StepShape, max_context_len: int | None = None
@@ -257,7 +268,7 @@ class Executor:
         """Load rows whose prompts are in the cache, and sample the first token of each.
 
         Args:
-            inputs: a step of a key that was prepared. Its ``context_len``, ``block_table`` and
+            inputs: a step of a key that was prepared. Its ``context_len``, ``block_tables`` and
                 sampling parameters count; the rows' tokens are not read.
             logits: ``[rows, vocabulary]`` of each prompt's last token.
             seen: places of the tokens that a repetition penalty counts: ``row * vocabulary +
@@ -392,10 +403,13 @@ class Executor:
             torch.cuda.empty_cache()
 
 
-def _make_cache(model: StepModel, num_blocks: int, block_size: int, owner: Owner) -> PagedCache:
+def _make_cache(
+    model: StepModel, num_blocks: int | Sequence[int], block_size: int, owner: Owner
+) -> PagedCache:
     with suppress(RuntimeError):  # the allocator's; its traceback would keep what was allocated
         return PagedCache(model.layer_caches, num_blocks, model.device, block_size)
+    first = num_blocks if isinstance(num_blocks, int) else num_blocks[0]
     raise UserError(
-        f"{owner.name}: a cache of {num_blocks} blocks of {block_size} tokens does not fit in the "
+        f"{owner.name}: a cache of {first} blocks of {block_size} tokens does not fit in the "
         f"memory of {model.device}; {owner.cache_advice}"
     )

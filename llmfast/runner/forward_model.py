@@ -53,13 +53,14 @@ def attend(
     paged, layer, window = getattr(module, PLACE)
     step, cache = paged.step, paged.cache
     k, v = (x[0].transpose(0, 1) for x in (key, value))
-    keys, values = cache.keys[layer], cache.values[layer]
-    write_kv(k, v, keys, values, step.slots)
+    keys, values, group = cache.keys[layer], cache.values[layer], cache.group_of[layer]
+    write_kv(k, v, keys, values, step.slots[group])
     out = step.attend(
         paged_attention,
         query[0].transpose(0, 1),
         keys,
         values,
+        group=group,
         scale=scaling,
         window=window,
         softcap=softcap,

@@ -50,28 +50,33 @@ def mixed_buckets(max_rows: int, max_tokens: int) -> list[tuple[int, int]]:
     )
 
 
-def decode_shape(rows: int, width: int) -> StepShape:
+def decode_shape(rows: int, width: int, groups: int = 1) -> StepShape:
     """Return the shape of a step in which each row has one token."""
-    return StepShape(rows, rows, width, rows)
+    return StepShape(rows, rows, width, rows, groups=groups)
 
 
-def mixed_shape(tokens: int, rows: int, width: int) -> StepShape:
+def mixed_shape(tokens: int, rows: int, width: int, groups: int = 1) -> StepShape:
     """Return the shape of a step with prompts in it."""
     prompts = min(MAX_PROMPTS, rows, tokens // 2)
-    return StepShape(tokens, rows, width, rows, max_query_len=tokens, max_prompts=prompts)
+    return StepShape(
+        tokens, rows, width, rows, max_query_len=tokens, max_prompts=prompts, groups=groups
+    )
 
 
-def step_shapes(max_rows: int, max_tokens: int, width: int) -> list[StepShape]:
+def step_shapes(max_rows: int, max_tokens: int, width: int, groups: int = 1) -> list[StepShape]:
     """Return the shapes that an engine captures.
 
     Args:
         max_rows, max_tokens: the limits of a step.
-        width: blocks per row of the block table.
+        width: blocks per row of a block table.
+        groups: cache groups.
     """
-    shapes = [decode_shape(rows, width) for rows in row_buckets(max_rows)]
-    shapes += [mixed_shape(*bucket, width) for bucket in mixed_buckets(max_rows, max_tokens)]
+    shapes = [decode_shape(rows, width, groups) for rows in row_buckets(max_rows)]
+    shapes += [
+        mixed_shape(*bucket, width, groups) for bucket in mixed_buckets(max_rows, max_tokens)
+    ]
     if MIXED_TOKENS < max_tokens <= LARGEST_TOKENS:
-        shapes.append(mixed_shape(max_tokens, max_rows, width))
+        shapes.append(mixed_shape(max_tokens, max_rows, width, groups))
     return shapes
 
 

@@ -7,11 +7,12 @@ buffer, the arrays that the host writes and the tensors that the device reads fo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 from math import prod
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -25,11 +26,17 @@ class Extent(Enum):
     """How many elements a field has."""
 
     TOKEN = auto()  # one per token
+    GROUP_TOKEN = auto()  # one per token, for each cache group
     ROW = auto()  # one per row: a row is a sequence of the step
     BOUNDARY = auto()  # one per row, and one more
-    TABLE = auto()  # ``width`` per row
+    GROUP_TABLE = auto()  # ``width`` per row, for each cache group
     LOGITS = auto()  # one per row of logits
-    COPY = auto()  # two per block copy
+    COPY = auto()  # three per block copy
+
+    @property
+    def grouped(self) -> bool:
+        """True if a field has one instance for each cache group."""
+        return self in (Extent.GROUP_TOKEN, Extent.GROUP_TABLE)
 
 
 @dataclass
@@ -40,11 +47,12 @@ class StepTensors:
     # row of the latest step that sampled this token; -1: the token is in token_ids
     source_row: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]
     positions: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]  # rows of the rotary tables
-    slots: Annotated[torch.Tensor, Extent.TOKEN, torch.int64]  # in the cache; -1: not written
+    # places in the cache; -1: not written
+    slots: Annotated[tuple[torch.Tensor, ...], Extent.GROUP_TOKEN, torch.int64]
     query_start: Annotated[torch.Tensor, Extent.BOUNDARY, torch.int32]  # a row's first token
     # tokens in the cache once the step has run; 0: the row is idle
     context_len: Annotated[torch.Tensor, Extent.ROW, torch.int32]
-    block_table: Annotated[torch.Tensor, Extent.TABLE, torch.int32]
+    block_tables: Annotated[tuple[torch.Tensor, ...], Extent.GROUP_TABLE, torch.int32]
     # tokens whose logits are wanted; several of a row verify several tokens
     logit_tokens: Annotated[torch.Tensor, Extent.LOGITS, torch.int64]
     # the sampling parameters of each row of logits, as sample_tokens takes them
@@ -54,7 +62,7 @@ class StepTensors:
     top_k: Annotated[torch.Tensor, Extent.LOGITS, torch.int32]
     top_p: Annotated[torch.Tensor, Extent.LOGITS, torch.float32]
     min_p: Annotated[torch.Tensor, Extent.LOGITS, torch.float32]
-    # blocks (from, to) to copy before the step. Last, so that it moves no other field
+    # (group, source, target) of blocks to copy before the step. Last, so that it moves no other
     block_copies: Annotated[torch.Tensor, Extent.COPY, torch.int64]
 
 
@@ -64,27 +72,28 @@ class StepShape:
 
     tokens: int
     rows: int
-    width: int  # blocks per row of the block table
+    width: int  # blocks per row of a block table
     logit_rows: int
     max_query_len: int = 1  # tokens of a row at most
     max_prompts: int | None = None  # rows with several tokens at most; None: any number
     copies: int = 0
+    groups: int = 1  # cache groups, each with a block table
 
     def of(self, extent: Extent) -> tuple[int, ...]:
-        """Return the shape of a field."""
+        """Return the shape of a field, or of each of its instances."""
         match extent:
-            case Extent.TOKEN:
+            case Extent.TOKEN | Extent.GROUP_TOKEN:
                 return (self.tokens,)
             case Extent.ROW:
                 return (self.rows,)
             case Extent.BOUNDARY:
                 return (self.rows + 1,)
-            case Extent.TABLE:
+            case Extent.GROUP_TABLE:
                 return (self.rows, self.width)
             case Extent.LOGITS:
                 return (self.logit_rows,)
             case Extent.COPY:
-                return (self.copies, 2)
+                return (self.copies, 3)
 
 
 @dataclass(frozen=True)
@@ -139,22 +148,26 @@ class StepInputs:
         size = buffer_bytes(self.shape)
         self.buffer = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         whole = self.buffer.numpy()
-        self.arrays: dict[str, np.ndarray] = {
-            name: whole[start : start + size].view(_NUMPY[dtype]).reshape(dims)
-            for name, (start, size, dtype, dims) in _layout(self.shape)[0].items()
-        }
+        self.arrays: dict[str, np.ndarray] = {}
+        self.group_arrays: dict[str, list[np.ndarray]] = {}  # fields with one for each cache group
+        for name, group, start, size, dtype, dims in _layout(self.shape)[0]:
+            array = whole[start : start + size].view(_NUMPY[dtype]).reshape(dims)
+            if group is None:
+                self.arrays[name] = array
+            else:
+                self.group_arrays.setdefault(name, []).append(array)
 
     def make_idle(self) -> None:
         """Make every row idle."""
         none = np.zeros(0, np.int64)
-        table = np.zeros((0, self.shape.width), np.int64)
-        self.place(none, none, table, block_size=1, first_position=0)
+        tables = [np.zeros((0, self.shape.width), np.int64)] * self.shape.groups
+        self.place(none, none, tables, block_size=1, first_position=0)
 
     def place(
         self,
         starts: np.ndarray,
         counts: np.ndarray,
-        block_table: np.ndarray,
+        block_tables: Sequence[np.ndarray],
         *,
         block_size: int,
         first_position: int | np.ndarray,
@@ -164,7 +177,7 @@ class StepInputs:
         Args:
             starts: int64, for each row how many of its tokens are in the cache already.
             counts: int64, for each row how many tokens of it the step computes.
-            block_table: ``[rows, width]``, the blocks of each row in order.
+            block_tables: for each cache group ``[rows, width]``, the blocks of each row in order.
             block_size: tokens per block.
             first_position: of the rotary tables, for all rows or for each.
 
@@ -179,7 +192,6 @@ class StepInputs:
         idle = total + np.arange(1, shape.rows - rows + 1)
         arrays["query_start"][rows + 1 :] = np.minimum(idle, shape.tokens)
         arrays["context_len"][:rows] = starts + counts
-        arrays["block_table"][:rows] = block_table[:, : shape.width]
 
         owners, places = np.arange(rows), starts
         if total != rows:
@@ -189,9 +201,14 @@ class StepInputs:
         if isinstance(first_position, np.ndarray):
             first_position = first_position[owners]
         arrays["positions"][:total] = first_position + places
-        arrays["slots"][:total] = block_table[owners, blocks] * block_size + within
-        arrays["slots"][total:] = -1
         arrays["source_row"].fill(-1)
+        groups = self.group_arrays
+        for own, table, slots in zip(
+            block_tables, groups["block_tables"], groups["slots"], strict=True
+        ):
+            table[:rows] = own[:, : shape.width]
+            slots[:total] = own[owners, blocks] * block_size + within
+            slots[total:] = -1
         return ends
 
 
@@ -202,13 +219,11 @@ def buffer_bytes(shape: StepShape) -> int:
 
 def views(buffer: torch.Tensor, shape: StepShape) -> StepTensors:
     """Return a step's fields in a uint8 buffer, on whatever device the buffer is."""
-    places, _ = _layout(shape)
-    return StepTensors(
-        **{
-            name: buffer[start : start + size].view(dtype).view(dims)
-            for name, (start, size, dtype, dims) in places.items()
-        }
-    )
+    fields: dict[str, Any] = {}
+    for name, group, start, size, dtype, dims in _layout(shape)[0]:
+        field = buffer[start : start + size].view(dtype).view(dims)
+        fields[name] = field if group is None else (*fields.get(name, ()), field)
+    return StepTensors(**fields)
 
 
 @lru_cache(maxsize=1)
@@ -217,15 +232,26 @@ def _declared() -> dict[str, tuple[Extent, torch.dtype]]:
     return {name: hint.__metadata__ for name, hint in hints.items()}
 
 
+class _Place(NamedTuple):
+    """The place of a field in the buffer, or of its instance for a cache group."""
+
+    name: str
+    group: int | None
+    start: int
+    size: int  # bytes
+    dtype: torch.dtype
+    dims: tuple[int, ...]
+
+
 @lru_cache(maxsize=256)
-def _layout(
-    shape: StepShape,
-) -> tuple[dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]], int]:
-    """Return (start, bytes, dtype, shape) of each field, and the bytes of all."""
-    places, end = {}, 0
+def _layout(shape: StepShape) -> tuple[list[_Place], int]:
+    """Return the places of all fields, and the bytes that they take."""
+    places: list[_Place] = []
+    end = 0
     for name, (extent, dtype) in _declared().items():
         dims = shape.of(extent)
         size = prod(dims) * dtype.itemsize
-        places[name] = (end, size, dtype, dims)
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        for group in range(shape.groups) if extent.grouped else (None,):
+            places.append(_Place(name, group, end, size, dtype, dims))
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
     return places, end

@@ -1,11 +1,13 @@
-"""How many blocks of the cache fit in a device's memory."""
+"""How many blocks of the cache fit in a device's memory, and how cache groups share it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from ..errors import UserError
-from .cache import PagedCache
+from .cache import LayerCache, PagedCache, group_windows
 from .step import Chunk, make_step
 from .step_model import StepModel
 
@@ -23,7 +25,9 @@ def count_blocks(
     max_num_batched_tokens: int,
     eager: bool = False,
 ) -> int:
-    """Return the number of blocks that fit beside the weights and the largest step.
+    """Return the number of blocks of the first cache group that fit.
+
+    All groups, as :func:`group_blocks` sizes them, fit beside the weights and the largest step.
 
     On a GPU the largest step runs once, and its peak is taken from ``utilization`` of all memory:
     twice unless all steps are eager, since a CUDA graph of it has memory of its own. On the CPU the
@@ -32,11 +36,21 @@ def count_blocks(
     Raises:
         UserError: not one block fits.
     """
-    token = sum(layer.bytes_per_token for layer in model.layer_caches)
-    each = token * block_size
+    layers = model.layer_caches
+    each = block_size * sum(layer.bytes_per_token for layer in layers)
+
+    def fitting(room: int) -> int:
+        return _fitting_blocks(
+            layers,
+            room,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+
     if model.device.type != "cuda":
         wanted = max_num_seqs * -(-max_model_len // block_size)
-        return max(1, min(wanted, CPU_CACHE_BYTES // each))
+        return max(1, min(wanted, fitting(CPU_CACHE_BYTES)))
     device = model.device
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -54,7 +68,61 @@ def count_blocks(
             f"and gpu_memory_utilization is {utilization}; raise it, or lower max_num_seqs or "
             "max_num_batched_tokens"
         )
-    return room // each
+    return fitting(room)
+
+
+def group_blocks(
+    layers: Sequence[LayerCache],
+    num_blocks: int,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> list[int]:
+    """Return the blocks of each cache group, the first of which has ``num_blocks``.
+
+    A sliding-window group has no more than ``max_num_seqs`` sequences can need: each its window,
+    which may begin and end within a block, and a block that is freed late; and together the tokens
+    of the step that runs and of the one behind it.
+    """
+    counts = [num_blocks]
+    for window in group_windows(layers)[1:]:
+        assert window is not None, "full attention is the first group"
+        most = max_num_seqs * (-(-window // block_size) + 3)
+        most += 2 * -(-max_num_batched_tokens // block_size)
+        counts.append(min(num_blocks, most))
+    return counts
+
+
+def _fitting_blocks(
+    layers: Sequence[LayerCache],
+    room: int,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> int:
+    """Return the most blocks of the first cache group with which all groups fit in ``room``."""
+    bytes_of = [
+        block_size * sum(layer.bytes_per_token for layer in layers if layer.window == window)
+        for window in group_windows(layers)
+    ]
+
+    def taken(num_blocks: int) -> int:
+        counts = group_blocks(
+            layers,
+            num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        return sum(count * each for count, each in zip(counts, bytes_of, strict=True))
+
+    least, most = 0, room // bytes_of[0]
+    while least < most:
+        middle = -(-(least + most) // 2)
+        least, most = (middle, most) if taken(middle) <= room else (least, middle - 1)
+    return least
 
 
 def _run_largest_step(

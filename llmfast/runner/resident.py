@@ -79,12 +79,13 @@ class ResidentRows:
     def next_step(
         self, key: GraphKey, tensors: StepTensors, tokens: torch.Tensor, cache: PagedCache
     ) -> Step:
-        """Return the step that computes the latest token of each row."""
+        """Return the step that computes the latest token of each row; the cache has one group."""
         n = key.shape.rows
+        (block_table,) = tensors.block_tables
         positions, slots, context_len = begin_step(
             tensors.context_len,
             self.first_position[:n],
-            tensors.block_table,
+            block_table,
             block_size=cache.block_size,
         )
         return step_of(
@@ -92,7 +93,7 @@ class ResidentRows:
             key.shape,
             token_ids=tokens[:n],
             positions=positions,
-            slots=slots,
+            slots=(slots,),
             context_len=context_len,
         )
 

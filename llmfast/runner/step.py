@@ -26,16 +26,22 @@ class Step(StepTensors):
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        *,
+        group: int,
         **options: Any,
     ) -> torch.Tensor:
-        """Attend from the step's queries ``[T, Hq, D]`` to a layer's cache, by an operation."""
+        """Attend from the step's queries ``[T, Hq, D]`` to a layer's cache, by an operation.
+
+        Args:
+            group: the layer's cache group.
+        """
         out: torch.Tensor = paged_attention(
             q,
             keys,
             values,
             query_start=self.query_start,
             context_len=self.context_len,
-            block_table=self.block_table,
+            block_table=self.block_tables[group],
             max_query_len=self.max_query_len,
             max_context_len=self.max_context_len,
             max_prompts=self.max_prompts,
@@ -49,7 +55,7 @@ def step_of(
     shape: StepShape,
     *,
     max_context_len: int | None = None,
-    **changed: torch.Tensor,
+    **changed: Any,
 ) -> Step:
     """Return the step of some fields, a few of them ``changed``."""
     return Step(
@@ -73,7 +79,7 @@ class Chunk:
 def make_step(
     chunks: Sequence[Chunk], block_size: int, max_blocks: int, device: torch.device | str
 ) -> Step:
-    """Return the step of some chunks, without an executor: for checks and tests."""
+    """Return the step of some chunks, for checks and tests: no executor, one block table."""
     counts = np.array([len(chunk.token_ids) for chunk in chunks], np.int64)
     table = np.zeros((len(chunks), max_blocks), np.int64)
     for row, chunk in enumerate(chunks):
@@ -84,7 +90,7 @@ def make_step(
     inputs.place(
         np.array([chunk.start for chunk in chunks], np.int64),
         counts,
-        table,
+        [table],
         block_size=block_size,
         first_position=np.array([chunk.first_row for chunk in chunks], np.int64),
     )

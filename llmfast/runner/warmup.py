@@ -130,7 +130,7 @@ def run_step(
     for count in counts[: executor.max_rows]:
         start = int(count == 1)
         end = blocks[-1] - (-(start + count) // size)
-        if end > executor.cache.num_blocks:
+        if end > executor.cache.smallest_group:
             break
         starts.append(start)
         blocks.append(end)
@@ -154,7 +154,8 @@ def run_step(
     table = np.zeros((rows, executor.width), np.int64)
     for row, (first, end) in enumerate(pairwise(blocks)):
         table[row, : end - first] = range(first, end)
-    ends = inputs.place(known, computed, table, block_size=size, first_position=0)
+    tables = [table] * executor.cache.num_groups
+    ends = inputs.place(known, computed, tables, block_size=size, first_position=0)
     inputs.arrays["logit_tokens"][:] = ends - 1
     for name, value in {"temperature": 1.0, "top_k": 8, "top_p": 1.0}.items():
         inputs.arrays[name][:] = value

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from block_books import check_books
-from llmfast.engine.block_manager import BlockManager
+from llmfast.engine.block_manager import FREED, BlockManager, match_prefix
 from llmfast.engine.chunking import ChunkSizer
 from llmfast.engine.policy import ChunkedPrefill, WholePrefill
 from llmfast.engine.request import Sequence, SequenceStatus
@@ -15,7 +15,10 @@ from llmfast.errors import UserError
 
 
 class Cache:
-    """A cache that runs steps: a slot holds the tokens up to it, as keys and values do."""
+    """A cache that runs steps: a slot holds the tokens up to it, as keys and values do.
+
+    Each cache group has slots of its own; ``windows`` are those of the groups.
+    """
 
     def __init__(
         self,
@@ -26,11 +29,18 @@ class Cache:
         caching=True,
         chunked=True,
         chunk_sizer=None,
+        windows=(None,),
+        windowed_blocks=None,
     ):
-        self.blocks = BlockManager(num_blocks, block_size, caching=caching)
+        counts = [num_blocks, *[windowed_blocks or num_blocks] * (len(windows) - 1)]
+        self.groups = [
+            BlockManager(count, block_size, window=window, caching=caching)
+            for window, count in zip(windows, counts, strict=True)
+        ]
+        self.blocks = self.groups[0]
         self.budget, self.chunked = budget, chunked
         policy = ChunkedPrefill(budget, chunk_sizer) if chunked else WholePrefill(budget)
-        self.scheduler = Scheduler(self.blocks, policy, max_num_seqs=seqs)
+        self.scheduler = Scheduler(self.groups, policy, max_num_seqs=seqs)
         self.slots = {}
 
     def add(self, prompt, max_tokens=4, parent=None, priority=0):
@@ -39,15 +49,32 @@ class Cache:
         self.scheduler.add(sequence)
         return sequence
 
+    def held(self, sequence, group):
+        """The blocks that a sequence has in a group; those before them are freed."""
+        first = self.groups[group].first_needed(sequence.confirmed)
+        table = sequence.block_tables[group]
+        assert table[:first] == [FREED] * first
+        return table[first:]
+
+    def check_books(self):
+        for group, manager in enumerate(self.groups):
+            check_books(manager, [self.held(s, group) for s in self.scheduler.running])
+            if manager.window is None:
+                continue
+            for s in self.scheduler.running:
+                window = -(-manager.window // manager.block_size) + 3
+                ahead = len(s.block_tables[group]) - s.confirmed // manager.block_size
+                assert len(self.held(s, group)) <= window + ahead
+
     def plan(self):
         """Schedule a step, and check everything about it."""
-        blocks, size, slots = self.blocks, self.blocks.block_size, self.slots
+        size, slots = self.blocks.block_size, self.slots
         waiting = [s for _, s in self.scheduler._waiting if s.status != SequenceStatus.FINISHED]
         before = list(self.scheduler.running)
         left = bool(before or waiting)
         plan = self.scheduler.schedule()
         assert bool(plan.num_scheduled_tokens) == left
-        check_books(blocks, [s.blocks for s in self.scheduler.running])
+        self.check_books()
         budget, chunked = self.budget, self.chunked
         prompts = {
             s
@@ -64,23 +91,36 @@ class Cache:
         assert order == sorted(order)
         stayed = [s for s in before if s.status == SequenceStatus.RUNNING]
         assert before[: len(stayed)] == stayed and (stayed or not before)
-        for source, target in plan.block_copies:
+        for group, source, target in plan.block_copies:
             for offset in range(size):
-                slots[target, offset] = slots.get((source, offset))
-        written = {}
-        for sequence, count in plan.num_scheduled_tokens.items():
+                slots[group, target, offset] = slots.get((group, source, offset))
+        for group, blocks in enumerate(self.groups):
+            self.write(plan.num_scheduled_tokens, group, blocks)
+            self.read(plan.num_scheduled_tokens, group, blocks)
+        return plan
+
+    def write(self, counts, group, blocks):
+        """Write a step's tokens to blocks that nobody else has."""
+        size, written = blocks.block_size, {}
+        for sequence, count in counts.items():
+            table = sequence.block_tables[group]
             assert sequence.status == SequenceStatus.RUNNING and 1 <= count <= sequence.remaining
-            assert len(sequence.blocks) * size >= sequence.computed + count
+            assert len(table) * size >= sequence.computed + count
             for place in range(sequence.computed, sequence.computed + count):
-                block = sequence.blocks[place // size]
+                block = table[place // size]
                 assert written.setdefault(block, sequence) is sequence
                 assert blocks._users[block] == 1 and blocks._content[block] is None
-                slots[block, place % size] = tuple(sequence.tokens[: place + 1])
-        for sequence, count in plan.num_scheduled_tokens.items():
-            for place in range(sequence.computed + count):
-                found = slots[sequence.blocks[place // size], place % size]
+                self.slots[group, block, place % size] = tuple(sequence.tokens[: place + 1])
+
+    def read(self, counts, group, blocks):
+        """Read all that a step's queries attend to."""
+        size = blocks.block_size
+        for sequence, count in counts.items():
+            behind = 0 if blocks.window is None else sequence.computed - blocks.window + 1
+            for place in range(max(behind, 0), sequence.computed + count):
+                block = sequence.block_tables[group][place // size]
+                found = self.slots[group, block, place % size]
                 assert found == tuple(sequence.tokens[: place + 1])
-        return plan
 
     def step(self, choose=lambda sequence: 0):
         """Run a step. Return the sequences that got a token."""
@@ -111,8 +151,9 @@ class Cache:
 
     def check_empty(self):
         assert not self.scheduler.has_sequences
-        assert self.blocks.num_free == self.blocks.num_blocks
-        check_books(self.blocks, [])
+        for blocks in self.groups:
+            assert blocks.num_free == blocks.num_blocks
+            check_books(blocks, [])
 
 
 class Machine(RuleBasedStateMachine):
@@ -123,9 +164,15 @@ class Machine(RuleBasedStateMachine):
         budget=st.integers(1, 12),
         caching=st.booleans(),
         chunked=st.booleans(),
+        windows=st.sampled_from([(None,), (None, 1), (None, 3), (None, 6), (4,), (None, 5, 2)]),
+        tight=st.booleans(),
     )
-    def start(self, **sizes):
-        self.cache = Cache(**sizes)
+    def start(self, windows, tight, **sizes):
+        if tight and sizes["chunked"] and len(windows) > 1:
+            size = sizes["block_size"]
+            most = sizes["seqs"] * (-(-windows[1] // size) + 3) + 2 * -(-sizes["budget"] // size)
+            sizes["windowed_blocks"] = min(most, sizes["num_blocks"])
+        self.cache = Cache(windows=windows, **sizes)
         self.sequences = []
 
     @property
@@ -175,11 +222,12 @@ class Machine(RuleBasedStateMachine):
     def books_agree(self):
         if hasattr(self, "cache"):
             running = self.cache.scheduler.running
-            check_books(self.cache.blocks, [s.blocks for s in running])
+            self.cache.check_books()
             assert {id(s) for s in running} == {
                 id(s) for s in self.alive if s.status == SequenceStatus.RUNNING
             }
-            assert all(not s.blocks and not s.computed for s in self.alive if s not in running)
+            waiting = [s for s in self.alive if s not in running]
+            assert not any(s.block_tables or s.computed for s in waiting)
 
     def teardown(self):
         if hasattr(self, "cache"):
@@ -497,7 +545,8 @@ def test_answers_to_one_prompt_share_it(length, caching):
     assert [plan.num_scheduled_tokens[t] for t in twins] == [1, 1]
     assert len(plan.block_copies) == (0 if (length - 1) % 4 == 0 else 2)
     full = (length - 1) // 4
-    assert all(t.blocks[:full] == first.blocks[:full] for t in twins)
+    (table,) = first.block_tables
+    assert all(t.block_tables[0][:full] == table[:full] for t in twins)
 
 
 def test_a_waiting_request_leaves_a_block_for_each_that_runs():
@@ -576,3 +625,88 @@ def test_ten_thousand_waiting_requests_cost_a_step_little():
     cache.run(*sequences)
     cache.check_empty()
     assert not cache.scheduler._waiting
+
+
+# ------------------------------------------------------------------------------- cache groups
+
+
+def test_blocks_behind_the_window_are_freed_and_no_others():
+    cache = Cache(num_blocks=40, block_size=4, budget=8, windows=(None, 6), windowed_blocks=9)
+    long = cache.add([1] * 30, max_tokens=60)
+    most = 0
+    while long.status != SequenceStatus.FINISHED:
+        cache.step()
+        if long.block_tables:
+            full, windowed = long.block_tables
+            first = max(long.confirmed // 4 * 4 - 6 + 1, 0) // 4
+            assert windowed[:first] == [FREED] * first and len(set(windowed[first:])) > 1
+            assert len(full) - len(windowed) in (0, *range(1, 8)) and len(set(full)) == len(full)
+            most = max(most, 9 - cache.groups[1].num_free)
+    assert most <= 5 and long.preemptions == 0
+    cache.check_empty()
+
+
+def test_a_prefix_is_found_where_every_group_still_has_what_is_read():
+    cache = Cache(num_blocks=40, block_size=4, budget=99, windows=(None, 6), windowed_blocks=12)
+    cache.run(cache.add(range(40), max_tokens=1))
+    again = cache.add([*range(24), 99], max_tokens=1)
+    cache.run(again)
+    assert again.cached_tokens == 24  # its last two blocks are still cached
+    # another prompt evicts the blocks that were freed first: the windowed group keeps the latest
+    cache.run(cache.add(range(100, 124), max_tokens=1))
+    digests = []
+    cache.blocks.extend_digests(digests, list(range(40)))
+    full, windowed = match_prefix(cache.groups, digests, list(range(40)))
+    length = len(full)
+    held = [cache.groups[1].find(d, list(range(40)), i) for i, d in enumerate(digests)]
+    assert None in held and len(cache.blocks.match(digests, list(range(40)))) == 10
+    needed = {n: held[max(n * 4 - 5, 0) // 4 : n] for n in range(11)}
+    assert length == max(n for n, blocks in needed.items() if None not in blocks)
+    first = max(length * 4 - 5, 0) // 4
+    assert windowed == [FREED] * first + held[first:length]
+
+
+def test_a_group_of_windows_alone_frees_blocks_too():
+    cache = Cache(num_blocks=20, block_size=4, budget=8, windows=(5,))
+    long = cache.add([1] * 9, max_tokens=60)
+    for _ in range(50):
+        cache.step()
+    assert 20 - cache.blocks.num_free <= 4
+    cache.run(long)
+    cache.check_empty()
+
+
+def test_an_answer_whose_first_one_is_far_ahead_does_not_read_what_that_one_freed():
+    cache = Cache(num_blocks=40, block_size=4, seqs=1, budget=16, windows=(None, 5))
+    first = cache.add([1] * 9, max_tokens=20)
+    twin = cache.add([1] * 9, max_tokens=20, parent=first)
+    for _ in range(15):
+        cache.step()
+    cache.scheduler.max_num_seqs = 2
+    cache.step()
+    assert twin.status == SequenceStatus.RUNNING
+    cache.run(first, twin)
+    cache.check_empty()
+
+
+def test_forgotten_answers_leave_nothing_that_was_freed_before():
+    cache = Cache(num_blocks=40, block_size=4, budget=16, windows=(None, 5))
+    first = cache.add(range(30))
+    cache.step()
+    cache.step()
+    cache.scheduler.finish(first, forget=True)
+    digests = []
+    cache.blocks.extend_digests(digests, list(range(30)))
+    for group in cache.groups:
+        assert [group.find(d, list(range(30)), i) for i, d in enumerate(digests)] == [None] * 7
+    cache.check_empty()
+
+
+def test_a_windowed_group_that_is_full_preempts_the_last():
+    cache = Cache(
+        num_blocks=40, block_size=2, budget=6, caching=False, windows=(None, 8), windowed_blocks=8
+    )
+    old, young = cache.add([1] * 30, max_tokens=9), cache.add([2] * 30, max_tokens=9)
+    cache.run(old, young)
+    assert old.preemptions == 0
+    cache.check_empty()

@@ -44,9 +44,9 @@ def executor_of(llm: LLM | AsyncLLM) -> Executor:
 def check_empty(llm: LLM | AsyncLLM) -> None:
     """Assert that nothing is left of any request."""
     assert llm.core.idle
-    blocks = llm.core.scheduler.blocks
-    check_books(blocks, [])
-    assert blocks.num_free == blocks.num_blocks
+    for blocks in llm.core.scheduler.groups:
+        check_books(blocks, [])
+        assert blocks.num_free == blocks.num_blocks
 
 
 def logits_of(token_ids: list[int], model: Any = None) -> torch.Tensor:

@@ -231,12 +231,11 @@ def test_other_tables_and_padding_rows_change_nothing(device):
         if padding:
             step.token_ids = torch.cat([step.token_ids, step.token_ids[:3]])
             step.positions = torch.cat([step.positions, step.positions[:3]])
-            step.slots = torch.cat([step.slots, torch.full_like(step.slots[:3], -1)])
+            (slots,), (table,) = step.slots, step.block_tables
+            step.slots = (torch.cat([slots, torch.full_like(slots[:3], -1)]),)
             step.query_start = torch.cat([step.query_start, step.query_start[-1:] + 3])
             step.context_len = torch.cat([step.context_len, torch.zeros_like(step.context_len[:1])])
-            step.block_table = torch.cat(
-                [step.block_table, torch.full_like(step.block_table[:1], -1)]
-            )
+            step.block_tables = (torch.cat([table, torch.full_like(table[:1], -1)]),)
         return ours(step, cache, rows)
 
     plain = run([[0, 1], [2, 3]], padding=False)

@@ -60,14 +60,14 @@ def step(executor, rows, *, sampling=GREEDY, copies=(), sources=(), all_logits=F
     table = np.zeros((len(rows), executor.width), np.int64)
     for row, (_, _, blocks) in enumerate(rows):
         table[row, : len(blocks)] = blocks
-    ends = inputs.place(starts, counts, table, block_size=BLOCK, first_position=0)
+    ends = inputs.place(starts, counts, [table], block_size=BLOCK, first_position=0)
     flat = [token for ids, start, _ in rows for token in ids[start:]]
     inputs.arrays["token_ids"][: len(flat)] = flat
     inputs.arrays["logit_tokens"][:count] = np.arange(count) if all_logits else ends - 1
     for row, source in enumerate(sources):
         inputs.arrays["source_row"][ends[row] - 1] = source
     if copies:
-        inputs.arrays["block_copies"][:] = copies
+        inputs.arrays["block_copies"][:] = [(0, *copy) for copy in copies]
     return inputs
 
 
@@ -187,24 +187,30 @@ def test_a_graph_that_ends_at_the_logits(monkeypatch):
 
 def test_block_copies_move_no_other_field():
     """So a graph reads the same places whether or not blocks are copied before it."""
-    shape = StepShape(5, 3, 4, 3)
+    shape = StepShape(5, 3, 4, 3, groups=2)
     plain, copying = (
         StepInputs(GraphKey(shape, GREEDY)),
         StepInputs(GraphKey(shape, GREEDY), num_copies=2),
     )
     assert plain.shape == shape and copying.shape.copies == 2
     whole, part = (views(inputs.buffer, inputs.shape) for inputs in (copying, plain))
-    for name, tensor in vars(part).items():
+    for name, field in vars(part).items():
         if name != "block_copies":
-            assert getattr(whole, name).storage_offset() == tensor.storage_offset(), name
-    assert buffer_bytes(copying.shape) - buffer_bytes(shape) == 2 * 2 * 8
+            tensors = field if isinstance(field, tuple) else (field,)
+            places = [tensor.storage_offset() for tensor in tensors]
+            found = getattr(whole, name)
+            found = found if isinstance(found, tuple) else (found,)
+            assert [tensor.storage_offset() for tensor in found] == places, name
+    assert len(part.slots) == len(part.block_tables) == 2
+    assert buffer_bytes(copying.shape) - buffer_bytes(shape) == 2 * 3 * 8
 
 
 def test_an_idle_step_writes_nothing():
-    inputs = StepInputs(GraphKey(StepShape(6, 3, 2, 3), GREEDY))
+    inputs = StepInputs(GraphKey(StepShape(6, 3, 2, 3, groups=2), GREEDY))
     inputs.make_idle()
     arrays = inputs.arrays
-    assert arrays["slots"].tolist() == [-1] * 6 and not arrays["context_len"].any()
+    assert [slots.tolist() for slots in inputs.group_arrays["slots"]] == [[-1] * 6] * 2
+    assert not arrays["context_len"].any()
     assert arrays["query_start"].tolist() == [0, 1, 2, 3]
 
 

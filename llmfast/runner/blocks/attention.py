@@ -56,6 +56,7 @@ class Attention:
         if self.rope is not None:
             cos, sin = run.tables[self.rope].cos, run.tables[self.rope].sin
         keys, values = run.cache.keys[layer], run.cache.values[layer]
+        group = run.cache.group_of[layer]
         q = run.operations.rope_write_kv(
             q.view(tokens, self.heads, dim),
             k.view(tokens, kv_heads, dim),
@@ -65,7 +66,7 @@ class Attention:
             step.positions,
             keys,
             values,
-            step.slots,
+            step.slots[group],
             interleaved=self.interleaved,
             **head_norms,
         )
@@ -74,6 +75,7 @@ class Attention:
             q,
             keys,
             values,
+            group=group,
             scale=self.scale,
             window=self.cache.window,
             softcap=self.softcap,

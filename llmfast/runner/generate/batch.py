@@ -221,7 +221,7 @@ class StaticBatch:
             ends = inputs.place(
                 begin,
                 counts,
-                table[row:stop],
+                [table[row:stop]],
                 block_size=BLOCK_SIZE,
                 first_position=first_position,
             )
@@ -245,7 +245,7 @@ class StaticBatch:
         rows, inputs = len(lengths), StepInputs(key, pinned=self.device.type == "cuda")
         context = np.array(lengths, np.int64)
         one = np.ones(rows, np.int64)
-        inputs.place(context - one, one, table, block_size=BLOCK_SIZE, first_position=0)
+        inputs.place(context - one, one, [table], block_size=BLOCK_SIZE, first_position=0)
         arrays = inputs.arrays
         arrays["logit_tokens"][:] = np.arange(key.shape.rows)
         arrays["temperature"][:] = options.temperature
