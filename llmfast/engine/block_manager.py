@@ -155,9 +155,10 @@ class BlockManager:
         """Return the cached block of the tokens of block ``index`` of ``tokens``."""
         block = self._cached.get(digest)
         content = None if block is None else self._content[block]
+        if content is None:
+            return None
         start = index * self.block_size
-        own = tuple(tokens[start : start + self.block_size])
-        return block if content is not None and content[1] == own else None
+        return block if content[1] == tuple(tokens[start : start + self.block_size]) else None
 
     def register(self, block: int, digest: bytes, tokens: Sequence[int]) -> None:
         """Cache a full block, unless another block with the same tokens is cached."""

@@ -34,7 +34,8 @@ class EngineConfig:
             prompts run whole, and decodes wait while there are any. A step then holds as many
             prompts as max_num_batched_tokens takes, or one that is longer.
         block_size: tokens of a cache block: 16, 32, 64, 128 or 256.
-        num_blocks: of the cache, instead of as many as gpu_memory_utilization allows.
+        num_blocks: of the cache, instead of as many as gpu_memory_utilization allows; layers with a
+            sliding window beside full attention have no more.
         enforce_eager: run every step without CUDA graphs. Otherwise, on a GPU, steps in which every
             sequence decodes, and small ones with prompts, are captured when the engine is made.
         seed: of the seeds of requests without one.
